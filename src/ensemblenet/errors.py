@@ -1,0 +1,23 @@
+"""The errors that users meet: what was expected, what came, what to do."""
+
+__all__ = ["BudgetError", "ConversionError", "EnsembleNetError", "LoadError", "TrainingError"]
+
+
+class EnsembleNetError(Exception):
+    """Base of every error that a user can mend; commands print its message and exit with code 2."""
+
+
+class ConversionError(EnsembleNetError, ValueError):
+    """A network that cannot be converted as asked."""
+
+
+class BudgetError(ConversionError):
+    """A budget that no width can meet."""
+
+
+class LoadError(EnsembleNetError, ValueError):
+    """A saved directory that is damaged, foreign, or does not fit the base."""
+
+
+class TrainingError(EnsembleNetError, RuntimeError):
+    """A training run that cannot go on, such as one whose loss became non-finite."""

@@ -1,0 +1,5 @@
+"""Losses as modules."""
+
+from ensemblenet.losses.codistillation import CoDistillationLoss
+
+__all__ = ["CoDistillationLoss"]

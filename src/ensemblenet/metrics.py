@@ -1,0 +1,145 @@
+"""How good the ensemble and its heads are, how well calibrated, and how much they differ; streaming."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from ensemblenet.functional import Combine, agreement, codistillation, combine_heads
+
+__all__ = ["HeadMetrics"]
+
+
+class HeadMetrics(MetricCollection):
+    """What to log of a multi-headed classifier, over batches and over processes.
+
+    `compute()` gives a flat dictionary of scalars over all examples seen since `reset()`:
+
+    | key | meaning |
+    |---|---|
+    | `accuracy` | share of positions that the ensemble gets right |
+    | `head_accuracy` | the same for a single head, mean over heads |
+    | `head_accuracy_0`, ... | the same for each head |
+    | `nll` | negative log-likelihood of the ensemble, in nats |
+    | `ece` | expected calibration error of the ensemble, 15 bins |
+    | `disagreement` | share of pairs of heads whose most likely classes differ; 0 for a single head |
+    | `agreement` | how far the heads are from the ensemble, see [`ensemblenet.functional.agreement`][] |
+
+    Args:
+        num_classes: C.
+        num_heads: K.
+        combine: how the ensemble combines its heads, see [`ensemblenet.functional.combine_heads`][].
+        ignore_index: the class index of positions that do not count.
+        options: of [`torchmetrics.MetricCollection`][], such as `prefix="val/"`.
+
+    Shape:
+        - head_outputs: logits, (K, N, C) or (K, N, C, *).
+        - target: class indices, (N,) or (N, *).
+
+    Raises:
+        ValueError: at an update, if the outputs are not of K heads and C classes or the target does not fit.
+
+    Example:
+        >>> metrics = HeadMetrics(num_classes=3, num_heads=2)
+        >>> z = torch.tensor([[[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]], [[4.0, 0.0, 0.0], [2.0, 0.0, 0.0]]])
+        >>> metrics.update(z, torch.tensor([0, 1]))
+        >>> values = metrics.compute()
+        >>> [values[key].item() for key in ("accuracy", "head_accuracy", "disagreement")]
+        [1.0, 0.75, 0.5]
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_heads: int,
+        *,
+        combine: Combine = "logits",
+        ignore_index: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            {
+                "accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=ignore_index),
+                "ece": MulticlassCalibrationError(num_classes, ignore_index=ignore_index),
+                "heads": _HeadStatistics(num_heads, combine, ignore_index),
+            },
+            compute_groups=False,
+            **options,
+        )
+        self.combine: Combine = combine
+        self.num_heads = num_heads
+        self.num_classes = num_classes
+
+    def update(self, head_outputs: Tensor, target: Tensor) -> None:
+        """Add a batch; see the class for shapes."""
+        super().update(**self._inputs(head_outputs, target))
+
+    def forward(self, head_outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Add a batch and return the values of this batch alone."""
+        return super().forward(**self._inputs(head_outputs, target))
+
+    def _inputs(self, head_outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """The arguments of every metric here; a collection gives each metric those that it has."""
+        shape = tuple(head_outputs.shape)
+        if len(shape) < 3 or (shape[0], shape[2]) != (self.num_heads, self.num_classes):
+            raise ValueError(
+                f"head_outputs must have the shape (K, N, C, *) with K={self.num_heads} and "
+                f"C={self.num_classes}, got {shape}. Ask the model for all heads: model(x, per_head=True)."
+            )
+        if target.is_floating_point() or tuple(target.shape) != shape[1:2] + shape[3:]:
+            raise ValueError(
+                f"target must hold class indices, an integer tensor of shape {shape[1:2] + shape[3:]}, got "
+                f"{target.dtype} of shape {tuple(target.shape)}."
+            )
+        z = head_outputs.detach().float()
+        preds = combine_heads(z, self.combine).softmax(1)
+        return {"preds": preds, "target": target, "head_outputs": z}
+
+
+class _HeadStatistics(Metric):
+    """What torchmetrics lacks: sums over positions, one pass for all."""
+
+    full_state_update = False
+    positions: Tensor
+    correct: Tensor
+    disagreements: Tensor
+    nll: Tensor
+    divergence: Tensor
+
+    def __init__(self, num_heads: int, combine: Combine, ignore_index: int | None) -> None:
+        super().__init__()
+        self.combine: Combine = combine
+        self.ignore_index = ignore_index
+        for name, shape in [("positions", ()), ("correct", (num_heads,)), ("disagreements", ())]:
+            self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
+        for name in ("nll", "divergence"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, head_outputs: Tensor, target: Tensor) -> None:
+        z, target = head_outputs.movedim(2, -1).flatten(1, -2), target.flatten()
+        if self.ignore_index is not None:
+            counts = target != self.ignore_index
+            z, target = z[:, counts], target[counts]
+        if len(target) == 0:
+            return  # a mean over nothing would be NaN, and stay
+        votes = z.argmax(2)
+        self.positions += len(target)
+        self.correct += (votes == target).sum(1)
+        self.disagreements += (votes[:, None] != votes).sum()
+        self.nll += codistillation(z, target, weight=0.0, combine=self.combine, reduction="sum")
+        self.divergence += agreement(z, combine=self.combine) * len(target)
+
+    def compute(self) -> dict[str, Tensor]:
+        heads = self.correct / self.positions
+        pairs = max(1, len(heads) * (len(heads) - 1))
+        return {
+            "head_accuracy": heads.mean(),
+            **{f"head_accuracy_{k}": accuracy for k, accuracy in enumerate(heads)},
+            "nll": self.nll / self.positions,
+            "disagreement": self.disagreements / (pairs * self.positions),
+            "agreement": self.divergence / self.positions,
+        }

@@ -1,0 +1,467 @@
+"""The loss against independent references: plain PyTorch losses, SciPy, scikit-learn, and its own algebra."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import entropy
+from sklearn.metrics import log_loss
+from torch.autograd import gradcheck
+
+from ensemblenet.functional import agreement, codistillation, combine_heads
+
+TASKS = ["multiclass", "multilabel", "regression"]
+COMBINES = ["logits", "probabilities"]
+K, N, C = 3, 5, 4
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def heads(*shape, seed=0, scale=2.0, dtype=torch.float64):
+    return scale * torch.randn(*(shape or (K, N, C)), generator=seeded(seed), dtype=dtype)
+
+
+def targets(task, n=N, c=C, dense=(), seed=0, dtype=torch.float64):
+    if task == "multiclass":
+        return torch.randint(c, (n, *dense), generator=seeded(seed))
+    if task == "multilabel":
+        return torch.randint(2, (n, c, *dense), generator=seeded(seed)).to(dtype)
+    return torch.randn(n, c, *dense, generator=seeded(seed), dtype=dtype)
+
+
+def plain(z, y, task, *, class_weight=None, label_smoothing=0.0, ignore_index=-100, reduction="mean"):
+    """The loss of one network, as its user would write it in PyTorch."""
+    if task == "multiclass":
+        return F.cross_entropy(
+            z,
+            y,
+            class_weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+    if task == "multilabel":
+        y = (1 - label_smoothing) * y + label_smoothing / 2
+        weight = None if class_weight is None else class_weight.view(-1, *[1] * (z.ndim - 2))
+        losses = F.binary_cross_entropy_with_logits(z, y, weight, reduction="none").sum(1)
+    else:
+        weight = 1 if class_weight is None else class_weight.view(-1, *[1] * (z.ndim - 2))
+        losses = (weight * F.mse_loss(z, y, reduction="none")).sum(1) / 2
+    return {"mean": losses.mean(), "sum": losses.sum(), "none": losses}[reduction]
+
+
+def second_form(z, y, weight, task="multiclass", **options):
+    """(1 - weight) * loss of the mean + weight * mean loss of the heads."""
+    of_heads = torch.stack([plain(z_k, y, task, **options) for z_k in z]).mean(0)
+    return (1 - weight) * plain(z.mean(0), y, task, **options) + weight * of_heads
+
+
+@st.composite
+def problems(draw, task):
+    """Random logits, target, weight and options."""
+    k, n, c = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(2, 5))
+    dense = draw(st.sampled_from([(), (3,), (2, 2)]))
+    seed = draw(st.integers(0, 2**16))
+    z = heads(k, n, c, *dense, seed=seed, scale=draw(st.sampled_from([0.01, 1.0, 20.0])))
+    y = targets(task, n, c, dense, seed)
+    options = {"reduction": draw(st.sampled_from(["mean", "sum", "none"]))}
+    if draw(st.booleans()):
+        options["class_weight"] = torch.rand(c, generator=seeded(seed), dtype=torch.float64) + 0.1
+    if task != "regression":
+        options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 1.0]))
+    if task == "multiclass":
+        kind = draw(st.sampled_from(["hard", "ignored", "mixed", "positive"]))
+        if kind == "ignored" and y.numel() > 1:
+            y.view(-1)[0], options["ignore_index"] = 1, 1
+            y.view(-1)[1] = 0  # something has to count
+        elif kind != "hard":
+            other = F.one_hot(targets(task, n, c, dense, seed + 1), c).movedim(-1, 1).double()
+            y = 0.7 * F.one_hot(y, c).movedim(-1, 1).double() + 0.3 * other
+            y = y if kind == "mixed" else 2 * y  # not even a distribution: the identity holds for any target
+    return z, y, draw(st.sampled_from([0.0, 0.5, 1.0, 2.0, 30.0])), options
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_identity(task):
+    """Both forms of L are equal for every target and under every option."""
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(problems(task))
+    def check(problem):
+        z, y, weight, options = problem
+        actual = codistillation(z, y, weight, task, **options)
+        torch.testing.assert_close(actual, second_form(z, y, weight, task, **options), rtol=1e-9, atol=1e-9)
+
+    check()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("task", TASKS)
+def test_example_weight_counts_an_example_that_often(task, combine, reduction):
+    z, y = heads(K, N, C, 2), targets(task, dense=(2,))
+    times = torch.tensor([2, 0, 1, 3, 1])
+    options = {"class_weight": torch.tensor([0.5, 1.0, 2.0, 3.0]), "combine": combine}
+    actual = codistillation(z, y, 2.0, task, example_weight=times, reduction=reduction, **options)
+    repeated = z.repeat_interleave(times, dim=1), y.repeat_interleave(times, dim=0)
+    expected = codistillation(*repeated, 2.0, task, reduction=reduction, **options)
+    if reduction == "none":
+        actual, expected = actual.sum(), expected.sum()
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_weights_zero_and_one_are_plain_losses(task, weight):
+    z, y = heads(), targets(task)
+    expected = plain(z.mean(0), y, task) if weight == 0 else torch.stack([plain(z_k, y, task) for z_k in z]).mean()
+    torch.testing.assert_close(codistillation(z, y, weight, task), expected)
+
+
+def test_multiclass_against_scipy_and_scikit_learn():
+    z, y = heads(), targets("multiclass")
+    p, pbar = z.softmax(2).numpy(), z.mean(0).softmax(1).numpy()
+    divergence = np.mean([entropy(pbar, p_k, axis=1) for p_k in p])
+    assert agreement(z).item() == pytest.approx(divergence, rel=1e-10)
+    expected = log_loss(y, pbar, labels=range(C)) + 2 * divergence
+    assert codistillation(z, y, 2.0).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_probabilities_against_scipy_and_scikit_learn():
+    z, y = heads(), targets("multiclass")
+    p = z.softmax(2).numpy()
+    divergence = np.mean([entropy(p.mean(0), p_k, axis=1) for p_k in p])
+    assert agreement(z, combine="probabilities").item() == pytest.approx(divergence, rel=1e-10)
+    expected = log_loss(y, p.mean(0), labels=range(C)) + 2 * divergence
+    assert codistillation(z, y, 2.0, combine="probabilities").item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_multilabel_against_scipy_and_scikit_learn(combine):
+    z, y = heads(), targets("multilabel")
+    p = z.sigmoid()
+    ensemble = z.mean(0).sigmoid() if combine == "logits" else p.mean(0)
+    p, q = (torch.stack([x, 1 - x]).numpy() for x in (p, ensemble))
+    divergence = np.mean([entropy(q, p[:, k], axis=0).sum(1) for k in range(K)])
+    assert agreement(z, "multilabel", combine=combine).item() == pytest.approx(divergence, rel=1e-10)
+    label_losses = [log_loss(y[:, c], q[0, :, c], labels=[0, 1]) for c in range(C)]
+    expected = sum(label_losses) + 2 * divergence
+    assert codistillation(z, y, 2.0, "multilabel", combine=combine).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+def test_regression_is_the_ambiguity_decomposition(combine):
+    z, y = heads(), targets("regression")
+    ambiguity = z.var(0, correction=0).sum(1).mean() / 2
+    torch.testing.assert_close(agreement(z, "regression", combine=combine), ambiguity)
+    expected = F.mse_loss(z.mean(0), y) * C / 2 + 2 * ambiguity
+    torch.testing.assert_close(codistillation(z, y, 2.0, "regression", combine=combine), expected)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 2.0, 7.0])
+@pytest.mark.parametrize("task", TASKS)
+def test_closed_form_gradient(task, weight):
+    """dL/dz_k = (weight * p_k + (1 - weight) * pbar - y) / K: the ensemble's part reaches every head."""
+    z, y = heads().requires_grad_(), targets(task)
+    mean_of = {"multiclass": lambda x: x.softmax(-1), "multilabel": torch.sigmoid, "regression": lambda x: x}[task]
+    (gradient,) = torch.autograd.grad(codistillation(z, y, weight, task, reduction="sum"), z)
+    y = F.one_hot(y, C) if task == "multiclass" else y
+    torch.testing.assert_close(gradient, (weight * mean_of(z) + (1 - weight) * mean_of(z.mean(0)) - y) / K)
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("task", TASKS)
+def test_gradcheck(task, combine, weight):
+    z, y = heads(2, 3, 3, 2).requires_grad_(), targets(task, 3, 3, (2,))
+    options = {"combine": combine, "class_weight": torch.tensor([0.5, 1.0, 2.0])}
+    options["label_smoothing"] = 0.0 if task == "regression" else 0.1
+    example_weight = torch.tensor([1.0, 0.5, 2.0])
+
+    assert gradcheck(lambda z: codistillation(z, y, weight, task, example_weight=example_weight, **options), z)
+    assert gradcheck(lambda z: agreement(z, task, combine=combine), z)
+
+
+def test_the_ensemble_is_no_fixed_teacher():
+    z = heads().requires_grad_()
+    log_p = z.log_softmax(2)
+    teacher = log_p.detach().exp().mean(0)
+    fixed_teacher = F.kl_div(log_p, teacher.expand_as(log_p), reduction="sum") / K / N
+    (actual,) = torch.autograd.grad(agreement(z, combine="probabilities"), z, retain_graph=True)
+    (stopped,) = torch.autograd.grad(fixed_teacher, z)
+    assert not torch.allclose(actual, stopped, rtol=0.1)
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("task", TASKS)
+def test_never_negative(task, combine):
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(
+        seed=st.integers(0, 2**16),
+        spread=st.sampled_from([0.0, 1e-7, 1e-4, 1e-2, 1.0, 100.0]),
+        offset=st.sampled_from([0.0, 30.0, 1e4]),
+        weight=st.sampled_from([0.0, 0.5, 1.0, 2.0, 1e3, 1e8]),
+    )
+    def check(seed, spread, offset, weight):
+        z = heads(1, 3, 4, seed=seed, dtype=torch.float32) + spread * heads(3, 3, 4, seed=seed + 1).float() + offset
+        assert agreement(z, task, combine=combine) >= 0
+        y = targets(task, 3, 4, seed=seed)
+        assert (codistillation(z, y, weight, task, combine=combine, reduction="none") >= 0).all()
+
+    check()
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("task", TASKS)
+def test_extreme_logits_give_finite_values_and_gradients(task, combine):
+    z = 1e4 * torch.randint(-1, 2, (4, 64, 5), generator=seeded()).float()
+    z.requires_grad_()
+    for weight in (0.0, 2.0):
+        loss = codistillation(z, targets(task, 64, 5), weight, task, combine=combine)
+        (gradient,) = torch.autograd.grad(loss, z)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_large_logits_keep_their_digits(task):
+    """In float32 both terms of a gap may be 1e4, and the gap 1e-2."""
+    z = 1e4 + (heads(4, N, C) * 8).round() / 8  # eighths, so float32 rounds neither them nor their mean
+    torch.testing.assert_close(agreement(z.float(), task).double(), agreement(z, task), rtol=1e-5, atol=0)
+
+
+def test_confident_labels_keep_their_digits():
+    z = 12 + (heads(4, N, C) * 8).round() / 8
+    for sign in (1, -1):
+        in_float32 = agreement(sign * z.float(), "multilabel").double()
+        torch.testing.assert_close(in_float32, agreement(z, "multilabel"), rtol=1e-5, atol=0)
+
+
+def test_classes_masked_in_every_head_are_left_out():
+    z, y = heads(), torch.zeros(N, dtype=torch.long)
+    masked = z.clone()
+    masked[:, :, -1] = -math.inf
+    masked.requires_grad_()
+    loss = codistillation(masked, y, 2.0)
+    torch.testing.assert_close(loss, codistillation(z[:, :, :-1], y, 2.0))
+    assert torch.autograd.grad(loss, masked)[0].isfinite().all()
+
+
+OPTIONS = [{}, {"label_smoothing": 0.1}, {"class_weight": torch.rand(10, generator=seeded()) + 0.5}]
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [(t, o) for t in TASKS for o in OPTIONS if (t, *o) != ("regression", "label_smoothing")],
+)
+def test_one_head_is_the_plain_loss_bit_by_bit(task, options, combine):
+    z = heads(1, 257, 10, dtype=torch.float32)
+    y = targets(task, 257, 10, dtype=torch.float32)
+    for reduction in ("mean", "sum", "none"):
+        actual = codistillation(z, y, 2.0, task, combine=combine, reduction=reduction, **options)
+        expected = plain(z[0], y, task, reduction=reduction, **options)
+        if options and task != "multiclass":  # PyTorch has no such option: the order of products is free
+            torch.testing.assert_close(actual, expected)
+        else:
+            assert torch.equal(actual, expected)
+    assert agreement(z, task, combine=combine) == 0
+
+
+def test_where_nothing_counts_the_mean_is_nan_as_in_cross_entropy():
+    z, y = heads(), torch.full((N,), -100)
+    assert F.cross_entropy(z[0], y).isnan()
+    assert codistillation(z, y, 2.0).isnan()
+    assert codistillation(z, y, 2.0, reduction="sum") == 0
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("task", TASKS)
+def test_autocast_and_low_precision_are_computed_in_float32(task, combine):
+    z, y = heads().bfloat16(), targets(task)
+    expected = codistillation(z.float(), y, 2.0, task, combine=combine)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = codistillation(z, y, 2.0, task, combine=combine)
+        term = agreement(z, task, combine=combine)
+        prediction = combine_heads(z, combine, task)
+    assert actual.dtype == term.dtype == torch.float32
+    assert torch.equal(actual, expected)
+    assert torch.equal(term, agreement(z.float(), task, combine=combine))
+    assert prediction.dtype == torch.bfloat16
+    torch.testing.assert_close(prediction.float(), combine_heads(z.float(), combine, task), rtol=0.01, atol=0.01)
+    assert codistillation(z.double(), y, 2.0, task, combine=combine).dtype == torch.float64
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("task", TASKS)
+def test_compile_and_vmap(task, combine):
+    z, y = torch.stack([heads(seed=0), heads(seed=1)]), torch.stack([targets(task, seed=s) for s in (0, 1)])
+
+    def loss(z, y):
+        return codistillation(z, y, 2.0, task, combine=combine, class_weight=torch.arange(1.0, C + 1))
+
+    expected = torch.stack([loss(*pair) for pair in zip(z, y, strict=True)])
+    torch.testing.assert_close(torch.vmap(loss)(z, y), expected)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z[0], y[0]), expected[0])
+
+
+def test_integer_and_boolean_targets():
+    z = heads()
+    y = targets("multiclass")
+    assert codistillation(z, y.to(torch.uint8), 2.0) == codistillation(z, y, 2.0)
+    labels = targets("multilabel")
+    assert codistillation(z, labels.bool(), 2.0, "multilabel") == codistillation(z, labels, 2.0, "multilabel")
+
+
+class TestCombineHeads:
+    def test_logits(self):
+        z = heads()
+        assert torch.equal(combine_heads(z), z.mean(0))
+
+    @pytest.mark.parametrize("dense", [(), (2, 3)])
+    def test_probabilities(self, dense):
+        z = heads(K, N, C, *dense)
+        torch.testing.assert_close(combine_heads(z, "probabilities").exp(), z.softmax(2).mean(0))
+        labels = combine_heads(z, "probabilities", "multilabel").sigmoid()
+        torch.testing.assert_close(labels, z.sigmoid().mean(0))
+        assert torch.equal(combine_heads(z, "probabilities", "regression"), z.mean(0))
+
+    @pytest.mark.parametrize("task", TASKS)
+    @pytest.mark.parametrize("combine", COMBINES)
+    def test_one_head_is_itself(self, combine, task):
+        z = heads(1, N, C)
+        assert torch.equal(combine_heads(z, combine, task), z[0])
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_extreme_logits(self, task):
+        z = torch.tensor([[[1e4, -1e4]], [[-1e4, -1e4]]], requires_grad=True)
+        combined = combine_heads(z, "probabilities", task)
+        combined.sum().backward()
+        assert combined.isfinite().all()
+        assert z.grad is not None
+        assert z.grad.isfinite().all()
+
+    def test_vmap(self):
+        z = torch.stack([heads(seed=0), heads(seed=1)])
+        expected = torch.stack([combine_heads(x, "probabilities") for x in z])
+        torch.testing.assert_close(torch.vmap(lambda x: combine_heads(x, "probabilities"))(z), expected)
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            ((heads(), "mean"), "combine must be one of 'logits', 'probabilities'; got 'mean'"),
+            ((heads(), "logits", "binary"), "'multiclass', 'multilabel', 'regression'; got 'binary'"),
+            ((heads(K, N), "probabilities"), "shape (K, N, C) or (K, N, C, *)"),
+        ],
+    )
+    def test_bad_input(self, args, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            combine_heads(*args)
+
+
+Z, Y = heads(), targets("multiclass")
+BAD_INPUT = {
+    "no head dimension": (
+        (Z[0], Y, 2.0),
+        {},
+        ValueError,
+        "got (5, 4). A combined prediction has no head dimension",
+    ),
+    "dense without heads": (
+        (heads(7, 4, 3), torch.zeros(7, 3).long(), 2.0),
+        {},
+        ValueError,
+        "model.train() or model(x, per_head=True)",
+    ),
+    "no heads": ((Z[:0], Y, 2.0), {}, ValueError, "at least one head, got (0, 5, 4)"),
+    "a list of outputs": (
+        (list(Z), Y, 2.0),
+        {},
+        TypeError,
+        "got list. Stack a list of outputs with torch.stack",
+    ),
+    "integer outputs": ((Z.long(), Y, 2.0), {}, TypeError, "got torch.int64 of shape (3, 5, 4)"),
+    "float indices": (
+        (Z, Y.float(), 2.0),
+        {},
+        ValueError,
+        "Turn class indices into integers with target.long()",
+    ),
+    "integer one-hot": (
+        (Z, F.one_hot(Y, C), 2.0),
+        {},
+        ValueError,
+        "one-hot targets into probabilities with target.f",
+    ),
+    "boolean target": (
+        (Z, F.one_hot(Y, C).bool(), 2.0),
+        {},
+        TypeError,
+        "Multi-hot labels need task='multilabel'",
+    ),
+    "short target": ((Z, Y[:4], 2.0), {}, ValueError, "an integer tensor of shape (5,), or probabilities"),
+    "target is a list": ((Z, [0] * N, 2.0), {}, TypeError, "target must be a real tensor, got list"),
+    "indices for labels": ((Z, Y, 2.0, "multilabel"), {}, ValueError, "must be a tensor of shape (5, 4)"),
+    "values without D": (
+        (Z, Z[0, :, 0], 2.0, "regression"),
+        {},
+        ValueError,
+        "got torch.float64 of shape (5,)",
+    ),
+    "negative weight": ((Z, Y, -0.5), {}, ValueError, "finite number of at least 0, got -0.5"),
+    "weight NaN": ((Z, Y, math.nan), {}, ValueError, "finite number of at least 0, got nan"),
+    "infinite weight": ((Z, Y, math.inf), {}, ValueError, "finite number of at least 0, got inf"),
+    "task": ((Z, Y, 2.0, "binary"), {}, ValueError, "'multiclass', 'multilabel', 'regression'; got 'binary'"),
+    "combine": ((Z, Y, 2.0), {"combine": "vote"}, ValueError, "'logits', 'probabilities'; got 'vote'"),
+    "reduction": ((Z, Y, 2.0), {"reduction": "max"}, ValueError, "'mean', 'sum', 'none'; got 'max'"),
+    "smoothing": (
+        (Z, Y, 2.0),
+        {"label_smoothing": 1.5},
+        ValueError,
+        "label_smoothing must be in [0, 1], got 1.5",
+    ),
+    "smoothed regression": (
+        (Z, Z[0], 2.0, "regression"),
+        {"label_smoothing": 0.1},
+        ValueError,
+        "has no label_smoothing, got 0.1; leave it at 0",
+    ),
+    "class weights": (
+        (Z, Y, 2.0),
+        {"class_weight": torch.ones(3)},
+        ValueError,
+        "must have the shape (4,), got (3,)",
+    ),
+    "example weights": (
+        (Z, Y, 2.0),
+        {"example_weight": torch.ones(5, 1)},
+        ValueError,
+        "example_weight must have the shape (5,), got (5, 1)",
+    ),
+    "nothing to ignore": (
+        (Z, Z[0].softmax(1), 2.0),
+        {"ignore_index": 0},
+        ValueError,
+        "ignore_index must stay negative for a target without class indices, got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case):
+    args, options, error, message = BAD_INPUT[case]
+    with pytest.raises(error, match=re.escape(message)):
+        codistillation(*args, **options)
+
+
+def test_agreement_asks_for_heads():
+    with pytest.raises(ValueError, match="ask the model for all heads"):
+        agreement(Z[0])

@@ -1,0 +1,105 @@
+"""HeadMetrics against NumPy and scikit-learn, in one batch, in many, and merged."""
+
+import copy
+import re
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss
+
+from ensemblenet.functional import agreement, combine_heads
+from ensemblenet.metrics import HeadMetrics
+
+K, N, C = 3, 50, 4
+Z = 2 * torch.randn(K, N, C, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(C, (N,), generator=torch.Generator().manual_seed(1))
+
+
+def metrics_of(z, y, batches=1, **options):
+    metrics = HeadMetrics(num_classes=z.shape[2], num_heads=len(z), **options)
+    for z_batch, y_batch in zip(z.chunk(batches, 1), y.chunk(batches), strict=True):
+        metrics.update(z_batch, y_batch)
+    return {key: value.item() for key, value in metrics.compute().items()}
+
+
+def expected_calibration_error(p, y, bins=15):
+    """The gap between confidence and accuracy, bin by bin."""
+    confidence, correct = p.max(1), p.argmax(1) == y
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    return sum(
+        abs(confidence[which == b].mean() - correct[which == b].mean()) * (which == b).mean() for b in set(which)
+    )
+
+
+def reference(z, y, combine):
+    q = combine_heads(z.double(), combine).softmax(1).numpy()
+    votes, y = z.argmax(2).numpy(), y.numpy()
+    heads = [accuracy_score(y, vote) for vote in votes]
+    return {
+        "accuracy": accuracy_score(y, q.argmax(1)),
+        "ece": expected_calibration_error(q, y),
+        "head_accuracy": np.mean(heads),
+        **{f"head_accuracy_{k}": accuracy for k, accuracy in enumerate(heads)},
+        "nll": log_loss(y, q, labels=range(z.shape[2])),
+        "disagreement": np.mean([np.mean(a != b) for a, b in combinations(votes, 2)]) if len(z) > 1 else 0.0,
+        "agreement": agreement(z.double(), combine=combine).item(),
+    }
+
+
+@pytest.mark.parametrize("combine", ["logits", "probabilities"])
+@pytest.mark.parametrize("batches", [1, 4])
+def test_against_numpy_and_scikit_learn(combine, batches):
+    assert metrics_of(Z, Y, batches, combine=combine) == pytest.approx(reference(Z, Y, combine), rel=1e-5)
+
+
+def test_a_single_head_agrees_with_itself():
+    assert metrics_of(Z[:1], Y) == pytest.approx(reference(Z[:1], Y, "logits"), rel=1e-5)
+
+
+def test_dense_outputs_count_positions():
+    z, y = Z.reshape(K, 10, 5, C).movedim(-1, 2), Y.reshape(10, 5)
+    assert metrics_of(z, y, batches=2) == pytest.approx(metrics_of(Z, Y), rel=1e-5)
+
+
+def test_ignored_positions_do_not_count():
+    y = Y.clone()
+    y[:20] = -1
+    assert metrics_of(Z, y, batches=5, ignore_index=-1) == pytest.approx(metrics_of(Z[:, 20:], Y[20:]), rel=1e-5)
+
+
+def test_forward_reset_prefix_and_copy():
+    metrics = HeadMetrics(C, K, prefix="val/")
+    batch = metrics(Z[:, :10], Y[:10])
+    metrics(Z[:, 10:], Y[10:])
+    assert {k.removeprefix("val/"): v.item() for k, v in batch.items()} == pytest.approx(metrics_of(Z[:, :10], Y[:10]))
+    whole = {k.removeprefix("val/"): v.item() for k, v in copy.deepcopy(metrics).compute().items()}
+    assert whole == pytest.approx(metrics_of(Z, Y), rel=1e-5)
+    metrics.reset()
+    metrics.update(Z[:, :10], Y[:10])
+    assert metrics.compute() == batch
+
+
+@pytest.mark.parametrize(
+    ("z", "y", "message"),
+    [
+        (Z[0], Y, "with K=3 and C=4, got (50, 4). Ask the model for all heads: model(x, per_head=True)"),
+        (Z[:2], Y, "with K=3 and C=4, got (2, 50, 4)"),
+        (Z, Y[:7], "an integer tensor of shape (50,), got torch.int64 of shape (7,)"),
+        (Z, Z[0].softmax(1), "must hold class indices"),
+    ],
+)
+def test_bad_input(z, y, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HeadMetrics(C, K).update(z, y)
+
+
+def test_processes_add_up():
+    """Merging reduces the states of two metrics exactly as a gather over two processes does."""
+    first, second = HeadMetrics(C, K), HeadMetrics(C, K)
+    first.update(Z[:, :20], Y[:20])
+    second.update(Z[:, 20:], Y[20:])
+    for mine, other in zip(first.values(), second.values(), strict=True):
+        mine.merge_state(other)
+    assert {key: value.item() for key, value in first.compute().items()} == pytest.approx(metrics_of(Z, Y), rel=1e-5)
