@@ -1,0 +1,70 @@
+"""What a model costs: parameters and multiply-adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["Cost", "count_parameters", "measure_cost"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, and MACs for one example.
+
+    MACs are multiply-adds: half of what [`torch.utils.flop_counter`][] counts, which covers convolutions, matrix
+    products and attention but no normalisation and no elementwise work.
+
+    Example:
+        >>> Cost(parameters=10, macs=100.0) + 2 * Cost(parameters=1, macs=5.0)
+        Cost(parameters=12, macs=110.0)
+    """
+
+    parameters: int
+    macs: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.parameters + other.parameters, self.macs + other.macs)
+
+    def __rmul__(self, times: int) -> Cost:
+        return Cost(times * self.parameters, times * self.macs)
+
+    def share_of(self, other: Cost) -> tuple[float, float]:
+        """This cost's parameters and MACs as shares of another's."""
+        return _share(self.parameters, other.parameters), _share(self.macs, other.macs)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else float(part > 0)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of parameter elements, each shared parameter counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def measure_cost(module: nn.Module, example_input: Tensor) -> Cost:
+    """Measure a module by running it once in evaluation mode; its mode is put back.
+
+    Args:
+        module: a network of one tensor.
+        example_input: its input, of shape (N, *); MACs are divided by N.
+
+    Example:
+        >>> measure_cost(nn.Linear(8, 4), torch.zeros(2, 8))
+        Cost(parameters=36, macs=32.0)
+    """
+    modes = {child: child.training for child in module.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its one operator is not counted
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            module.eval()(example_input)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for child, training in modes.items():
+            child.training = training
+    return Cost(count_parameters(module), counter.get_total_flops() / 2 / len(example_input))

@@ -1,0 +1,169 @@
+"""EnsembleNet: one trunk, K heads, one prediction.
+
+Shapes: N examples, K heads, C outputs (classes, labels or regression targets), * further output dimensions.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ensemblenet.functional import Combine, Task, combine_heads
+
+if TYPE_CHECKING:
+    from ensemblenet.cost import Cost
+    from ensemblenet.recipe import Recipe
+
+__all__ = ["EnsembleNet"]
+
+
+class EnsembleNet(nn.Module):
+    """A shared trunk with K heads whose outputs combine into one prediction.
+
+    [`ensemblenet.convert`][] makes one from a single network; build it by hand for a network that cannot
+    be traced.
+
+    Args:
+        trunk: maps the input to the features that every head reads.
+        heads: the K heads; each maps the trunk's output to (N, C) or (N, C, *).
+        combine: how evaluation turns K outputs into one, see [`ensemblenet.functional.combine_heads`][].
+        task: what the outputs mean; only `combine="probabilities"` depends on it.
+        balance_gradients: keep the base's gradient scale in the heads. A loss that is a mean over heads sends
+            each head 1/K of the gradient that the base would have had, so under SGD heads would learn K times
+            slower. With this on, backward multiplies the gradient by K where it enters the heads and divides it
+            by K where it leaves them for the trunk; outputs, the loss's value and the trunk's gradient do not
+            change. docs/procedure.md has the measurement.
+        recipe: how the model was made from its base, if it was converted.
+        trunk_cost: what the trunk costs, if known.
+        head_cost: what one head costs, if known.
+        base_cost: what the base cost, if there was one.
+
+    Shape:
+        - input: whatever the trunk takes.
+        - output: (K, N, C, *) in training mode or with `per_head=True`; else (N, C, *).
+
+    Raises:
+        TypeError: the trunk or a head is not a module.
+        ValueError: no heads, or an unknown `combine` or `task`.
+
+    Example:
+        >>> trunk = nn.Sequential(nn.Linear(8, 16), nn.ReLU())
+        >>> model = EnsembleNet(trunk, [nn.Linear(16, 3) for _ in range(4)])
+        >>> x = torch.randn(5, 8)
+        >>> model.train()(x).shape, model.eval()(x).shape
+        (torch.Size([4, 5, 3]), torch.Size([5, 3]))
+        >>> model.head(2)(x).shape, model.first(2).num_heads
+        (torch.Size([5, 3]), 2)
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        heads: Iterable[nn.Module],
+        combine: Combine = "logits",
+        *,
+        task: Task = "multiclass",
+        balance_gradients: bool = True,
+        recipe: Recipe | None = None,
+        trunk_cost: Cost | None = None,
+        head_cost: Cost | None = None,
+        base_cost: Cost | None = None,
+    ) -> None:
+        super().__init__()
+        heads = list(heads)
+        for name, module in [("trunk", trunk), *((f"heads[{k}]", head) for k, head in enumerate(heads))]:
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be an nn.Module, got {type(module).__name__}.")
+        if not heads:
+            raise ValueError("heads must hold at least one module, got none.")
+        combine_heads(torch.zeros(1, 1, 1), combine, task)  # rejects unknown names now, not in the first evaluation
+        self.trunk = trunk
+        self.heads = nn.ModuleList(heads)
+        self.combine: Combine = combine
+        self.task: Task = task
+        self.balance_gradients = balance_gradients
+        self.recipe = recipe
+        self.trunk_cost = trunk_cost
+        self.head_cost = head_cost
+        self.base_cost = base_cost
+
+    @property
+    def num_heads(self) -> int:
+        """K, the number of heads."""
+        return len(self.heads)
+
+    @property
+    def cost(self) -> Cost | None:
+        """Parameters and MACs of the whole model, if the costs of its parts are known."""
+        if self.trunk_cost is None or self.head_cost is None:
+            return None
+        return self.trunk_cost + self.num_heads * self.head_cost
+
+    def forward(self, x: Tensor, *, per_head: bool = False) -> Tensor:
+        """Run the trunk once and every head on its output; see the class for shapes."""
+        features = self.trunk(x)
+        balance = self.balance_gradients and self.num_heads > 1 and torch.is_grad_enabled()
+        if balance:
+            features = scale_gradient(features, 1 / self.num_heads)
+        outputs = torch.stack([head(features) for head in self.heads])
+        if balance:
+            outputs = scale_gradient(outputs, float(self.num_heads))
+        return outputs if self.training or per_head else combine_heads(outputs, self.combine, self.task)
+
+    def head(self, k: int) -> nn.Module:
+        """The plain network of the trunk and head `k` alone, sharing parameters with this model.
+
+        Raises:
+            IndexError: `k` is not in [0, K).
+        """
+        if not 0 <= k < self.num_heads:
+            raise IndexError(f"head index must be in [0, {self.num_heads}), got {k}.")
+        return nn.Sequential(OrderedDict(trunk=self.trunk, head=self.heads[k])).train(self.training)
+
+    def first(self, k: int) -> EnsembleNet:
+        """The multi-headed model of the first `k` heads, sharing parameters with this one.
+
+        Raises:
+            ValueError: `k` is not in [1, K].
+        """
+        if not 1 <= k <= self.num_heads:
+            raise ValueError(f"first(k) needs k in [1, {self.num_heads}], got {k}.")
+        model = EnsembleNet(
+            self.trunk,
+            list(self.heads)[:k],
+            self.combine,
+            task=self.task,
+            balance_gradients=self.balance_gradients,
+            recipe=self.recipe.with_heads(k) if self.recipe else None,
+            trunk_cost=self.trunk_cost,
+            head_cost=self.head_cost,
+            base_cost=self.base_cost,
+        )
+        return model.train(self.training)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """The tensor itself, with its gradient multiplied by `factor` in backward."""
+    return _ScaleGradient.apply(x, factor)  # pyright: ignore[reportReturnType]
