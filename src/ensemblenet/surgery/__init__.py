@@ -1,0 +1,1 @@
+"""From a base network to a trunk and narrowed heads: trace, split, narrow, budget."""
