@@ -1,0 +1,180 @@
+"""Convert a network of every timm family, and every classification network of torchvision; write docs/zoo.md.
+
+    python benchmarks/zoo.py              # go on where the last run stopped
+    python benchmarks/zoo.py --only vgg   # names that contain a string, afresh
+
+Of a timm family it is the smallest classification network. Each is checked against all promises of a conversion
+(`ensemblenet.testing.check_conversion`), for 2 heads at 0.9 of its cost and 4 heads at 1.0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from rich.progress import track
+from torch import nn
+
+from ensemblenet.testing import check_conversion, check_full_width
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "zoo.jsonl"
+SMALLEST = RESULTS.with_name("zoo_timm_smallest.json")
+PAGE = ROOT / "docs" / "zoo.md"
+SETTINGS = ((2, 0.9), (4, 1.0))
+SIZES = {"inception": 160}
+Entry = tuple[str, str, str, Callable[[], nn.Module], tuple[int, ...]]
+
+
+def timm_entries() -> Iterator[Entry]:
+    """Of each family, the classification model with the fewest parameters."""
+    for family, (name, shape) in _smallest_of_families().items():
+        yield "timm", family, name, lambda name=name: timm.create_model(name), tuple(shape)
+
+
+def _smallest_of_families() -> dict[str, tuple[str, list[int]]]:
+    """Made once for a version of timm: it takes minutes to make all its models."""
+    if SMALLEST.exists() and (known := json.loads(SMALLEST.read_text()))["timm"] == timm.__version__:
+        return known["smallest"]
+    smallest = {}
+    for family in track(timm.models.list_modules(), "Weighing timm's models"):
+        sizes = []
+        for name in timm.list_models(module=family):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name)
+            except (RuntimeError, NotImplementedError):  # it computes with its weights when it is made
+                model = timm.create_model(name)
+            if model.pretrained_cfg.get("num_classes"):
+                shape = list(model.pretrained_cfg["input_size"])
+                sizes.append((sum(p.numel() for p in model.parameters()), name, shape))
+        if sizes:
+            smallest[family] = min(sizes)[1:]
+    SMALLEST.write_text(json.dumps({"timm": timm.__version__, "smallest": smallest}, indent=1) + "\n")
+    return smallest
+
+
+def torchvision_entries() -> Iterator[Entry]:
+    """Every classification model."""
+    for name in torchvision.models.list_models(module=torchvision.models):
+        family = torchvision.models.get_model_builder(name).__module__.rsplit(".", 1)[-1]
+        # convolutional networks take any size; a small one lets the largest be run on two cores
+        size = 224 if family in ("vision_transformer", "swin_transformer", "maxvit") else SIZES.get(family, 128)
+        yield (
+            "torchvision",
+            family,
+            name,
+            lambda name=name: torchvision.models.get_model(name, weights=None),
+            (3, size, size),
+        )
+
+
+def measure(entry: Entry) -> list[dict]:
+    """One row for each setting."""
+    library, family, name, make, shape = entry
+    torch.manual_seed(0)
+    base = make()
+    x = torch.randn(2, *shape)
+    rows = []
+    splits: set[str] = set()
+    for num_heads, budget in SETTINGS:
+        row = {
+            "library": library,
+            "family": family,
+            "model": name,
+            "parameters": sum(p.numel() for p in base.parameters()),
+            "input": shape,
+            "num_heads": num_heads,
+            "budget": budget,
+        }
+        start = time.perf_counter()
+        try:
+            report = check_conversion(base, x, num_heads, budget)
+            if report.split_at not in splits:
+                check_full_width(base, x, report.split_at)
+                splits.add(report.split_at)
+            row |= asdict(report)
+        except Exception as error:
+            row |= {"reason": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+            row |= {"seconds": time.perf_counter() - start}
+        rows.append(row)
+        gc.collect()
+    return rows
+
+
+def write_page(rows: list[dict]) -> None:
+    """The table and its counts."""
+    lines = [
+        "# Networks that were converted",
+        "",
+        "Made by `python benchmarks/zoo.py`; every row was checked by `ensemblenet.testing.check_conversion`:",
+        "cost within the budget, finite outputs of shape (K, N, C), full width equal to the base, a gradient for",
+        "every parameter, and `head`, `first`, `deepcopy`, `state_dict` and `save`/`load` exact. Shares are of the",
+        "base; spread is the standard deviation of a head's first outputs as a share of the base's (none where the",
+        "base begins with outputs of zero); seconds are those of `convert`.",
+        "",
+        f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, "
+        f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads, batches of 2.",
+        "",
+        "| networks | K | budget | converted | of | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for library in ("timm", "torchvision"):
+        for num_heads, budget in SETTINGS:
+            mine = [r for r in rows if (r["library"], r["num_heads"]) == (library, num_heads)]
+            good = [r for r in mine if "reason" not in r]
+            what = "timm families" if library == "timm" else "torchvision models"
+            share = f"{len(good) / max(len(mine), 1):.1%}"
+            lines.append(f"| {what} | {num_heads} | {budget} | {len(good)} | {len(mine)} | {share} |")
+    lines += [
+        "",
+        "| library | family | model | parameters | K | split | width | parameters share | MACs share | spread | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        start = f"| {r['library']} | {r['family']} | {r['model']} | {r['parameters'] / 1e6:.2f} M | {r['num_heads']} "
+        if "reason" in r:
+            reason = r["reason"].replace("|", "\\|")
+            lines.append(f"{start}| not converted: {reason} | | | | | {r['seconds']:.1f} |")
+        else:
+            lines.append(
+                f"{start}| {r['split_at']} | {r['width']:.3f} | {r['parameters_share']:.3f} | {r['macs_share']:.3f} "
+                f"| {'' if r['spread'] is None else format(r['spread'], '.2f')} | {r['seconds']:.1f} |"
+            )
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Measure what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", help="measure afresh the models whose names contain this")
+    parser.add_argument("--library", choices=("timm", "torchvision"), help="only one library")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    if args.only:
+        rows = [row for row in rows if args.only not in row["model"]]
+    done = {(row["library"], row["model"]) for row in rows}
+    entries = [*timm_entries(), *torchvision_entries()]
+    entries = [e for e in entries if (e[0], e[2]) not in done and (args.library or e[0]) == e[0]]
+    entries = [e for e in entries if (args.only or "") in e[2]]
+    for entry in track(entries, "Converting"):
+        rows += measure(entry)
+        order = sorted(rows, key=lambda r: (r["library"], r["family"], r["model"], r["num_heads"]))
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in order))
+        write_page(order)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Imports go one way, as the folders say."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ensemblenet
+
+ROOT = Path(ensemblenet.__file__).parent
+HEAVY = ("lightning", "pytorch_lightning", "timm", "torchvision", "torchmetrics", "pyarrow", "mnist1d", "matplotlib")
+
+# What each part may import of the others; the package's own top is always lazy.
+MAY_IMPORT = {
+    "errors": set(),
+    "functional": set(),
+    "cost": set(),
+    "losses": {"functional"},
+    "metrics": {"functional"},
+    "ensemble": {"functional", "cost", "recipe"},
+    "surgery": {"errors", "cost"},
+    "recipe": {"errors", "functional", "surgery", "models"},
+    "conversion": {"errors", "functional", "cost", "ensemble", "recipe", "surgery"},
+    "checkpoint": {"errors", "ensemble", "recipe", "conversion"},
+    "testing": {"checkpoint", "conversion", "cost", "ensemble"},
+    "models": {"errors"},
+    "data": {"errors"},
+}
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """The parts of the package that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ensemblenet"):
+            _, _, rest = (node.module or "").partition(".")
+            found |= {rest.split(".")[0]} if rest else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_imports_go_one_way(part: str) -> None:
+    for path in [path for path in ROOT.rglob("*.py") if part_of(path) == part]:
+        strangers = imports(path) - MAY_IMPORT[part] - {part}
+        assert not strangers, f"{path.relative_to(ROOT)} imports {sorted(strangers)}"
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert run("import sys, ensemblenet; print('torch' in sys.modules)") == "False"
+    use = "import sys, ensemblenet as e; [getattr(e, n) for n in e.__all__]; print([m for m in %r if m in sys.modules])"
+    assert run(use % (HEAVY,)) == "[]"
+
+
+def test_the_function_is_not_hidden_by_a_module_of_its_name() -> None:
+    code = "import ensemblenet.checkpoint, ensemblenet.conversion, ensemblenet; print(callable(ensemblenet.convert))"
+    assert run(code) == "True"

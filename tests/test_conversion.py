@@ -1,0 +1,297 @@
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import ODD, Dense, LongSkip, Recurrent, TokenMixer, perceptron
+from torch import Tensor, nn
+
+import ensemblenet
+from ensemblenet import Budget, BudgetError, ConversionError, convert, plans, split_points
+
+X = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
+
+
+def make() -> nn.Module:
+    torch.manual_seed(0)
+    return perceptron()
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another() -> None:
+    base = make()
+    first, again, other = (convert(base, X, seed=seed).eval() for seed in (3, 3, 4))
+    assert torch.equal(first(X), again(X))
+    assert not torch.equal(first(X), other(X))
+
+
+def test_converting_leaves_the_base_and_the_random_state_alone() -> None:
+    base = make().train()
+    before, state = copy.deepcopy(base.state_dict()), torch.get_rng_state()
+    model = convert(base, X)
+    assert base.training
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+    assert not any("forward" in vars(module) for module in base.modules())
+
+
+def test_names_of_the_bases_modules_survive() -> None:
+    model = convert(LongSkip(), torch.randn(2, 3, 16, 16), split_at="merge")
+    names = {name for name, _ in model.named_parameters()}
+    assert {"trunk.down.0.weight", "heads.0.last.0.weight", "heads.1.classifier.bias"} <= names
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_inherited_heads_hold_the_bases_own_channels(name: str) -> None:
+    factory, shape = ODD[name]
+    torch.manual_seed(0)
+    base = factory()
+    model = convert(base, torch.randn(3, *shape), init="inherit")
+    theirs = dict(base.named_parameters())
+    for key, parameter in model.named_parameters():
+        part, _, rest = key.partition(".")
+        original = theirs.get(rest.partition(".")[2] if part == "heads" else rest)
+        if original is None:
+            assert "projection" in key
+            assert set(parameter.unique().tolist()) <= {0.0, 1.0}
+        else:
+            assert torch.isin(parameter, original).all(), key
+
+
+def test_one_inherited_head_of_full_width_is_the_base() -> None:
+    base = make().eval()
+    for point in split_points(base, X):
+        if point.name != "4":
+            model = convert(base, X, num_heads=1, init="inherit", split_at=point.name).eval()
+            assert torch.equal(model(X), base(X)), point.name
+
+
+def test_modes_still_differ_where_the_bases_do() -> None:
+    base = TokenMixer()
+    model = convert(base, torch.randn(2, 3, 16, 16), split_at="input")
+    x = torch.randn(2, 3, 16, 16)
+    assert not torch.equal(model.train()(x), model(x)), "dropout, as a module and as a function, is off in training"
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_batch_normalisation_keeps_statistics_per_head() -> None:
+    model = convert(make(), X, split_at="input").train()
+    model(X * 3 + 1)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm1d)]
+    assert len(norms) == 2
+    assert all(int(norm.num_batches_tracked) == 1 for norm in norms)
+    assert not torch.equal(norms[0].running_mean, norms[1].running_mean)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_any_batch_size(batch: int) -> None:
+    for factory, shape in ODD.values():
+        model = convert(factory(), torch.randn(3, *shape)).eval()
+        assert len(model(torch.randn(batch, *shape))) == batch
+
+
+def test_larger_images_than_the_example() -> None:
+    model = convert(Dense(), torch.randn(2, 3, 16, 16), split_at="encode").eval()
+    assert model(torch.randn(2, 3, 32, 24)).shape == (2, 7, 16, 16), "a head cannot see the size of the trunk's input"
+    model = convert(Dense(), torch.randn(2, 3, 16, 16), split_at="input").eval()
+    assert model(torch.randn(2, 3, 32, 24)).shape == (2, 7, 32, 24)
+
+
+def test_recurrent_layers_stay_in_the_trunk_or_keep_their_width() -> None:
+    model = convert(Recurrent(), torch.randn(3, 7, 6), split_at="input", budget=1.7)
+    lstms = [module for module in model.modules() if isinstance(module, nn.LSTM)]
+    assert [lstm.hidden_size for lstm in lstms] == [24, 24]
+    assert not torch.equal(lstms[0].weight_ih_l0, lstms[1].weight_ih_l0)
+
+
+def test_plans_agree_with_conversions() -> None:
+    base = make()
+    for plan in plans(base, X, num_heads=3, budget=0.95):
+        if plan.width is not None:
+            model = convert(base, X, 3, 0.95, plan.split.name)
+            assert model.cost == plan.cost
+            assert model.recipe is not None
+            assert model.recipe.width == plan.width
+
+
+def test_a_budget_for_each_cost() -> None:
+    model = convert(make(), X, budget=Budget(parameters=0.7, macs=2.0))
+    assert model.cost is not None
+    assert model.base_cost is not None
+    assert model.cost.parameters <= 0.7 * model.base_cost.parameters
+
+
+@pytest.mark.parametrize("name", ["perceptron", "1-d", "token mixer", "long skip"])
+def test_fresh_heads_begin_at_the_bases_scale(name: str) -> None:
+    factory, shape = ODD[name]
+    x = torch.randn(16, *shape)
+    ratios = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        base = factory().eval()
+        ratios.append((convert(base, x, 4, 1.0, seed=seed).eval()(x, per_head=True).std() / base(x).std()).item())
+    assert 0.6 < torch.tensor(ratios).log().mean().exp() < 1.6, ratios
+
+
+def test_fresh_weights_are_the_bases_initialisation_rescaled_by_fan_in() -> None:
+    base = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+    for layer in (base[0], base[2], base[4]):
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.constant_(layer.bias, 0.25)
+    model = convert(base, torch.randn(2, 256), 4, 1.0, split_at="input")
+    layers = [module for module in model.heads[1].modules() if isinstance(module, nn.Linear)]
+    assert layers[0].weight.std().item() == pytest.approx(0.02, rel=0.03)
+    narrow = layers[1].in_features
+    assert layers[1].weight.std().item() == pytest.approx(0.02 * (512 / narrow) ** 0.5, rel=0.03)
+    assert all((layer.bias == 0.25).all() for layer in layers)
+
+
+def test_auxiliary_outputs_are_dropped_with_a_warning() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.auxiliary = nn.Linear(20, 64), nn.Linear(64, 6), nn.Linear(64, 6)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            x = self.body(x).relu()
+            return (self.head(x), self.auxiliary(x)) if self.training else self.head(x)
+
+    with pytest.warns(UserWarning, match="returns tuple of 2 in training mode; only its prediction is kept"):
+        model = convert(Auxiliary(), X)
+    assert not any("auxiliary" in name for name, _ in model.named_parameters())
+
+
+def test_a_trained_base_deserves_inherit() -> None:
+    base = make().train()
+    base(X)
+    with pytest.warns(UserWarning, match='init="inherit"'):
+        convert(base, X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(base, X, init="inherit")
+
+
+# -- what cannot be converted
+
+
+class Branching(nn.Module):
+    """Its course depends on its input's values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.layer = nn.Linear(20, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # the line that the message names
+            x = -x
+        return self.layer(x)
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Branching()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+class Lambda(nn.Module):
+    """A layer, and a function of its output."""
+
+    def __init__(self, function: object, features: int = 6) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(20, features), function
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(self.layer(x))  # type: ignore[operator]
+
+
+BAD = [
+    ("not a module", lambda: "resnet50", X, {}, "base must be an nn.Module, got str"),
+    ("no tensor", lambda: Lambda(lambda x: None), X, {}, "must return one tensor of shape .*, got NoneType"),
+    ("several", lambda: Lambda(lambda x: (x, x)), X, {}, "must return one tensor of shape .*, got tuple of 2"),
+    ("dictionary", lambda: Lambda(lambda x: {"out": x}), X, {}, "must return one tensor of shape .*, got dict"),
+    ("values", Wrapped, X, {}, r"block \(Branching\) at test_conversion.py:\d+ reads the values of a tensor"),
+    ("by hand", Wrapped, X, {}, r"given by hand: ensemblenet\.EnsembleNet\(trunk, heads\)"),
+    ("numpy", lambda: Lambda(lambda x: torch.from_numpy(x.numpy() * 2)), X, {}, "reads the values of a tensor"),
+    ("split", make, X, {"split_at": "layer1"}, "Unknown split point 'layer1': did you mean"),
+    ("near", LongSkip, torch.randn(2, 3, 16, 16), {"split_at": "merg"}, "Unknown split point 'merg': .*'merge'"),
+    ("end", make, X, {"split_at": "3", "num_heads": 3, "budget": 0.5}, "3 heads do not fit a budget of 0.5"),
+    ("no heads", make, X, {"num_heads": 0}, "num_heads must be an integer of at least 1, got 0"),
+    ("half a head", make, X, {"num_heads": 1.5}, "num_heads must be an integer of at least 1, got 1.5"),
+    ("budget", make, X, {"budget": 0}, "budget must be a positive number .*, got 0"),
+    ("negative", make, X, {"budget": -1.0}, "budget must be a positive number .*, got -1.0"),
+    ("not a number", make, X, {"budget": "half"}, "budget must be a positive number .*, got 'half'"),
+    ("nan", make, X, {"budget": float("nan")}, "budget must be a positive number .*, got nan"),
+    ("small", make, X, {"budget": 0.001}, r"The least possible is 0\.\d+ of the parameters and 0\.\d+ of the MACs"),
+    ("device", make, X.to("meta"), {}, "example_inputs are on meta and the base is on cpu"),
+    (
+        "shape",
+        make,
+        X[:, :7],
+        {},
+        r"forward pass in evaluation mode, on an input of shape \(2, 7\), failed in 0 \(Linear",
+    ),
+    ("no batch", make, X[0], {}, r"must have the shape \(N, ...\) with N > 0, got \(20,\)"),
+    ("two inputs", make, (X, X), {}, r"must be one tensor, or a tuple of one, got \(Tensor, Tensor\)"),
+    ("infinite", lambda: Lambda(lambda x: x / 0), X, {}, "outputs are not finite on the example inputs"),
+    (
+        "batch of one",
+        make,
+        X[:1],
+        {},
+        "With batch size 1 some layers cannot train: pass example_inputs with at least 2",
+    ),
+    ("init", make, X, {"init": "zeros"}, "init must be one of"),
+    ("no parameters", nn.ReLU, X, {}, "no parameters that heads could have"),
+    ("other examples", lambda: Lambda(lambda x: x - x.mean(0)), X, {}, "cannot be followed from a batch of 2"),
+    ("scripted", lambda: torch.jit.script(nn.Linear(20, 6)), X, {}, "got a scripted one; pass the module it came from"),
+]
+
+
+@pytest.mark.parametrize(("base", "x", "options", "message"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_input(base: object, x: object, options: dict, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        convert(base() if callable(base) else base, x, **options)  # type: ignore[arg-type]
+
+
+def test_a_batch_size_turned_into_a_constant_is_found() -> None:
+    with pytest.raises(ConversionError, match="turn the batch size into a constant"):
+        convert(Lambda(lambda x: x.reshape(int(x.shape[0]), 6) * float(len(x))), X)
+
+
+def test_a_budget_error_is_a_conversion_error_and_a_value_error() -> None:
+    with pytest.raises(BudgetError):
+        convert(make(), X, budget=0.001)
+    assert issubclass(BudgetError, ConversionError)
+    assert issubclass(ConversionError, ValueError)
+
+
+def test_different_operations_in_the_two_modes_are_an_error_only_at_the_top() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x) if self.training else x
+
+    base = nn.Sequential(nn.Linear(20, 64), Noisy(), nn.ReLU(), nn.Linear(64, 64), Noisy(), nn.Linear(64, 6))
+    model = convert(base, X)
+    assert not torch.equal(model.train()(X), model(X))
+
+    class Top(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(20, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(F.relu(x) if self.training else x)
+
+    with pytest.raises(ConversionError, match="different operations in training and evaluation mode"):
+        convert(Top(), X)
+
+
+def test_every_public_name_is_there() -> None:
+    for name in ensemblenet.__all__:
+        assert getattr(ensemblenet, name) is not None
+    assert callable(ensemblenet.convert)

@@ -1,0 +1,101 @@
+"""Converted models in the hands of PyTorch's own tools."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from networks import ODD, LongSkip, TokenMixer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ensemblenet import CoDistillationLoss, EnsembleNet, convert
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 3, 1, 2])
+
+
+def mixer() -> EnsembleNet:
+    torch.manual_seed(0)
+    return convert(TokenMixer(), IMAGES)
+
+
+def gradients(model: nn.Module, network: nn.Module) -> list[torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(1)
+    CoDistillationLoss(weight=2.0)(network(IMAGES), LABELS).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["long skip", "token mixer", "volume", "1-d"])
+def test_compiled_in_one_graph(name: str) -> None:
+    factory, shape = ODD[name]
+    x = torch.randn(4, *shape)
+    torch.manual_seed(0)
+    model = convert(factory(), x)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled.eval()(x), model.eval()(x))
+    labels = torch.zeros(4, dtype=torch.long)
+    CoDistillationLoss(weight=2.0)(compiled.train()(x), labels).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_autocast_keeps_the_loss_in_float32() -> None:
+    model = mixer().train()
+    plain = CoDistillationLoss(weight=2.0)(model.eval()(IMAGES, per_head=True), LABELS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(IMAGES, per_head=True)
+        loss = CoDistillationLoss(weight=2.0)(outputs, LABELS)
+    assert outputs.dtype == torch.bfloat16
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain, rtol=0.05, atol=0.05)
+
+
+def test_channels_last() -> None:
+    model = convert(LongSkip(), IMAGES).eval()
+    expected = model(IMAGES)
+    got = model.to(memory_format=torch.channels_last)(IMAGES.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_deep_copies_and_pickles_are_models_of_their_own() -> None:
+    model = mixer().train()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.manual_seed(3)
+        expected = model(IMAGES)
+        torch.manual_seed(3)
+        assert torch.equal(twin(IMAGES), expected)
+        assert torch.equal(twin.eval()(IMAGES), model.eval()(IMAGES))
+        assert twin.recipe == model.recipe
+        model.train()
+        next(twin.parameters()).data.zero_()
+        assert next(model.parameters()).abs().sum() > 0
+
+
+def run_rank(rank: int, port: int, results: object) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = mixer().eval()  # without dropout, so that two halves of a batch make the whole
+    parallel = DistributedDataParallel(model)  # raises in the second step if a parameter had no gradient
+    half = slice(2 * rank, 2 * rank + 2)
+    for _ in range(2):
+        parallel.zero_grad()
+        outputs = parallel(IMAGES[half], per_head=True)
+        CoDistillationLoss(weight=2.0)(outputs, LABELS[half]).backward()
+    results[rank] = [parameter.grad.tolist() for parameter in model.parameters()]  # type: ignore[index]
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one() -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = mp.get_context("spawn").Manager().dict()
+    mp.spawn(run_rank, args=(port, results), nprocs=2)
+    model = mixer().eval()
+    CoDistillationLoss(weight=2.0)(model(IMAGES, per_head=True), LABELS).backward()
+    for left, right, parameter in zip(results[0], results[1], model.parameters(), strict=True):
+        assert left == right
+        torch.testing.assert_close(torch.tensor(left), parameter.grad, rtol=1e-4, atol=1e-6)

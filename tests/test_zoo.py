@@ -1,0 +1,57 @@
+"""All promises of a conversion, on networks that stand for the kinds; benchmarks/zoo.py runs the whole registry."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from networks import ODD
+from torch import nn
+
+from ensemblenet.testing import check_conversion
+
+TIMM = {
+    "vgg11": (3, 64, 64),  # plain convolutional
+    "test_resnet": (3, 64, 64),  # residual
+    "densenet121": (3, 64, 64),  # dense
+    "inception_v4": (3, 128, 128),  # inception
+    "mobilenetv3_small_050": (3, 96, 96),  # depthwise, squeeze-and-excite
+    "regnety_002": (3, 96, 96),  # groups
+    "convnext_atto": (3, 64, 64),
+    "deit_tiny_patch16_224": (3, 224, 224),  # vision transformer with a class token
+    "test_vit3": (3, 160, 160),  # with pooling
+    "swin_tiny_patch4_window7_224": (3, 224, 224),  # windows
+    "mixer_s32_224": (3, 224, 224),
+    "test_coatnet": (3, 160, 160),  # convolutions and attention
+    "test_nfnet": (3, 96, 96),  # normaliser-free
+    "xcit_nano_12_p16_224": (3, 224, 224),  # attention over channels
+}
+TORCHVISION = ["shufflenet_v2_x0_5", "vit_b_32"]
+
+
+def check(base: nn.Module, shape: tuple[int, ...], num_heads: int, budget: float) -> None:
+    report = check_conversion(base, torch.randn(2, *shape), num_heads, budget)
+    assert 0 < report.width < 1
+    assert report.spread is None or 0.4 < report.spread < 2.5
+    assert max(report.parameters_share, report.macs_share) > 0.8 * budget
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name: str) -> None:
+    torch.manual_seed(0)
+    config = {"img_size": TIMM[name][1:]} if name == "test_vit3" else {}
+    check(timm.create_model(name, **config), TIMM[name], num_heads=2, budget=0.9)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    check(torchvision.models.get_model(name, weights=None), (3, 224, 224), num_heads=4, budget=1.0)
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(("num_heads", "budget"), [(2, 0.9), (4, 1.0)])
+def test_odd_graphs(name: str, num_heads: int, budget: float) -> None:
+    torch.manual_seed(0)
+    make, shape = ODD[name]
+    report = check_conversion(make(), torch.randn(3, *shape), num_heads, budget)
+    assert 0 < report.width < 1
