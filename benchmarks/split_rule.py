@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 BUDGET = 0.95
 STAGES = {
     "mnist1d": ["input", "conv1", "conv2", "conv3"],
-    "cifar10": ["input", "stem", "stages.0", "stages.1"],
+    "cifar10": ["input", "stages.0", "stages.1"],
 }
 
 
@@ -91,7 +91,8 @@ def main() -> None:
             share = 1.0
             if num_heads:
                 network = convert(network, example, num_heads, BUDGET, split, seed)
-                assert network.cost and network.base_cost and network.trunk_cost
+                assert network.base_cost is not None
+                assert network.trunk_cost is not None
                 share = network.trunk_cost.macs / network.base_cost.macs
             train(network, data.train_dataloader(), epochs, settings, args.weight)
             errors.append(error(network, data.val_dataloader()))

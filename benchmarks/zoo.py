@@ -50,11 +50,7 @@ def _smallest_of_families() -> dict[str, tuple[str, list[int]]]:
     for family in track(timm.models.list_modules(), "Weighing timm's models"):
         sizes = []
         for name in timm.list_models(module=family):
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(name)
-            except (RuntimeError, NotImplementedError):  # it computes with its weights when it is made
-                model = timm.create_model(name)
+            model = weightless(lambda name=name: timm.create_model(name))
             if model.pretrained_cfg.get("num_classes"):
                 shape = list(model.pretrained_cfg["input_size"])
                 sizes.append((sum(p.numel() for p in model.parameters()), name, shape))
@@ -77,6 +73,20 @@ def torchvision_entries() -> Iterator[Entry]:
             lambda name=name: torchvision.models.get_model(name, weights=None),
             (3, size, size),
         )
+
+
+def weightless(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network without memory for its weights, unless it computes with them when it is made."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (RuntimeError, NotImplementedError):
+        return make()
+
+
+def size(entry: Entry) -> int:
+    """Parameters, so that small networks come first."""
+    return sum(p.numel() for p in weightless(entry[3]).parameters())
 
 
 def measure(entry: Entry) -> list[dict]:
@@ -168,7 +178,7 @@ def main() -> None:
     done = {(row["library"], row["model"]) for row in rows}
     entries = [*timm_entries(), *torchvision_entries()]
     entries = [e for e in entries if (e[0], e[2]) not in done and (args.library or e[0]) == e[0]]
-    entries = [e for e in entries if (args.only or "") in e[2]]
+    entries = sorted((e for e in entries if (args.only or "") in e[2]), key=size)
     for entry in track(entries, "Converting"):
         rows += measure(entry)
         order = sorted(rows, key=lambda r: (r["library"], r["family"], r["model"], r["num_heads"]))

@@ -7,13 +7,11 @@ import torchvision
 from networks import ODD
 from torch import nn
 
-from ensemblenet.testing import check_conversion
+from ensemblenet.testing import check_conversion, check_full_width
 
 TIMM = {
-    "vgg11": (3, 64, 64),  # plain convolutional
     "test_resnet": (3, 64, 64),  # residual
     "densenet121": (3, 64, 64),  # dense
-    "inception_v4": (3, 128, 128),  # inception
     "mobilenetv3_small_050": (3, 96, 96),  # depthwise, squeeze-and-excite
     "regnety_002": (3, 96, 96),  # groups
     "convnext_atto": (3, 64, 64),
@@ -25,11 +23,18 @@ TIMM = {
     "test_nfnet": (3, 96, 96),  # normaliser-free
     "xcit_nano_12_p16_224": (3, 224, 224),  # attention over channels
 }
-TORCHVISION = ["shufflenet_v2_x0_5", "vit_b_32"]
+TORCHVISION = [
+    "squeezenet1_1",  # plain convolutions
+    "googlenet",  # inception
+    "shufflenet_v2_x0_5",  # channels that change places
+    "vit_b_32",  # nn.MultiheadAttention
+]
 
 
 def check(base: nn.Module, shape: tuple[int, ...], num_heads: int, budget: float) -> None:
-    report = check_conversion(base, torch.randn(2, *shape), num_heads, budget)
+    x = torch.randn(2, *shape)
+    report = check_conversion(base, x, num_heads, budget)
+    check_full_width(base, x, report.split_at)
     assert 0 < report.width < 1
     assert report.spread is None or 0.4 < report.spread < 2.5
     assert max(report.parameters_share, report.macs_share) > 0.8 * budget
@@ -45,7 +50,9 @@ def test_timm(name: str) -> None:
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision(name: str) -> None:
     torch.manual_seed(0)
-    check(torchvision.models.get_model(name, weights=None), (3, 224, 224), num_heads=4, budget=1.0)
+    options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
+    base = torchvision.models.get_model(name, weights=None, **options)
+    check(base, (3, 224, 224), num_heads=4, budget=1.0)
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -53,5 +60,7 @@ def test_torchvision(name: str) -> None:
 def test_odd_graphs(name: str, num_heads: int, budget: float) -> None:
     torch.manual_seed(0)
     make, shape = ODD[name]
-    report = check_conversion(make(), torch.randn(3, *shape), num_heads, budget)
+    base, x = make(), torch.randn(3, *shape)
+    report = check_conversion(base, x, num_heads, budget)
+    check_full_width(base, x, report.split_at)
     assert 0 < report.width < 1

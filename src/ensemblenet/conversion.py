@@ -231,7 +231,7 @@ def _assemble(design: HeadDesign, sizing: Sizing, recipe: Recipe, base_cost: Cos
 
 def _check_training_step(model: EnsembleNet, x: Tensor) -> None:
     """Run one forward and backward pass in training mode; the model is left as it was."""
-    with keeping_state(model, x):
+    with torch.enable_grad(), keeping_state(model, x):
         outputs = model.train()(x)
         if not torch.isfinite(outputs).all():
             raise ConversionError("The converted model's outputs are not finite on the example inputs.")

@@ -61,7 +61,8 @@ def measure_cost(module: nn.Module, example_input: Tensor) -> Cost:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its one operator is not counted
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # with gradients on: the counter's hooks fail on parameters that a layer takes as inputs otherwise
+        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
             module.eval()(example_input)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
