@@ -118,6 +118,25 @@ def test_a_cache_filled_in_the_first_run_is_no_difference_between_the_modes() ->
     torch.testing.assert_close(fx.GraphModule(traced.module, traced.graph)(x), base(x))
 
 
+def test_a_cache_in_a_buffer_keeps_what_the_first_run_put_there() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table.shape[1] != x.shape[1]:
+                self.table = torch.arange(float(x.shape[1])).unsqueeze(0)
+            return self.layer(x) + self.table
+
+    base = Positions()
+    traced = trace(base, torch.randn(2, 4))
+    assert base.table.shape == (1, 1)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(fx.GraphModule(traced.module, traced.graph)(x), base(x))
+
+
 def test_the_failing_module_and_the_users_line_are_named() -> None:
     class Broken(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -186,8 +186,10 @@ def trace(base: nn.Module, example_input: Tensor) -> Trace:
     leaves: set[type[nn.Module]] = set()
     tried: set[str] = set()
     notes: list[str] = []
+    expected: Tensor | None = None
     while True:
         evaluation = _record(module, x, leaves, training=False)
+        expected = evaluation.output if expected is None else expected  # of the base as it came
         training = _record(module, x, leaves, training=True)
         if not evaluation.returns_tensor:
             raise ConversionError(
@@ -209,7 +211,8 @@ def trace(base: nn.Module, example_input: Tensor) -> Trace:
         tried.add(owner)  # the first time may have been the filling of a cache
     module.add_module(BY_MODE, ByMode())  # only now: a Sequential would call it
     traced = evaluation.trace(module, x, notes)
-    _check_batch_size(traced, evaluation.output)
+    assert expected is not None
+    _check_batch_size(traced, expected)
     return traced
 
 
@@ -237,14 +240,13 @@ def _record(module: nn.Module, x: Tensor, leaves: set[type[nn.Module]], *, train
 @contextmanager
 def keeping_state(module: nn.Module, x: Tensor) -> Iterator[None]:
     """Put buffers and the random state back after a run in training mode."""
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
     with torch.no_grad():
-        for name, buffer in module.named_buffers():
-            if name in buffers:
-                buffer.copy_(buffers[name])
+        for buffer, value in before:  # into the old tensors: a new one in their place is a cache that the run filled
+            buffer.copy_(value)
 
 
 class _TracedInt(int):
