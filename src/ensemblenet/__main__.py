@@ -1,0 +1,8 @@
+"""`python -m ensemblenet` is the command `ensemblenet`."""
+
+import sys
+
+from ensemblenet.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Networks by name, as the command line and configurations take them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ensemblenet.errors import EnsembleNetError
+
+__all__ = ["ModelNameError", "create", "default_input_shape"]
+
+
+class ModelNameError(EnsembleNetError, ValueError):
+    """A name that no network goes by."""
+
+
+def create(name: str, num_classes: int | None = None) -> nn.Module:
+    """Make a network with random weights.
+
+    Args:
+        name: a name of timm's, such as `resnet18`; `torchvision:NAME`; or `module.path:callable`, a callable
+            that returns a network.
+        num_classes: outputs; None leaves the network's own default.
+
+    Raises:
+        ModelNameError: there is no such network, or what the callable returns is none.
+
+    Example:
+        >>> type(create("ensemblenet.models:MNIST1DNet", num_classes=3)).__name__
+        'MNIST1DNet'
+    """
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    source, _, rest = name.partition(":")
+    if not rest:
+        return _from_timm(name)(**arguments)
+    factory = _from_torchvision(rest) if source == "torchvision" else _from_module(source, rest)
+    try:
+        network = factory(**arguments)
+    except TypeError as error:
+        raise ModelNameError(f"{name} cannot be called with {arguments or 'no arguments'}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ModelNameError(f"{name} must return an nn.Module, got {type(network).__name__}.")
+    return network
+
+
+def default_input_shape(network: nn.Module) -> tuple[int, ...] | None:
+    """The shape of one input that the network was made for, where it says so.
+
+    Example:
+        >>> default_input_shape(create("resnet18"))
+        (3, 224, 224)
+    """
+    if size := (getattr(network, "pretrained_cfg", None) or {}).get("input_size"):
+        return tuple(size)
+    if type(network).__module__.startswith("torchvision."):
+        return (3, 224, 224)
+    return getattr(network, "input_shape", None)
+
+
+def _from_timm(name: str) -> Callable[..., nn.Module]:
+    import timm  # slow to import, and only needed for its own names
+
+    if not timm.is_model(name):
+        raise ModelNameError(
+            f"timm has no model {name!r}.{_suggest(name, timm.list_models())} Other networks are named "
+            "torchvision:NAME or module.path:callable."
+        )
+    return lambda **arguments: timm.create_model(name, **arguments)
+
+
+def _from_torchvision(name: str) -> Callable[..., nn.Module]:
+    try:
+        from torchvision import models  # an optional library
+    except ImportError as error:
+        raise ModelNameError("torchvision:NAME needs torchvision: pip install torchvision") from error
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ModelNameError(f"torchvision has no classification model {name!r}.{_suggest(name, known)}")
+    return lambda **arguments: models.get_model(name, weights=None, **arguments)
+
+
+def _from_module(module: str, name: str) -> Callable[..., Any]:
+    try:
+        factory = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise ModelNameError(f"{module}:{name}: {error}. Is its folder on PYTHONPATH?") from error
+    if not callable(factory):
+        raise ModelNameError(f"{module} has no callable {name!r}.")
+    return factory
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f" Did you mean {', '.join(near)}?" if near else ""

@@ -1,0 +1,1 @@
+"""Studies: methods compared over several seeds, and the pages that show them."""

@@ -1,0 +1,215 @@
+"""The command `fit`: train from a YAML file, and go on where a run was killed."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from ensemblenet import EnsembleNet, measure_cost, save
+from ensemblenet.errors import TrainingError
+from ensemblenet.study.report import results_table
+from ensemblenet.training.module import Classifier
+from ensemblenet.training.run import (
+    CHECKPOINT,
+    ENVIRONMENT,
+    RESULTS,
+    AsideCheckpointIO,
+    create_run_folder,
+    environment,
+    result_row,
+    unfinished_run,
+    write_json,
+)
+
+__all__ = ["EpochSeed", "fit"]
+
+_CONFIG = "config.yaml"
+_DESCRIPTION = """Train a network, or the multi-headed model that it converts to.
+
+It needs a YAML file: `ensemblenet fit --config configs/mnist1d/ensemblenet.yaml`. Every setting of the file
+is also an option below. `model.base` takes a class_path with init_args, your own classes too if their folder
+is on PYTHONPATH; so does `data`. The run gets a folder of its own under --runs with the configuration, the
+environment, logs for TensorBoard and as CSV, checkpoints, and results.json.
+"""
+
+
+def fit(arguments: Sequence[str]) -> Path:
+    """Train from a configuration, test, and write down the results.
+
+    Args:
+        arguments: command-line arguments.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        TrainingError: bad arguments, nothing to resume, or a loss that became non-finite.
+    """
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
+    try:
+        cli = _FitCLI(args=_with_stored_config(list(arguments)))
+    except ArgumentError as error:
+        raise TrainingError(str(error)) from error
+    except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
+        raise TrainingError(str(_innermost(error))) from error
+    folder, module, data = cli.folder, cli.model, cli.datamodule
+    write_json(folder / ENVIRONMENT, environment())
+    checkpoint = folder / CHECKPOINT
+    resumed = str(checkpoint) if checkpoint.exists() else None
+    cli.trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+    [metrics] = cli.trainer.test(module, data, verbose=False)
+    if isinstance(module.network, EnsembleNet) and module.network.recipe is not None:
+        shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was killed just after this
+        save(module.network.eval(), folder / "model")
+    row = _row(module, metrics, cli.config["seed_everything"])
+    write_json(folder / RESULTS, {"rows": [row]})
+    console = Console()
+    console.print(results_table([row]))
+    console.print(f"Results and logs: {folder}", highlight=False, soft_wrap=True)
+    return folder
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return error
+
+
+class EpochSeed(Callback):
+    """Starts every epoch from a seed of its own: an epoch replayed after a kill draws the same numbers.
+
+    Shuffling, augmentation and dropout then depend on (seed, epoch) alone and no generator needs saving. It
+    holds for data that is loaded in the main process; what workers (`num_workers > 0`) draw may differ.
+
+    Args:
+        seed: the run's.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the loader a generator of its own: making its iterator would draw from the global one."""
+        loader = trainer.train_dataloader
+        if isinstance(loader, DataLoader) and loader.generator is None:
+            loader.generator = torch.Generator()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed all global generators for the epoch."""
+        mixed = self.seed * 1_000_003 + trainer.current_epoch
+        seed_everything(mixed % 2**32, verbose=False)
+
+
+class _FitCLI(LightningCLI):
+    """Reads the configuration and makes module, data and trainer, and the run's folder."""
+
+    folder: Path
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            Classifier,
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
+            seed_everything_default=0,
+            run=False,
+            args=args,
+            parser_kwargs={"prog": "ensemblenet fit", "description": _DESCRIPTION, "exit_on_error": False},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to the run and not to Lightning."""
+        parser.add_argument("--name", default="fit", help="begins the name of the run's folder")
+        parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made")
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' "
+            "for the newest unfinished run of this name, or a new one if there is none",
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer, whose logs and checkpoints go to the run's folder."""
+        self.folder = self._choose_folder()
+        self.parser.save(self.config, self.folder / _CONFIG, overwrite=True, skip_none=False)
+        chosen = self.config_init["trainer"]
+        kwargs["logger"] = [
+            TensorBoardLogger(self.folder, name="tensorboard", version=""),
+            CSVLogger(self.folder, name="csv"),
+            *_listed(chosen["logger"]),
+        ]
+        kwargs["plugins"] = [AsideCheckpointIO(), *_listed(chosen["plugins"])]
+        kwargs["callbacks"] = [
+            EpochSeed(self.config["seed_everything"]),
+            RichProgressBar(),
+            LearningRateMonitor("step"),
+            ModelCheckpoint(
+                self.folder / CHECKPOINT.parent,
+                CHECKPOINT.stem,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            ),
+            *_listed(chosen["callbacks"]),
+        ]
+        return super().instantiate_trainer(**kwargs)
+
+    def _choose_folder(self) -> Path:
+        name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
+        if resume is None:
+            return create_run_folder(Path(runs), name)
+        if resume == "auto":
+            return unfinished_run(Path(runs), name) or create_run_folder(Path(runs), name)
+        folder = Path(resume)
+        if (folder / RESULTS).exists():
+            raise TrainingError(f"{folder} is finished: it has {RESULTS}. Leave --resume out for a new run.")
+        return folder
+
+
+def _listed(chosen: Any) -> list[Any]:
+    """What the configuration chose: nothing, one, or several."""
+    if chosen is None or isinstance(chosen, bool):
+        return []
+    return list(chosen) if isinstance(chosen, Sequence) else [chosen]
+
+
+def _with_stored_config(arguments: list[str]) -> list[str]:
+    """The arguments, behind the configuration of the run that they resume."""
+    resume = _value_of("--resume", arguments)
+    if resume in (None, "auto"):
+        return arguments
+    stored = Path(resume, _CONFIG)
+    if not stored.is_file():
+        raise TrainingError(f"{resume} is no run folder: it has no {_CONFIG}. Give a folder under runs/, or 'auto'.")
+    return ["--config", str(stored), *arguments]
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == option:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _row(module: Classifier, metrics: Mapping[str, float], seed: int) -> dict[str, Any]:
+    error, head_error = (100 * (1 - metrics[f"test/{name}"]) for name in ("accuracy", "head_accuracy"))
+    cost = measure_cost(module.network, module.example_inputs)
+    method = "base" if module.conversion is None else "ensemblenet"
+    more = {key.removeprefix("test/"): value for key, value in metrics.items() if key.startswith("test/")}
+    return result_row(method, cost, [error], [head_error], num_heads=module.num_heads, seed=seed, test=more)

@@ -1,0 +1,152 @@
+"""Run folders: where a run keeps its configuration, its environment and its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from ensemblenet.cost import Cost
+
+__all__ = [
+    "AsideCheckpointIO",
+    "aside",
+    "create_run_folder",
+    "environment",
+    "result_row",
+    "unfinished_run",
+    "write_json",
+]
+
+RESULTS = "results.json"
+ENVIRONMENT = "environment.json"
+CHECKPOINT = Path("checkpoints", "last.ckpt")
+
+
+def create_run_folder(runs: Path, name: str) -> Path:
+    """Create `runs/<name>-<time>`, with a number behind it where that exists already: never an old folder."""
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    for attempt in count(1):
+        folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def unfinished_run(runs: Path, name: str) -> Path | None:
+    """The newest run of that name that has no results yet, if there is one."""
+    names = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")
+    folders = [path for path in runs.glob("*") if names.fullmatch(path.name) and not (path / RESULTS).exists()]
+    return max(folders, key=lambda folder: folder.name, default=None)
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """Yields a name to write a file under; it takes the file's own name only when it is complete.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "results.json"
+        >>> with aside(path) as unfinished:
+        ...     _ = unfinished.write_text("{}")
+        ...     path.exists()
+        False
+        >>> path.read_text()
+        '{}'
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data for people to read, complete or not at all."""
+    with aside(path) as unfinished:
+        unfinished.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+class AsideCheckpointIO(TorchCheckpointIO):
+    """Saves a checkpoint under another name first, so that a kill leaves the last one whole."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Save a Lightning checkpoint."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with aside(Path(path)) as unfinished:
+            torch.save(checkpoint, unfinished)
+
+
+def environment() -> dict[str, Any]:
+    """What a result may depend on: versions, machine, command. No names of people, hosts or folders."""
+    packages = ("ensemblenet", "torch", "lightning", "timm", "numpy")
+    return {
+        "python": platform.python_version(),
+        "packages": {package: version(package) for package in packages},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
+    }
+
+
+def result_row(
+    method: str, cost: Cost, errors: Sequence[float], head_errors: Sequence[float], **more: Any
+) -> dict[str, Any]:
+    """One row of `results.json`: what a method costs and how often it errs.
+
+    Args:
+        method: "base", "ensemblenet", ...
+        cost: of the whole model.
+        errors: test error of each seed, in percent.
+        head_errors: the mean over its single heads, of each seed, in percent.
+        more: further columns.
+
+    Returns:
+        Plain data; the spread is the standard deviation of a seed, 0 where there is one seed only.
+
+    Example:
+        >>> row = result_row("base", Cost(10, 20.0), [2.0, 4.0], [2.0, 4.0])
+        >>> row["error_mean"], round(row["error_std"], 3), row["seeds"]
+        (3.0, 1.414, 2)
+    """
+    return {
+        "method": method,
+        "parameters": cost.parameters,
+        "macs": cost.macs,
+        **_spread("error", errors),
+        **_spread("head_error", head_errors),
+        "seeds": len(errors),
+        "errors": list(errors),
+        "head_errors": list(head_errors),
+        **more,
+    }
+
+
+def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {f"{name}_mean": statistics.fmean(values), f"{name}_std": spread}

@@ -1,0 +1,28 @@
+"""The configurations that the project ships can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ensemblenet.training.cli import _FitCLI
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[f"{path.parent.name}-{path.stem}" for path in CONFIGS])
+def test_a_shipped_config_makes_module_data_and_trainer(config, tmp_path):
+    cli = _FitCLI(["--config", str(config), "--runs", str(tmp_path), "--trainer.accelerator", "cpu"])
+    assert (cli.model.conversion is None) == (config.stem == "base")
+    assert cli.folder.parent == tmp_path
+    assert (cli.folder / "config.yaml").is_file()
+
+
+def test_base_and_conversion_share_base_data_and_effort():
+    for dataset in {path.parent for path in CONFIGS}:
+        base, ours = (yaml.safe_load((dataset / f"{name}.yaml").read_text()) for name in ("base", "ensemblenet"))
+        assert base["model"]["base"] == ours["model"]["base"]
+        assert base["data"] == ours["data"]
+        assert base["trainer"] == ours["trainer"]
