@@ -16,7 +16,8 @@ demo: setup
 	$(BIN)/ensemblenet demo
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2
+	# one thread a process: more would fight over the cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 check: setup
 	$(BIN)/ruff check

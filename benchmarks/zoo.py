@@ -136,16 +136,21 @@ def write_page(rows: list[dict]) -> None:
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads, batches of 2.",
         "",
-        "| networks | K | budget | converted | of | share |",
-        "|---|---|---|---|---|---|",
+        "Networks are run smallest first; what is not listed has not been run yet.",
+        "",
+        "| networks | there are | run | K | budget | converted | share of those run |",
+        "|---|---|---|---|---|---|---|",
     ]
+    there = {"timm": len(_smallest_of_families()), "torchvision": len(list(torchvision_entries()))}
     for library in ("timm", "torchvision"):
         for num_heads, budget in SETTINGS:
             mine = [r for r in rows if (r["library"], r["num_heads"]) == (library, num_heads)]
             good = [r for r in mine if "reason" not in r]
             what = "timm families" if library == "timm" else "torchvision models"
             share = f"{len(good) / max(len(mine), 1):.1%}"
-            lines.append(f"| {what} | {num_heads} | {budget} | {len(good)} | {len(mine)} | {share} |")
+            lines.append(
+                f"| {what} | {there[library]} | {len(mine)} | {num_heads} | {budget} | {len(good)} | {share} |"
+            )
     lines += [
         "",
         "| library | family | model | parameters | K | split | width | parameters share | MACs share | spread | s |",
