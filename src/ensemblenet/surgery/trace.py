@@ -172,8 +172,8 @@ def trace(base: nn.Module, example_input: Tensor) -> Trace:
 
     Example:
         >>> traced = trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(3, 4))
-        >>> [str(node) for node in traced.graph.nodes]
-        ['input', '_0', '_1', '_2', 'output']
+        >>> [node.target for node in traced.graph.nodes]
+        ['input', '0', '1', '2', 'output']
     """
     try:
         module = copy.deepcopy(base)
