@@ -136,7 +136,8 @@ def write_page(rows: list[dict]) -> None:
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads, batches of 2.",
         "",
-        "Networks are run smallest first; what is not listed has not been run yet.",
+        "Networks are run smallest first; what is not listed has not been run yet. torchvision's convolutional",
+        "networks were given 128 pixels. Seconds were taken while other work ran on the machine.",
         "",
         "| networks | there are | run | K | budget | converted | share of those run |",
         "|---|---|---|---|---|---|---|",
