@@ -16,6 +16,12 @@ IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 3, 1, 2])
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    """Every EnsembleNet shares one `forward`, of which the compiler keeps a limited number of versions a process."""
+    torch.compiler.reset()
+
+
 def mixer() -> EnsembleNet:
     torch.manual_seed(0)
     return convert(TokenMixer(), IMAGES)
