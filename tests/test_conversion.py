@@ -258,6 +258,17 @@ def test_bad_input(base: object, x: object, options: dict, message: str) -> None
         convert(base() if callable(base) else base, x, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:std")
+def test_what_is_not_finite_only_when_narrow_is_found() -> None:
+    class Standardize(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.std(1, keepdim=True)  # of a single channel it is NaN
+
+    base = nn.Sequential(nn.Linear(20, 2), Standardize(), nn.Linear(2, 256), nn.ReLU(), nn.Linear(256, 6))
+    with pytest.raises(ConversionError, match="The converted model's outputs are not finite on the example inputs"):
+        convert(base, X, num_heads=4, split_at="input")
+
+
 def test_a_batch_size_turned_into_a_constant_is_found() -> None:
     with pytest.raises(ConversionError, match="turn the batch size into a constant"):
         convert(Lambda(lambda x: x.reshape(int(x.shape[0]), 6) * float(len(x))), X)
