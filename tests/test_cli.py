@@ -17,12 +17,12 @@ NET = "ensemblenet.models:MNIST1DNet"
 def test_help_lists_the_commands_without_loading_torch():
     code = "import sys; from ensemblenet.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("demo", "info", "convert", "fit"):
+    for command in ("demo", "info", "convert", "compare", "fit"):
         assert f"\n  {command} " in printed
     assert printed.endswith("False\n")
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "convert", "fit"])
+@pytest.mark.parametrize("command", ["demo", "info", "convert", "compare", "fit"])
 def test_each_help_says_what_the_command_needs(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])

@@ -258,6 +258,12 @@ def test_bad_input(base: object, x: object, options: dict, message: str) -> None
         convert(base() if callable(base) else base, x, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_in_the_bases_mode(training: bool) -> None:
+    model = convert(make().train(training), X)
+    assert {module.training for module in model.modules()} == {training}
+
+
 @pytest.mark.filterwarnings("ignore:std")
 def test_what_is_not_finite_only_when_narrow_is_found() -> None:
     class Standardize(nn.Module):

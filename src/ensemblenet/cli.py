@@ -16,7 +16,10 @@ _COMMANDS = {
     ),
     "info": ("ensemblenet.commands", "where a network can be split, and how wide heads a budget allows"),
     "convert": ("ensemblenet.commands", "convert a network into a multi-headed one and save it"),
+    "benchmark": ("ensemblenet.commands", "how fast a network's heads run: one by one, fused, compiled"),
+    "compare": ("ensemblenet.study.compare", "train every method with the same effort; a page that says who wins"),
     "fit": ("ensemblenet.training.cli", "train a base or its conversion from a YAML file"),
+    "predict": ("ensemblenet.training.predict", "tag the videos of YouTube-8M files; a submission as CSV"),
 }
 
 
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ensemblenet",
         description="Turn any network into a smaller and better multi-headed one.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:9}{summary}" for name, (_, summary) in _COMMANDS.items())
+        + "\n".join(f"  {name:10}{summary}" for name, (_, summary) in _COMMANDS.items())
         + "\n\n`ensemblenet COMMAND --help` says what a command needs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -232,10 +232,8 @@ def _plain_loss(
 
 def _divergence(z: Tensor, combined: Tensor, task: Task, combine: Combine) -> Tensor:
     """mean_k KL(ensemble || head k): (N, 1, *) for multiclass, else one for each output, (N, C, *)."""
-    if task == "regression":
-        return (z - combined).square().mean(0) / 2
-    if combine == "logits":
-        gap = _gap_of_softmax(z, combined) if task == "multiclass" else _gap_of_sigmoid(z, combined)
+    if combine == "logits" or task == "regression":
+        gap: Tensor = _Gap.apply(z, task)  # pyright: ignore[reportAssignmentType]
     elif task == "multiclass":
         gap = _kl(combined.log_softmax(1), z.log_softmax(2)).sum(1, keepdim=True)
     else:
@@ -243,6 +241,40 @@ def _divergence(z: Tensor, combined: Tensor, task: Task, combine: Combine) -> Te
         gap = yes + _kl(F.logsigmoid(-combined), F.logsigmoid(-z))
     # Rounding can leave a gap of almost zero below it. Only the value is lifted: the gradient stays exact.
     return gap + (gap.clamp(min=0) - gap).detach()
+
+
+class _Gap(torch.autograd.Function):
+    """mean_k A(z_k) - A(zbar), with its gradient (grad A(z_k) - grad A(zbar)) / K in closed form.
+
+    Autograd would keep more than a copy of z for backward; this keeps z alone, which its maker has anyway.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, task: Task) -> Tensor:
+        mean = z.mean(0)
+        if task == "regression":
+            return (z - mean).square().mean(0) / 2
+        return _gap_of_softmax(z, mean) if task == "multiclass" else _gap_of_sigmoid(z, mean)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Task], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.task = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (z,) = ctx.saved_tensors
+        gradient = _gradient_of_a(z, ctx.task, 2) - _gradient_of_a(z.mean(0), ctx.task, 1)
+        return gradient * (grad_outputs[0] / len(z)), None
+
+
+def _gradient_of_a(z: Tensor, task: Task, classes: int) -> Tensor:
+    """What is predicted: probabilities, or the values themselves."""
+    if task == "regression":
+        return z
+    return z.softmax(classes) if task == "multiclass" else z.sigmoid()
 
 
 def _gap_of_softmax(z: Tensor, mean: Tensor) -> Tensor:

@@ -222,3 +222,36 @@ def test_rules_never_contradict_the_tensors() -> None:
         equations = Equations(traced, set(traced.graph.nodes), ref, [kept(size) for size in ref.shape], set())
         for refs in traced.refs.values():
             assert math.prod(axis.size for axis in equations.axes(refs)) == math.prod(refs.shape)
+
+
+class RecurrentHead(nn.Module):
+    """The last state of a recurrent network, classified."""
+
+    def __init__(self, bidirectional: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 16)
+        self.recurrent = nn.GRU(16, 32, 2, batch_first=True, bidirectional=bidirectional)
+        self.last = nn.Linear(64 if bidirectional else 32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.recurrent(self.first(x))
+        return self.last(states[:, -1])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gated_recurrent_units_are_narrowed(bidirectional):
+    x = torch.randn(3, 5, 6)
+    model = convert(RecurrentHead(bidirectional), x, 2, 0.9, "first").eval()
+    for head in model.heads:
+        layer = head.get_submodule("recurrent")
+        assert layer.hidden_size < 32
+        assert layer.weight_hh_l1.shape == (3 * layer.hidden_size, layer.hidden_size)
+        assert layer.input_size == layer.weight_ih_l0.shape[1] == 16
+        assert layer(torch.randn(2, 7, 16))[0].shape == (2, 7, layer.hidden_size * (1 + bidirectional))
+    assert model(x).shape == (3, 4)
+
+
+@pytest.mark.parametrize("operation", [F.logsigmoid, lambda x: x.clone().transpose_(2, 3)])
+def test_operations_that_let_channels_through(operation):
+    model = convert(Between(Function(operation)), torch.randn(2, 3, 8, 8), 2, 0.9, "input")
+    assert all(head.get_submodule("first").out_channels < 64 for head in model.heads)

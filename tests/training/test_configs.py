@@ -9,19 +9,21 @@ import yaml
 
 from ensemblenet.training.cli import _FitCLI
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if path.parent.name != "compare"
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[f"{path.parent.name}-{path.stem}" for path in CONFIGS])
 def test_a_shipped_config_makes_module_data_and_trainer(config, tmp_path):
     cli = _FitCLI(["--config", str(config), "--runs", str(tmp_path), "--trainer.accelerator", "cpu"])
-    assert (cli.model.conversion is None) == (config.stem == "base")
+    assert (cli.model.conversion is None) == (yaml.safe_load(config.read_text())["model"]["conversion"] is None)
     assert cli.folder.parent == tmp_path
     assert (cli.folder / "config.yaml").is_file()
 
 
 def test_base_and_conversion_share_base_data_and_effort():
-    for dataset in {path.parent for path in CONFIGS}:
+    for dataset in {path.parent for path in CONFIGS if path.stem == "ensemblenet"}:
         base, ours = (yaml.safe_load((dataset / f"{name}.yaml").read_text()) for name in ("base", "ensemblenet"))
         assert base["model"]["base"] == ours["model"]["base"]
         assert base["data"] == ours["data"]

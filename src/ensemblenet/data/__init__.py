@@ -1,6 +1,7 @@
-"""Data modules; each yields batches of inputs and class indices."""
+"""Data modules; each yields batches of inputs and targets."""
 
 from ensemblenet.data.images import ParquetImages
 from ensemblenet.data.mnist1d import MNIST1D
+from ensemblenet.data.youtube8m import YouTube8M
 
-__all__ = ["MNIST1D", "ParquetImages"]
+__all__ = ["MNIST1D", "ParquetImages", "YouTube8M"]

@@ -2,5 +2,24 @@
 
 from ensemblenet.models.mnist1d import MNIST1DNet
 from ensemblenet.models.resnet import CifarResNet
+from ensemblenet.models.youtube8m import (
+    DeepBagOfFrames,
+    GatedNetVLAD,
+    GRUTagger,
+    LogisticTagger,
+    MLPTagger,
+    MoETagger,
+    NeXtVLAD,
+)
 
-__all__ = ["CifarResNet", "MNIST1DNet"]
+__all__ = [
+    "CifarResNet",
+    "DeepBagOfFrames",
+    "GRUTagger",
+    "GatedNetVLAD",
+    "LogisticTagger",
+    "MLPTagger",
+    "MNIST1DNet",
+    "MoETagger",
+    "NeXtVLAD",
+]

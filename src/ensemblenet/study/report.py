@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
@@ -13,12 +14,26 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from rich import box
 from rich.table import Table
 
 from ensemblenet.training.run import aside
 
-__all__ = ["MACS_NOTE", "Figure", "draw_costs", "draw_pairs", "draw_weights", "results_table", "write_page"]
+__all__ = [
+    "MACS_NOTE",
+    "Column",
+    "Figure",
+    "draw_against_cost",
+    "draw_costs",
+    "draw_heads",
+    "draw_measures",
+    "draw_pairs",
+    "draw_weights",
+    "results_table",
+    "with_spread",
+    "write_page",
+]
 
 MACS_NOTE = "MACs are multiply-adds for one example: half of what torch.utils.flop_counter counts."
 
@@ -26,6 +41,9 @@ Row = Mapping[str, Any]
 
 _DPI = 192
 _BLUE, _ORANGE, _GREY = "#3b82f6", "#f59e0b", "#8a8f98"
+_NARROW = 5.4  # inches: what a phone shrinks stays legible
+_BASE_LINE: dict[str, Any] = {"color": _ORANGE, "linestyle": "--", "linewidth": 1, "zorder": 0}
+_COLOURS = {"base": _ORANGE, "ours": _BLUE}  # of what a row's `kind` names
 _THEMES = {
     "light": {"ink": "#1f2328", "paper": "#ffffff", "line": "#d8dce2"},
     "dark": {"ink": "#e6e8eb", "paper": "#17191d", "line": "#3a3f47"},
@@ -35,45 +53,64 @@ _THEMES = {
 # -- tables
 
 
-def results_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The rows of a `results.json` as a table for the terminal."""
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Args:
+        heading: what stands above it.
+        cell: a row's text.
+    """
+
+    heading: str
+    cell: Callable[[Row], str]
+
+
+def results_table(rows: Sequence[Row], title: str | None = None, columns: Sequence[Column] = ()) -> Table:
+    """The rows of a `results.json` as a table for the terminal; without columns, those that all runs have."""
+    columns = columns or _columns(rows)
     table = Table(title=title, caption=MACS_NOTE, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for k, column in enumerate(columns):
+        table.add_column(column.heading, justify="right" if k else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*(column.cell(row) for column in columns))
     return table
 
 
-_COLUMNS = (
-    "method",
-    "K",
-    "params",
-    "MACs",
-    "error, %",
-    "one head, %",
-    "runs",
-    "ms",
-)
+def with_spread(row: Row, name: str, digits: int = 2) -> str:
+    """Mean and standard deviation of a measure, as `1.23 ± 0.04`; nothing where a row lacks it."""
+    if row.get(f"{name}_mean") is None:
+        return ""
+    spread = f" ± {row[f'{name}_std']:.{digits}f}" if row["seeds"] > 1 else ""
+    return f"{row[f'{name}_mean']:.{digits}f}{spread}"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    milliseconds = row.get("milliseconds")
-    return (
-        row["method"],
-        str(row["num_heads"]),
-        f"{row['parameters']:,}",
-        f"{row['macs']:,.0f}",
-        _with_spread(row, "error"),
-        _with_spread(row, "head_error"),
-        str(row["seeds"]),
-        "" if milliseconds is None else f"{milliseconds:.2f}",
-    )
+def _milliseconds(row: Row) -> str:
+    value = row.get("milliseconds")
+    return "" if value is None else f"{value:.2f}"
 
 
-def _with_spread(row: Row, name: str) -> str:
-    spread = f" ± {row[f'{name}_std']:.2f}" if row["seeds"] > 1 else ""
-    return f"{row[f'{name}_mean']:.2f}{spread}"
+_SCORES = {
+    "error": "error, %",
+    "head_error": "one head, %",
+    "gap": "GAP@20, %",
+    "head_gap": "one head, %",
+    "map": "mAP, %",
+}
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """Size, the scores that rows have, and inference time."""
+    scores = [name for name in _SCORES if any(f"{name}_mean" in row for row in rows)]
+    return [
+        Column("method", lambda row: row["method"]),
+        Column("K", lambda row: str(row["num_heads"])),
+        Column("params", lambda row: f"{row['parameters']:,}"),
+        Column("MACs", lambda row: f"{row['macs']:,.0f}"),
+        *(Column(_SCORES[name], partial(with_spread, name=name)) for name in scores),
+        Column("runs", lambda row: str(row["seeds"])),
+        Column("ms", _milliseconds),
+    ]
 
 
 # -- figures
@@ -184,6 +221,101 @@ def draw_pairs(row: Row) -> Drawing:
     return drawing
 
 
+def draw_measures(rows: Sequence[Row], measures: Sequence[tuple[str, str]]) -> Drawing:
+    """Measures of every method, one below the other: a panel for each measure, with the base's as a line.
+
+    Args:
+        rows: from top to bottom; those whose `kind` is "larger" are drawn hollow.
+        measures: name and label of each; rows have `<name>_mean` and perhaps `<name>_std`, or lack both.
+    """
+    drawing = Drawing(figsize=(_NARROW, 0.9 + 0.32 * len(rows)), layout="constrained")
+    panels = drawing.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for panel, (name, label) in zip(panels, measures, strict=True):
+        for place, row in enumerate(rows):
+            if row.get(f"{name}_mean") is not None:
+                panel.errorbar(row[f"{name}_mean"], place, xerr=row.get(f"{name}_std"), **_marker(row))
+                if row.get("kind") == "base":
+                    panel.axvline(row[f"{name}_mean"], **_BASE_LINE)
+        panel.set_xlabel(label)
+        panel.xaxis.set_major_locator(MaxNLocator(7 // len(measures)))
+        panel.margins(x=0.12)
+    _name_lines(panels[0], rows)
+    return drawing
+
+
+def draw_heads(rows: Sequence[Row], label: str) -> Drawing:
+    """Error of each method's prediction beside that of its single heads, mean over heads; the base's as a line."""
+    several = [row for row in rows if row["num_heads"] > 1]
+    drawing = Drawing(figsize=(_NARROW, 0.9 + 0.32 * len(several)), layout="constrained")
+    axes = drawing.subplots()
+    for place, row in enumerate(several):
+        ends = (row["error_mean"], row["head_error_mean"])
+        axes.plot(ends, (place, place), color=_GREY, linewidth=1.5, zorder=1)
+        axes.errorbar(ends[0], place, xerr=row["error_std"], **_marker(row))
+        axes.plot(ends[1], place, "s", color=_GREY, markersize=6)
+    axes.axvline(rows[0]["error_mean"], **_BASE_LINE)
+    if max(row["head_error_mean"] for row in several) > 4 * max(row["error_mean"] for row in rows):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
+    _name_lines(axes, several)
+    return drawing
+
+
+def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
+    """Error against parameters and against MACs, as shares of the first row's, the base's, whose error is a line.
+
+    The base, the best, `kind` "ours" and whatever stands apart are named; the rest is for the table.
+    """
+    base, best = rows[0], min(rows, key=lambda row: row["error_mean"])
+    drawing = Drawing(figsize=(_NARROW, 6.4), layout="constrained")
+    panels = drawing.subplots(2, 1)
+    for panel, (key, size) in zip(panels, [("parameters", "parameters"), ("macs", "MACs")], strict=True):
+        shares = [row[key] / base[key] for row in rows]
+        for row, share in zip(rows, shares, strict=True):
+            panel.errorbar(share, row["error_mean"], yerr=row["error_std"], **_marker(row), alpha=0.8)
+            if row is best or row.get("kind") in _COLOURS or _stands_apart(share, shares):
+                side = 1 if row is base or share < 0.5 else -1
+                panel.annotate(
+                    row["method"],
+                    (share, row["error_mean"]),
+                    xytext=(8 * side, 0),
+                    textcoords="offset points",
+                    ha="left" if side == 1 else "right",
+                    va="center",
+                    fontsize=9,
+                )
+        panel.axhline(base["error_mean"], **_BASE_LINE)
+        panel.set_xscale("log")
+        ticks = [tick for tick in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16) if min(shares) / 1.5 < tick < max(shares) * 1.5]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_xticks([], minor=True)
+        panel.margins(0.14)
+        panel.set_xlabel(f"{size}, share of the base's")
+        panel.set_ylabel(label)
+    return drawing
+
+
+def _marker(row: Row) -> dict[str, Any]:
+    colour = _COLOURS.get(row.get("kind", ""), _GREY)
+    hollow = {"markerfacecolor": mpl.rcParams["axes.facecolor"]} if row.get("kind") == "larger" else {}
+    above = 3 if row.get("kind") in _COLOURS else 2
+    return {"fmt": "o", "color": colour, "capsize": 3, "markersize": 7, "zorder": above, **hollow}
+
+
+def _name_lines(axes: Any, rows: Sequence[Row]) -> None:
+    axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="y", alpha=0.5)
+
+
+def _stands_apart(share: float, shares: Sequence[float]) -> bool:
+    """Whether no other share is within a quarter of this one."""
+    return sum(0.75 < other / share < 1 / 0.75 for other in shares) == 1
+
+
 # -- the page
 
 
@@ -195,6 +327,8 @@ def write_page(
     figures: Sequence[Figure],
     notes: Sequence[str],
     environment: Mapping[str, Any],
+    columns: Sequence[Column] = (),
+    lead: Figure | None = None,
 ) -> None:
     """Write one self-contained HTML page, and each figure beside it as a PNG file.
 
@@ -206,19 +340,16 @@ def write_page(
         figures: drawn for light and dark screens; the files beside the page are the light ones.
         notes: how it was measured, one paragraph each.
         environment: versions and machine.
+        columns: of the table; without any it has those that runs have in common.
+        lead: a figure to stand before the table.
     """
-    shown = []
-    for figure in figures:
-        images = {theme: figure.png(theme) for theme in _THEMES}
-        with aside(path.with_name(f"{figure.name}.png")) as unfinished:
-            unfinished.write_bytes(images["light"])
-        shown.append(_figure_html(figure.caption, images))
     page = Template(_PAGE).substitute(
         title=escape(title),
         summary=escape(summary),
-        table=_table_html(rows),
+        lead=_show(lead, path) if lead else "",
+        table=_table_html(rows, columns or _columns(rows)),
         macs_note=escape(MACS_NOTE),
-        figures="\n".join(shown),
+        figures="\n".join(_show(figure, path) for figure in figures),
         notes="\n".join(f"<p>{escape(note)}</p>" for note in notes),
         environment=_environment_html(environment),
     )
@@ -226,9 +357,22 @@ def write_page(
         unfinished.write_text(page, encoding="utf-8")
 
 
-def _table_html(rows: Sequence[Row]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in _COLUMNS)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>" for row in rows)
+def _show(figure: Figure, page: Path) -> str:
+    """Write a figure's file beside the page, and give its HTML."""
+    images = {theme: figure.png(theme) for theme in _THEMES}
+    with aside(page.with_name(f"{figure.name}.png")) as unfinished:
+        unfinished.write_bytes(images["light"])
+    return _figure_html(figure.caption, images)
+
+
+def _table_html(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    head = "".join(f"<th>{escape(column.heading)}</th>" for column in columns)
+    body = "\n".join(
+        f'<tr class="{escape(row.get("kind", ""))}">'
+        + "".join(f"<td>{escape(column.cell(row))}</td>" for column in columns)
+        + "</tr>"
+        for row in rows
+    )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -275,11 +419,16 @@ h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
 .summary { font-size: 1.15rem; padding: 1rem 1.25rem; margin: 0; }
 .summary { background: var(--soft); border-radius: .6rem; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; }
-tr { border-bottom: 1px solid var(--line); }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--quiet); font-size: .85rem; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+td:first-child { white-space: normal; min-width: 14.5rem; }
+@media (max-width: 40rem) { td:first-child { min-width: 8rem; } }
+tr.base td:first-child { color: #c2760a; font-weight: 600; }
+tr.ours td:first-child { color: #3b82f6; font-weight: 600; }
+tr.larger td, tr.failed td { color: var(--quiet); }
+.summary + figure { margin: 2rem 0; }
 .quiet, figcaption, dd, dt { color: var(--quiet); font-size: .9rem; }
 figure { margin: 0 0 2.5rem; }
 figure img { display: block; max-width: 100%; height: auto; }
@@ -292,6 +441,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 <main>
 <h1>$title</h1>
 <p class="summary">$summary</p>
+$lead
 <h2>Results</h2>
 <div class="scroll">$table</div>
 <p class="quiet">$macs_note</p>

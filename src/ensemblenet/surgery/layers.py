@@ -117,6 +117,12 @@ def _unflatten(layer: nn.Unflatten, base: nn.Unflatten, sizes: LayerSizes) -> No
     layer.unflattened_size = sizes.output[dim : dim + len(layer.unflattened_size)]
 
 
+@layer_rule(nn.GRU)
+def _gru(layer: nn.GRU, base: nn.GRU, sizes: LayerSizes) -> None:
+    layer.input_size = layer.get_parameter("weight_ih_l0").shape[1]
+    layer.hidden_size = layer.get_parameter("weight_hh_l0").shape[1]
+
+
 @layer_rule(nn.MultiheadAttention)
 def _attention(layer: nn.MultiheadAttention, base: nn.MultiheadAttention, sizes: LayerSizes) -> None:
     width = layer.out_proj.weight.shape[0]

@@ -215,6 +215,15 @@ def pointwise(equations: Equations, event: Event) -> None:
         equations.set(out, axes)
 
 
+@rule("log_sigmoid_forward")
+def log_sigmoid(equations: Equations, event: Event) -> None:
+    """The result has the input's shape, and on a CPU a buffer comes with it."""
+    result, *buffers = refs(event.out)
+    equations.set(result, list(equations.axes(event.args[0])))
+    for buffer in buffers:
+        equations.set(buffer, [kept(size) for size in buffer.shape])
+
+
 @rule("view", "_unsafe_view", "_reshape_alias", "reshape", "squeeze", "unsqueeze", "view_copy", "squeeze_copy")
 def view(equations: Equations, event: Event) -> None:
     """Dimensions are multiplied and cut, in order."""
@@ -261,6 +270,8 @@ def transpose(equations: Equations, event: Event) -> None:
     if len(axes) > 1:
         a, b = event.args[1:3] if len(event.args) > 2 else (0, 1)
         axes[a], axes[b] = axes[b], axes[a]
+    if _name(event.op).endswith("_"):  # in place: the tensor's own dimensions change
+        del equations.values[event.out.id]
     equations.set(event.out, axes)
 
 
@@ -297,6 +308,16 @@ def repeat(equations: Equations, event: Event) -> None:
     times = list(event.args[1])
     before = [kept(1)] * (len(times) - len(before)) + before
     equations.set(event.out, [multiplied([kept(n), axis]) for n, axis in zip(times, before, strict=True)])
+
+
+@rule("zeros")
+def zeros(equations: Equations, event: Event) -> None:
+    """The first state of a recurrent layer, (layers, N, C), is as wide as the layer; other zeros keep their sizes."""
+    if event.node.op != "call_module":
+        raise NotImplementedError
+    if not isinstance(equations.trace.module.get_submodule(str(event.node.target)), nn.GRU):
+        raise NotImplementedError
+    equations.set(event.out, [*(kept(size) for size in event.out.shape[:-1]), free(event.out.shape[-1])])
 
 
 @rule("cat")

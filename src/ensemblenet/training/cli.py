@@ -23,19 +23,19 @@ from ensemblenet.study.report import results_table
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.run import (
     CHECKPOINT,
+    CONFIG,
     ENVIRONMENT,
     RESULTS,
     AsideCheckpointIO,
     create_run_folder,
     environment,
-    result_row,
+    scores_row,
     unfinished_run,
     write_json,
 )
 
 __all__ = ["EpochSeed", "fit"]
 
-_CONFIG = "config.yaml"
 _DESCRIPTION = """Train a network, or the multi-headed model that it converts to.
 
 It needs a YAML file: `ensemblenet fit --config configs/mnist1d/ensemblenet.yaml`. Every setting of the file
@@ -137,6 +137,12 @@ class _FitCLI(LightningCLI):
         parser.add_argument("--name", default="fit", help="begins the name of the run's folder")
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made")
         parser.add_argument(
+            "--checkpoint_steps",
+            type=int | None,
+            help="save the run's state also after every so many batches, to resume in the middle of a long epoch; "
+            "the data must be able to (YouTube8M is)",
+        )
+        parser.add_argument(
             "--resume",
             type=str | None,
             help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' "
@@ -146,8 +152,9 @@ class _FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
         self.folder = self._choose_folder()
-        self.parser.save(self.config, self.folder / _CONFIG, overwrite=True, skip_none=False)
+        self.parser.save(self.config, self.folder / CONFIG, overwrite=True, skip_none=False)
         chosen = self.config_init["trainer"]
+        steps = self.config["checkpoint_steps"]
         kwargs["logger"] = [
             TensorBoardLogger(self.folder, name="tensorboard", version=""),
             CSVLogger(self.folder, name="csv"),
@@ -158,15 +165,14 @@ class _FitCLI(LightningCLI):
             EpochSeed(self.config["seed_everything"]),
             RichProgressBar(),
             LearningRateMonitor("step"),
-            ModelCheckpoint(
-                self.folder / CHECKPOINT.parent,
-                CHECKPOINT.stem,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            ),
+            self._checkpoints(save_on_train_epoch_end=True),
+            *([self._checkpoints(every_n_train_steps=steps, save_on_train_epoch_end=False)] if steps else []),
             *_listed(chosen["callbacks"]),
         ]
         return super().instantiate_trainer(**kwargs)
+
+    def _checkpoints(self, **when: Any) -> ModelCheckpoint:
+        return ModelCheckpoint(self.folder / CHECKPOINT.parent, CHECKPOINT.stem, enable_version_counter=False, **when)
 
     def _choose_folder(self) -> Path:
         name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
@@ -192,9 +198,9 @@ def _with_stored_config(arguments: list[str]) -> list[str]:
     resume = _value_of("--resume", arguments)
     if resume in (None, "auto"):
         return arguments
-    stored = Path(resume, _CONFIG)
+    stored = Path(resume, CONFIG)
     if not stored.is_file():
-        raise TrainingError(f"{resume} is no run folder: it has no {_CONFIG}. Give a folder under runs/, or 'auto'.")
+        raise TrainingError(f"{resume} is no run folder: it has no {CONFIG}. Give a folder under runs/, or 'auto'.")
     return ["--config", str(stored), *arguments]
 
 
@@ -208,8 +214,11 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
 
 
 def _row(module: Classifier, metrics: Mapping[str, float], seed: int) -> dict[str, Any]:
-    error, head_error = (100 * (1 - metrics[f"test/{name}"]) for name in ("accuracy", "head_accuracy"))
     cost = measure_cost(module.network, module.example_inputs)
     method = "base" if module.conversion is None else "ensemblenet"
-    more = {key.removeprefix("test/"): value for key, value in metrics.items() if key.startswith("test/")}
-    return result_row(method, cost, [error], [head_error], num_heads=module.num_heads, seed=seed, test=more)
+    test = {key.removeprefix("test/"): value for key, value in metrics.items() if key.startswith("test/")}
+    if module.task == "multilabel":
+        scores = {name: [100 * test[name]] for name in ("gap", "head_gap", "map")}
+    else:
+        scores = {f"{head}error": [100 * (1 - test[f"{head}accuracy"])] for head in ("", "head_")}
+    return scores_row(method, cost, scores, num_heads=module.num_heads, seed=seed, test=test)

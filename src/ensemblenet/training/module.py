@@ -1,4 +1,4 @@
-"""A base, or its conversion, as a LightningModule that trains it as a classifier."""
+"""A base, or its conversion, as a LightningModule that trains it as a classifier or a tagger."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ensemblenet import convert
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Combine, agreement
+from ensemblenet.heads import Choice, FusedEnsembleNet, HeadsMode, choose, fuse, unfuse
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
+from ensemblenet.tagging_metrics import TaggingMetrics, mask_unknown
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
 
 __all__ = ["Classifier", "Conversion", "head_outputs"]
 
 Batch = tuple[Tensor, Tensor]
+ClassifierTask = Literal["multiclass", "multilabel"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,12 @@ class Conversion:
     init: Literal["fresh", "inherit"] = "fresh"
     combine: Combine = "logits"
 
-    def apply(self, base: nn.Module, example_inputs: Tensor) -> EnsembleNet:
+    def apply(self, base: nn.Module, example_inputs: Tensor, task: ClassifierTask = "multiclass") -> EnsembleNet:
         """Convert a base for inputs like these, of shape (N, *)."""
         settings: dict[str, Any] = asdict(self)
         if self.seed is None:
             settings["seed"] = torch.initial_seed() % 2**32
-        return convert(base, example_inputs, **settings)
+        return convert(base, example_inputs, task=task, **settings)
 
 
 class Classifier(LightningModule):
@@ -51,7 +55,8 @@ class Classifier(LightningModule):
 
     The base goes the same way as a model of one head: for it, co-distillation is plain cross-entropy. It logs
     `train/loss`, `train/agreement` (in nats, see [`ensemblenet.functional.agreement`][]) and, with the prefix
-    `val/` and `test/`, what [`ensemblenet.metrics.HeadMetrics`][] lists.
+    `val/` and `test/`, what [`ensemblenet.metrics.HeadMetrics`][] lists, or for task "multilabel"
+    [`ensemblenet.tagging_metrics.TaggingMetrics`][].
 
     Args:
         base: a network from a batch of inputs to logits (N, C); it is converted for the shape of the first
@@ -60,6 +65,11 @@ class Classifier(LightningModule):
         codistillation_weight: lambda of [`ensemblenet.CoDistillationLoss`][].
         label_smoothing: in [0, 1].
         optimization: optimizer and learning rate.
+        task: "multiclass" for targets (N,) of class indices, "multilabel" for targets (N, C) of 1 where a label
+            is, 0 where none is, and -1 where it is not known.
+        heads: how the heads of a converted model run, see [`ensemblenet.heads.choose`][]: "auto" measures it on the
+            first batch and says what it chose, and a resumed run keeps to that. Looped and fused heads round
+            differently and draw other numbers for dropout: name one for runs that must be the same to the last bit.
     """
 
     def __init__(
@@ -69,13 +79,18 @@ class Classifier(LightningModule):
         codistillation_weight: float = 2.0,
         label_smoothing: float = 0.0,
         optimization: Optimization = Optimization(),  # noqa: B008  frozen
+        task: ClassifierTask = "multiclass",
+        heads: HeadsMode = "auto",
     ) -> None:
         super().__init__()
         self.network = base
+        self.task: ClassifierTask = task
+        self.heads: HeadsMode = heads
         self.conversion = conversion
         self.optimization = optimization
         self.criterion = CoDistillationLoss(
             codistillation_weight,
+            task,
             combine=conversion.combine if conversion else "logits",
             label_smoothing=label_smoothing,
         )
@@ -92,15 +107,39 @@ class Classifier(LightningModule):
             return
         inputs, _ = _first_batch(self.trainer.datamodule.train_dataloader())  # pyright: ignore
         if self.conversion is not None:
-            self.network = self.conversion.apply(self.network, inputs)
+            self.network = self._with_chosen_heads(self.conversion.apply(self.network, inputs, self.task), inputs)
         self.example_inputs = inputs[:1]
         with torch.no_grad():
             num_classes = self.network.eval()(inputs[:1]).shape[1]
         self.network.train()
+        metrics = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}[self.task]
         for split in ("val", "test"):
-            self.metrics[split] = HeadMetrics(
+            self.metrics[split] = metrics(
                 num_classes, self.num_heads, combine=self.criterion.combine, prefix=f"{split}/"
             )
+
+    def _with_chosen_heads(self, network: EnsembleNet, inputs: Tensor) -> EnsembleNet:
+        """The network with its heads run as asked, or as is faster on the device that will train it."""
+        device = self.trainer.strategy.root_device
+        network, choice = choose(network.to(device).train(), inputs.to(device), self.heads)
+        rank_zero_info(f"The heads run {choice.heads}: {choice.reason}.")
+        self.choice = choice
+        return network.to(inputs.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note how the heads run."""
+        if isinstance(self.network, EnsembleNet):
+            checkpoint["heads"] = [self.choice.heads, *self.choice.separate]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Run the heads as before, unless the user names another way."""
+        if self.heads != "auto" or "heads" not in checkpoint or not isinstance(self.network, EnsembleNet):
+            return
+        heads, *separate = checkpoint["heads"]
+        self.choice = Choice(heads, "as before", separate=tuple(separate))
+        self.network = unfuse(self.network) if heads == "looped" else fuse(self.network)
+        if isinstance(self.network, FusedEnsembleNet):
+            self.network.separate(separate, training=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network gives."""
@@ -114,11 +153,14 @@ class Classifier(LightningModule):
         """
         x, y = batch
         outputs = head_outputs(self.network, x)
+        if self.task == "multilabel":
+            outputs, y = mask_unknown(outputs, y)
         loss = self.criterion(outputs, y)
         if not loss.isfinite():
             raise TrainingError(f"The loss became {loss.item()} {self._where(batch_index)}")
         self.log("train/loss", loss, on_step=True, prog_bar=True)
-        self.log("train/agreement", agreement(outputs.detach(), combine=self.criterion.combine), on_step=True)
+        apart = agreement(outputs.detach(), self.task, combine=self.criterion.combine)
+        self.log("train/agreement", apart, on_step=True)
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -160,7 +202,8 @@ class Classifier(LightningModule):
         metrics: Any = self.metrics[split]
         values = metrics.compute()
         metrics.reset()
-        self.log(f"{split}/accuracy", values.pop(f"{split}/accuracy"), prog_bar=True)
+        shown = f"{split}/{'accuracy' if self.task == 'multiclass' else 'gap'}"
+        self.log(shown, values.pop(shown), prog_bar=True)
         self.log_dict(values)
 
     def configure_optimizers(self) -> Any:

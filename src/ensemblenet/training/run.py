@@ -9,7 +9,7 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
@@ -28,10 +28,12 @@ __all__ = [
     "create_run_folder",
     "environment",
     "result_row",
+    "scores_row",
     "unfinished_run",
     "write_json",
 ]
 
+CONFIG = "config.yaml"
 RESULTS = "results.json"
 ENVIRONMENT = "environment.json"
 CHECKPOINT = Path("checkpoints", "last.ckpt")
@@ -134,17 +136,24 @@ def result_row(
         >>> row["error_mean"], round(row["error_std"], 3), row["seeds"]
         (3.0, 1.414, 2)
     """
-    return {
-        "method": method,
-        "parameters": cost.parameters,
-        "macs": cost.macs,
-        **_spread("error", errors),
-        **_spread("head_error", head_errors),
-        "seeds": len(errors),
-        "errors": list(errors),
-        "head_errors": list(head_errors),
-        **more,
-    }
+    return scores_row(method, cost, {"error": errors, "head_error": head_errors}, **more)
+
+
+def scores_row(method: str, cost: Cost, scores: Mapping[str, Sequence[float]], **more: Any) -> dict[str, Any]:
+    """One row of `results.json` with any scores: for each name the mean, the spread and the value of each seed.
+
+    Example:
+        >>> row = scores_row("base", Cost(10, 20.0), {"gap": [61.0, 63.0]})
+        >>> row["gap_mean"], row["gaps"], row["seeds"]
+        (62.0, [61.0, 63.0], 2)
+    """
+    [seeds] = {len(values) for values in scores.values()}
+    row: dict[str, Any] = {"method": method, "parameters": cost.parameters, "macs": cost.macs}
+    for name, values in scores.items():
+        row |= _spread(name, values)
+    row["seeds"] = seeds
+    row |= {f"{name}s": list(values) for name, values in scores.items()}
+    return row | more
 
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, float]:

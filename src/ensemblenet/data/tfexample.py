@@ -1,0 +1,173 @@
+"""Fields of `tf.train.Example` and `tf.train.SequenceExample`, straight from their bytes.
+
+Both messages are maps from names to features; a `SequenceExample` has a second map, from names to lists of features.
+Only what is asked for is decoded, and what is unknown is passed over, as protocol buffers demand. A `ValueError` says
+that bytes are no such message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+
+__all__ = ["Fields", "bytes_of", "floats_of", "frames_of", "integers_of", "read_fields"]
+
+Span = tuple[int, int]  # where a value begins and ends
+Fields = dict[str, Span]
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def read_fields(data: bytes) -> tuple[Fields, Fields]:
+    """Where the features of a message lie.
+
+    Returns:
+        The features (an `Example`'s, or the context of a `SequenceExample`) and the lists of features.
+
+    Raises:
+        ValueError: the bytes are no such message.
+
+    Example:
+        >>> features, lists = read_fields(b"\\n\\x0e\\n\\x0c\\n\\x02id\\x12\\x06\\n\\x04\\n\\x0202")
+        >>> features, lists
+        ({'id': (10, 16)}, {})
+        >>> bytes_of(b"\\n\\x0e\\n\\x0c\\n\\x02id\\x12\\x06\\n\\x04\\n\\x0202", features["id"])
+        [b'02']
+    """
+    maps: tuple[Fields, Fields] = ({}, {})
+    for number, _, begin, end in _fields(data, (0, len(data))):
+        if number in (1, 2):
+            for entry, _, *span in _fields(data, (begin, end)):
+                if entry == 1:
+                    name, value = _map_entry(data, (span[0], span[1]))
+                    maps[number - 1][name] = value
+    return maps
+
+
+def _map_entry(data: bytes, span: Span) -> tuple[str, Span]:
+    name, value = "", (span[1], span[1])
+    for number, _, begin, end in _fields(data, span):
+        if number == 1:
+            name = data[begin:end].decode()
+        elif number == 2:
+            value = (begin, end)
+    return name, value
+
+
+def bytes_of(data: bytes, span: Span) -> list[bytes]:
+    """The values of a feature that is a `BytesList`."""
+    return [data[begin:end] for values in _lists(data, span, 1) for _, _, begin, end in _fields(data, values)]
+
+
+def floats_of(data: bytes, span: Span) -> np.ndarray:
+    """The values of a feature that is a `FloatList`, packed or not; a view of the bytes where it can be."""
+    runs = [
+        np.frombuffer(data, "<f4", (end - begin) // 4, begin)
+        for values in _lists(data, span, 2)
+        for _, _, begin, end in _fields(data, values)
+    ]
+    return runs[0] if len(runs) == 1 else np.concatenate([np.zeros(0, "<f4"), *runs])
+
+
+def integers_of(data: bytes, span: Span) -> list[int]:
+    """The values of a feature that is an `Int64List`, packed or not."""
+    found = []
+    for values in _lists(data, span, 3):
+        for _, kind, begin, end in _fields(data, values):
+            while begin < end:
+                number, begin = _varint(data, begin)
+                found.append(number - (1 << 64) if number >> 63 else number)
+                if kind == _VARINT:
+                    break
+    return found
+
+
+def frames_of(data: bytes, span: Span, size: int) -> np.ndarray:
+    """A feature list of one `BytesList` a frame, each of `size` bytes: shape (T, size), uint8.
+
+    Frames of one size lie at equal distances, so they are seen in place, without a loop.
+
+    Raises:
+        ValueError: a frame has another size.
+    """
+    header = _frame_header(size)
+    block = np.frombuffer(data, np.uint8, span[1] - span[0], span[0])
+    stride = len(header) + size
+    if len(block) % stride == 0:
+        grid = block.reshape(-1, stride)
+        if (grid[:, : len(header)] == header).all():
+            return grid[:, len(header) :]
+    frames = [value for _, _, *feature in _fields(data, span) for value in bytes_of(data, (feature[0], feature[1]))]
+    wrong = next((len(frame) for frame in frames if len(frame) != size), None)
+    if wrong is not None:
+        raise ValueError(f"has frames of {wrong} bytes, not {size}")
+    return np.frombuffer(b"".join(frames), np.uint8).reshape(-1, size)
+
+
+@lru_cache
+def _frame_header(size: int) -> np.ndarray:
+    """What precedes the bytes of a frame: a feature, in it a list of bytes, in it the bytes."""
+    header = b""
+    for _ in range(3):
+        header = b"\x0a" + _encode_varint(size + len(header)) + header
+    return np.frombuffer(header, np.uint8)
+
+
+def _encode_varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*encoded, number])
+
+
+# -- the wire format
+
+
+def _lists(data: bytes, span: Span, kind: int) -> Iterator[Span]:
+    """The lists of a kind in a feature."""
+    for number, _, begin, end in _fields(data, span):
+        if number == kind:
+            yield begin, end
+
+
+def _fields(data: bytes, span: Span) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of a message: number, wire type, and where the value begins and ends."""
+    position, limit = span
+    while position < limit:
+        key, begin = _varint(data, position) if data[position] > 127 else (data[position], position + 1)
+        kind = key & 7
+        if kind == _BYTES:
+            length, begin = _varint(data, begin)
+            position = begin + length
+        elif kind == _VARINT:
+            _, position = _varint(data, begin)
+        elif kind == _FIXED32:
+            position = begin + 4
+        elif kind == _FIXED64:
+            position = begin + 8
+        else:
+            raise ValueError(f"has a field of the unknown wire type {kind}")
+        if position > limit:
+            raise ValueError("has a field that is longer than the message")
+        yield key >> 3, kind, begin, position
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """A number of variable length, and where it ends."""
+    try:
+        byte = data[position]
+        if byte < 128:
+            return byte, position + 1
+        number, shift = byte & 127, 7
+        while True:
+            position += 1
+            byte = data[position]
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number, position + 1
+            shift += 7
+    except IndexError:
+        raise ValueError("ends within a number") from None

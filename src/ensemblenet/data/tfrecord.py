@@ -1,0 +1,238 @@
+"""Shards in the TFRecord format, on any file system that fsspec knows; without TensorFlow.
+
+A record is its length (8 bytes, little-endian), a checksum of these (4 bytes), its data, and a checksum of the data
+(4 bytes); checksums are CRC-32C, masked. The format is that of TensorFlow's documentation.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import IO, Any, Literal, NamedTuple
+
+import fsspec
+import google_crc32c
+import numpy as np
+from fsspec.core import url_to_fs
+
+from ensemblenet.data.batches import DataError
+
+__all__ = ["OnDamage", "Record", "Shard", "find_shards", "index_shard", "index_shards"]
+
+OnDamage = Literal["error", "skip"]
+
+_HEADER = struct.Struct("<QI")
+_CHECKSUM = struct.Struct("<I")
+_AROUND = _HEADER.size + _CHECKSUM.size  # bytes of a record that are not its data
+_ENDINGS = (".tfrecord", ".tfrecords", ".tfrecord.gz", ".tfrecords.gz")
+_UNREADABLE = (OSError, EOFError, zlib.error)
+_THREADS = 16  # for the headers of remote shards, which wait for the network
+
+
+class Record(NamedTuple):
+    """One record and where it lies."""
+
+    path: str
+    offset: int
+    data: bytes
+
+    def error(self, problem: str) -> DataError:
+        """What is wrong with the record, and where it is."""
+        return DataError(f"{self.path}: the record at byte {self.offset:,} {problem}")
+
+
+class DamageError(DataError):
+    """Bytes that are not what was written."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of records.
+
+    Attributes:
+        path: where it lies.
+        offsets: where its records begin, and where the last one ends: one number more than records, int64. In
+            a gzip file they count decompressed bytes.
+    """
+
+    path: str
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def read(self, start: int = 0, stop: int | None = None, on_damage: OnDamage = "error") -> Iterator[Record | None]:
+        """The records from `start` to `stop`, in order, with their checksums compared.
+
+        Args:
+            start: the first record.
+            stop: the record to stop before; None reads to the end.
+            on_damage: "error", or "skip", which yields None in the place of a damaged record and warns.
+
+        Raises:
+            DataError: a record is damaged, or the file cannot be read.
+        """
+        offsets = self.offsets[start : (len(self) if stop is None else stop) + 1].tolist()
+        if len(offsets) < 2:
+            return
+        with _open(self.path) as file:
+            file.seek(offsets[0])
+            for offset, end in pairwise(offsets):
+                try:
+                    yield _read_record(file, self.path, offset, end)
+                except DamageError as error:
+                    if on_damage == "error":
+                        raise
+                    warnings.warn(f"{error} Skipped.", stacklevel=2)
+                    file.seek(end)
+                    yield None
+
+
+def _read_record(file: IO[bytes], path: str, offset: int, end: int) -> Record:
+    try:
+        file.read(_HEADER.size)  # which the index has compared
+        data, checksum = file.read(end - offset - _AROUND), file.read(_CHECKSUM.size)
+    except _UNREADABLE as error:
+        raise DamageError(f"{path}: the record at byte {offset:,} cannot be read: {error}.") from error
+    if len(checksum) < _CHECKSUM.size or _masked(data) != _CHECKSUM.unpack(checksum)[0]:
+        raise DamageError(
+            f"{path}: the record at byte {offset:,} is damaged: its checksum does not fit its {len(data):,} bytes."
+        )
+    return Record(path, offset, data)
+
+
+def _masked(data: bytes) -> int:
+    """The checksum as the format stores it: rotated right by 15 bits, plus a constant."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+# -- finding shards
+
+
+def find_shards(patterns: str | Sequence[str], folder: str | None = None) -> list[str]:
+    """The files that patterns name, sorted.
+
+    Args:
+        patterns: paths, or patterns with `*`, `?` and `[]`, or folders, which stand for the TFRecord files in
+            them; local or with a protocol that fsspec knows, such as `s3://`.
+        folder: what patterns without a protocol or a leading slash are relative to.
+
+    Raises:
+        DataError: a pattern that no file matches.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> folder = tempfile.mkdtemp()
+        >>> for name in ("train1.tfrecord", "train0.tfrecord", "notes.txt"):
+        ...     pathlib.Path(folder, name).touch()
+        >>> [path.removeprefix(folder) for path in find_shards(folder)]
+        ['/train0.tfrecord', '/train1.tfrecord']
+    """
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    found = [path for pattern in patterns for path in _matches(_join(folder, pattern))]
+    return sorted(set(found))
+
+
+def _join(folder: str | None, pattern: str) -> str:
+    if folder is None or "://" in pattern or pattern.startswith("/"):
+        return pattern
+    return f"{folder.rstrip('/')}/{pattern}"
+
+
+def _matches(pattern: str) -> list[str]:
+    try:
+        system, path = url_to_fs(pattern)
+        if system.isdir(path):
+            names = [name for name in system.ls(path, detail=False) if str(name).endswith(_ENDINGS)]
+        elif any(character in path for character in "*?["):
+            names = [name for name in system.glob(path) if system.isfile(name)]
+        else:
+            names = [path] if system.exists(path) else []
+    except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose library is missing
+        raise DataError(f"{pattern} cannot be opened: {error}") from error
+    if not names:
+        raise DataError(f"No files match {pattern}; give a file, a pattern, or a folder of {', '.join(_ENDINGS)}.")
+    is_local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
+    return [str(name) if is_local else system.unstrip_protocol(name) for name in names]
+
+
+def _open(path: str) -> Any:
+    try:
+        file: Any = fsspec.open(path, "rb", compression="infer")
+        return file.open()
+    except (OSError, ImportError, ValueError) as error:
+        raise DataError(f"{path} cannot be opened: {error}") from error
+
+
+# -- where records begin
+
+
+def index_shards(paths: Sequence[str], on_damage: OnDamage = "error") -> list[Shard]:
+    """Find where the records of all files begin, see [`index_shard`][ensemblenet.data.tfrecord.index_shard]."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda path: index_shard(path, on_damage), paths))
+
+
+def index_shard(path: str, on_damage: OnDamage = "error") -> Shard:
+    """Find where the records of a file begin, from their headers; a remote or gzip file is read through.
+
+    Args:
+        path: a local or remote path; one that ends in `.gz` is decompressed.
+        on_damage: whether a header that is damaged, after which no record can be found, is an error, or the
+            end of the file, with a warning.
+
+    Raises:
+        DataError: the file is no TFRecord file, or is truncated or damaged.
+    """
+    offsets = [0]
+    with _open(path) as file:
+        try:
+            for end in _ends(file, path):
+                offsets.append(end)
+        except DamageError as error:
+            if on_damage == "error":
+                raise
+            warnings.warn(f"{error} The rest of the file is left out.", stacklevel=2)
+    return Shard(path, np.array(offsets, np.int64))
+
+
+def _ends(file: IO[bytes], path: str) -> Iterator[int]:
+    """Where each record ends."""
+    offset = 0
+    read = _reading(path, lambda: offset)
+    while header := read(lambda: file.read(_HEADER.size)):
+        if len(header) < _HEADER.size:
+            raise _truncated(path, offset)
+        length, checksum = _HEADER.unpack(header)
+        if _masked(header[:8]) != checksum:
+            if offset == 0:
+                raise DataError(f"{path} is not a TFRecord file: it does not begin with a record's header.")
+            raise DamageError(f"{path}: the header at byte {offset:,} is damaged: its checksum does not fit.")
+        end = offset + length + _AROUND
+        read(lambda last=end - 1: file.seek(last))
+        if not read(lambda: file.read(1)):
+            raise _truncated(path, offset)
+        yield end
+        offset = end
+
+
+def _reading(path: str, offset: Callable[[], int]) -> Callable[[Callable[[], Any]], Any]:
+    def read(action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except _UNREADABLE as error:
+            if offset() == 0:
+                raise DataError(f"{path} cannot be read: {error}") from error
+            raise DamageError(f"{path}: what follows byte {offset():,} cannot be read: {error}.") from error
+
+    return read
+
+
+def _truncated(path: str, offset: int) -> DamageError:
+    return DamageError(f"{path}: the record at byte {offset:,} is truncated: the file ends within it.")

@@ -1,0 +1,95 @@
+"""The fields of examples against the compiled protocol buffers of the tfrecord package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shards import example_pb2
+
+from ensemblenet.data.tfexample import bytes_of, floats_of, frames_of, integers_of, read_fields
+
+int64 = st.integers(-(2**63), 2**63 - 1)
+float32 = st.floats(width=32, allow_nan=False)
+names = st.text(max_size=300)
+feature = st.one_of(
+    st.lists(st.binary(max_size=200)).map(lambda v: example_pb2.Feature(bytes_list={"value": v})),
+    st.lists(float32).map(lambda v: example_pb2.Feature(float_list={"value": v})),
+    st.lists(int64).map(lambda v: example_pb2.Feature(int64_list={"value": v})),
+)
+
+
+def values(data, span):
+    return [bytes_of(data, span), floats_of(data, span).tolist(), integers_of(data, span)]
+
+
+def expected(feature):
+    return [list(feature.bytes_list.value), list(feature.float_list.value), list(feature.int64_list.value)]
+
+
+@given(st.dictionaries(names, feature, max_size=5))
+def test_features_of_an_example(features):
+    data = example_pb2.Example(features={"feature": features}).SerializeToString()
+    for tail in (b"", b"\x12\x00"):
+        found, lists = read_fields(data + tail)
+        assert lists == {}
+        assert {name: values(data, span) for name, span in found.items()} == {
+            name: expected(value) for name, value in features.items()
+        }
+
+
+@given(st.dictionaries(names, feature, max_size=3), st.lists(st.binary(min_size=130, max_size=130), max_size=4))
+def test_context_and_frames_of_a_sequence_example(context, frames):
+    message = example_pb2.SequenceExample(context={"feature": context})
+    message.feature_lists.feature_list["rgb"].feature.extend(
+        example_pb2.Feature(bytes_list={"value": [frame]}) for frame in frames
+    )
+    data = message.SerializeToString()
+    found, lists = read_fields(data)
+    assert {name: values(data, span) for name, span in found.items()} == {
+        name: expected(value) for name, value in context.items()
+    }
+    assert frames_of(data, lists["rgb"], 130).tolist() == [list(frame) for frame in frames]
+
+
+def test_unpacked_numbers_and_unknown_fields():
+    # float_list with two values of wire type 5, then int64_list with two of type 0, each behind an unknown field
+    floats = b"\x0d" + np.float32(1.5).tobytes() + b"\x0d" + np.float32(-2).tobytes()
+    integers = b"\x08\x07\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"
+    unknown = b"\x7a\x03abc" + b"\x78\x05" + b"\x7d1234" + b"\x7912345678"
+    data = unknown + b"\x12" + bytes([len(floats)]) + floats + b"\x1a" + bytes([len(integers)]) + integers
+    assert values(data, (0, len(data))) == [[], [1.5, -2.0], [7, -1]]
+
+
+def test_frames_that_are_not_laid_out_at_equal_distances():
+    frames = [bytes([i] * 4) for i in range(3)]
+    features = [b"\x0a\x06\x0a\x04" + frame for frame in frames]
+    features[1] += b"\x78\x01"  # an unknown field
+    data = b"".join(b"\x0a" + bytes([len(feature)]) + feature for feature in features)
+    assert frames_of(data, (0, len(data)), 4).tolist() == [list(frame) for frame in frames]
+    with pytest.raises(ValueError, match="has frames of 4 bytes, not 5"):
+        frames_of(data, (0, len(data)), 5)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused_cleanly(data):
+    try:
+        found, _ = read_fields(data)
+        for span in found.values():
+            values(data, span)
+    except ValueError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x0a\x05abc", "has a field that is longer than the message"),
+        (b"\x0a", "ends within a number"),
+        (b"\x0b", "has a field of the unknown wire type 3"),
+    ],
+)
+def test_bytes_that_are_no_message(data, message):
+    with pytest.raises(ValueError, match=message):
+        read_fields(data)

@@ -1,0 +1,257 @@
+"""YouTube-8M records against what was written, and bad ones."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from shards import AUDIO, CLASSES, RGB, serialized, videos, write
+from tfrecord.writer import TFRecordWriter
+
+from ensemblenet.data import YouTube8M
+from ensemblenet.data.batches import DataError
+from ensemblenet.data.records import RecordLoader, Share
+from ensemblenet.data.tfrecord import Record, index_shards
+from ensemblenet.data.youtube8m import make_level
+
+FEATURES = {"video": {"mean_rgb": RGB, "mean_audio": AUDIO}, "frame": {"rgb": RGB, "audio": AUDIO}}
+FEATURES["segment"] = FEATURES["frame"]
+
+
+def level(kind, **options):
+    return make_level(kind, FEATURES[kind], CLASSES, **options)
+
+
+def records(made, path="x.tfrecord"):
+    data = [video if isinstance(video, bytes) else serialized(video) for video in made]
+    return [Record(path, 7 * i, record) for i, record in enumerate(data)]
+
+
+def decode(kind, made, **options):
+    return level(kind, **options).decode(records(made), random.Random(0))
+
+
+def multi_hot(made):
+    targets = torch.zeros(len(made), CLASSES, dtype=torch.int8)
+    for target, video in zip(targets, made, strict=True):
+        target[video.labels] = 1
+    return targets
+
+
+def dequantised(video):
+    """The challenge's definition, in double precision."""
+    q = np.concatenate([video.rgb, video.audio], axis=1).astype(np.float64)
+    return torch.from_numpy(q * (4 / 255) + 4 / 512 - 2)
+
+
+def test_videos():
+    made = videos(9)
+    batch = decode("video", made)
+    assert batch.ids == [video.id for video in made]
+    expected = torch.stack([torch.from_numpy(np.concatenate([video.rgb, video.audio])) for video in made])
+    assert torch.equal(batch.inputs, expected)
+    assert torch.equal(batch.targets, multi_hot(made))
+
+
+@pytest.mark.parametrize("num_frames", [4, 12, 30])
+def test_frames_are_cut_or_padded(num_frames):
+    made = videos(6, frames=20)
+    batch = decode("frame", made, num_frames=num_frames)
+    assert batch.inputs.shape == (6, num_frames, RGB + AUDIO)
+    for video, inputs in zip(made, batch.inputs, strict=True):
+        length = min(num_frames, len(video.rgb))
+        torch.testing.assert_close(inputs[:length].double(), dequantised(video)[:length], rtol=0, atol=5e-7)
+        assert (inputs[length:] == 0).all()
+    assert torch.equal(batch.targets, multi_hot(made))
+
+
+def test_no_byte_stands_for_zero():
+    video = replace(videos(1, frames=1)[0], rgb=np.arange(256, dtype=np.uint8).reshape(16, 16))
+    video = replace(video, audio=np.zeros((16, AUDIO), np.uint8))
+    frames = decode("frame", [video], num_frames=16).inputs[0, :, :RGB].flatten()
+    assert (frames != 0).all()
+    assert (frames.diff() > 0).all()
+    assert frames[[0, -1]].tolist() == pytest.approx([-2 + 4 / 512, 2 + 4 / 512])
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 8, 50])
+def test_sampled_frames_are_spread_over_the_video(length, train):
+    video = replace(videos(1, frames=1)[0], rgb=np.arange(length, dtype=np.uint8)[:, None].repeat(RGB, 1))
+    video = replace(video, audio=np.zeros((length, AUDIO), np.uint8))
+    reader = replace(level("frame", num_frames=8, sample_frames=True), train=train)
+    inputs = reader.decode(records([video]), random.Random(0)).inputs[0, :, 0]
+    chosen = ((inputs.double() + 2 - 4 / 512) / (4 / 255)).round().tolist()
+    stretches = [(i * length / 8, (i + 1) * length / 8) for i in range(8)]
+    assert all(int(low) <= frame <= high for frame, (low, high) in zip(chosen, stretches, strict=True))
+    if not train:
+        assert chosen == [int((i + 0.5) * length / 8) for i in range(8)]
+
+
+def test_sampling_draws_anew_each_time_in_training_only():
+    made = videos(4, frames=40)
+    for train in (False, True):
+        reader = replace(level("frame", num_frames=5, sample_frames=True), train=train)
+        draws = [reader.decode(records(made), random.Random(seed)).inputs for seed in (0, 0, 1)]
+        assert torch.equal(draws[0], draws[1])
+        assert torch.equal(draws[0], draws[2]) != train
+
+
+def test_rated_segments():
+    made = [
+        replace(video, rgb=video.rgb[:1].repeat(30, 0), audio=np.arange(30 * AUDIO, dtype=np.uint8).reshape(30, AUDIO))
+        for video in videos(2, frames=1)
+    ]
+    made[0] = replace(made[0], segments=[(10, 3, 1.0), (20, 3, 0.0), (10, 5, 0.0)])
+    made[1] = replace(made[1], segments=[(25, 7, 1.0)])
+    batch = decode("segment", made)
+    assert batch.ids == [f"{made[0].id}:10", f"{made[0].id}:20", f"{made[1].id}:25"]
+    for inputs, video, start in zip(batch.inputs, (made[0], made[0], made[1]), (10, 20, 25), strict=True):
+        torch.testing.assert_close(inputs.double(), dequantised(video)[start : start + 5], rtol=0, atol=5e-7)
+    expected = torch.full((3, CLASSES), -1, dtype=torch.int8)
+    expected[0, 3], expected[0, 5], expected[1, 3], expected[2, 7] = 1, 0, 0, 1
+    assert torch.equal(batch.targets, expected)
+
+
+def test_test_shards_have_no_labels_and_older_ones_another_id():
+    data = TFRecordWriter.serialize_tf_example(
+        {"video_id": (b"abc", "byte"), "mean_rgb": ([0.5] * RGB, "float"), "mean_audio": ([0.5] * AUDIO, "float")}
+    )
+    batch = decode("video", [data])
+    assert batch.ids == ["abc"]
+    assert batch.targets.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "made", "message"),
+    [
+        (
+            "frame",
+            videos(1),
+            "is of a video-level shard (it has id, labels, mean_audio, mean_rgb); set level to 'video'",
+        ),
+        ("video", videos(1, frames=3), "is of a frame-level shard (it has audio, rgb); set level to 'frame'"),
+        ("segment", videos(1, frames=3), "has no segments; they are in the validation shards of 2019 only"),
+        ("video", [replace(videos(1)[0], rgb=np.ones(5))], "has 5 values of mean_rgb, where 16 were expected"),
+        (
+            "frame",
+            [replace(videos(1, frames=3)[0], rgb=np.ones((3, 5), np.uint8))],
+            "has a feature 'rgb' that has frames of 5 bytes, not 16",
+        ),
+        (
+            "frame",
+            [replace(videos(1, frames=3)[0], rgb=np.ones((9, RGB), np.uint8))],
+            "has features of different lengths: {'rgb': 9, 'audio': ",
+        ),
+        (
+            "frame",
+            [replace(videos(1, frames=3)[0], rgb=np.ones((0, RGB), np.uint8), audio=np.ones((0, AUDIO), np.uint8))],
+            "has no frames",
+        ),
+        (
+            "video",
+            [replace(videos(1)[0], labels=[1, CLASSES])],
+            "has the label 20 in labels; num_classes=20 allows 0 to 19",
+        ),
+        ("video", [replace(videos(1)[0], labels=[-1])], "has the label -1 in labels"),
+        (
+            "segment",
+            [replace(videos(1, frames=3)[0], segments=[(0, CLASSES, 1.0)])],
+            "has the label 20 in segment_labels",
+        ),
+        (
+            "video",
+            [b"\x0a\x05abc"],
+            "is neither a tf.train.Example nor a SequenceExample: it has a field that is longer",
+        ),
+        (
+            "video",
+            [TFRecordWriter.serialize_tf_example({"image": (b"", "byte")})],
+            "has no feature 'mean_rgb'; it has image",
+        ),
+        ("video", [b""], "has no feature 'mean_rgb'; it has none"),
+    ],
+)
+def test_bad_records_say_which_and_why(kind, made, message):
+    good = [] if isinstance(made[0], bytes) else videos(1, None if kind == "video" else 3, seed=1)
+    if kind == "segment":
+        good = []
+    with pytest.raises(DataError, match=re.escape(f"x.tfrecord: the record at byte {7 * len(good)} {message}")):
+        decode(kind, [*good, *made])
+
+
+def test_a_record_without_an_id():
+    data = TFRecordWriter.serialize_tf_example(
+        {"mean_rgb": ([0.5] * RGB, "float"), "mean_audio": ([0.5] * AUDIO, "float")}
+    )
+    with pytest.raises(DataError, match="has 0 ids of a video, where 1 was expected"):
+        decode("video", [data])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"level": "clip"}, "level must be one of 'video', 'frame', 'segment', got 'clip'"),
+        ({"level": "video", "num_frames": 3}, "num_frames and sample_frames are for level 'frame', not 'video'"),
+        ({"level": "frame", "num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"level": "video", "num_classes": 0}, "must be positive, got 0"),
+        ({"level": "video", "features": {"mean_rgb": -1}}, "must be positive"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        make_level(**arguments)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, seed in (("train", 0), ("validate", 10)):
+        for shard in range(3):
+            write(tmp_path / f"{split}{shard:04}.tfrecord", videos(10, seed=seed + shard))
+    return tmp_path
+
+
+def data_module(folder, **options):
+    settings = {"features": FEATURES["video"], "num_classes": CLASSES, "batch_size": 4, "num_workers": 0, "seed": 0}
+    return YouTube8M(str(folder), **settings | options)
+
+
+def test_the_data_module_splits_by_file_name(folder):
+    data = data_module(folder)
+    data.setup("fit")
+    x, y = next(iter(data.train_dataloader()))
+    assert x.shape == (4, RGB + AUDIO)
+    assert y.shape == (4, CLASSES)
+    seen = torch.cat([y for _, y in data.val_dataloader()])
+    written = [video for seed in (10, 11, 12) for video in videos(10, seed=seed)]
+    assert torch.equal(seen, multi_hot(written))
+    data.setup("test")
+    assert len(data.test_dataloader()) == 8
+
+
+def test_workers_report_a_bad_record_in_one_line(folder):
+    write(folder / "train0001.tfrecord", videos(10, frames=3))
+    data = data_module(folder, num_workers=2)
+    data.setup("fit")
+    with pytest.raises(DataError) as caught:
+        list(data.train_dataloader())
+    assert re.fullmatch(
+        r".*/train0001\.tfrecord: the record at byte [\d,]+ is of a frame-level shard .* set level to 'frame'\.",
+        str(caught.value),
+    )
+
+
+def test_a_folder_without_shards(tmp_path):
+    with pytest.raises(DataError, match=r"No files match .*/train\*\.tfrecord\*"):
+        data_module(tmp_path).setup("fit")
+
+
+def test_frames_of_gzip_shards(tmp_path):
+    made = videos(5, frames=6)
+    path = write(tmp_path / "x.tfrecord.gz", made)
+    loader = RecordLoader(index_shards([str(path)]), level("frame", num_frames=6).decode, Share(2))
+    assert [video for batch in loader for video in batch.ids] == [video.id for video in made]
