@@ -170,8 +170,8 @@ def write_page(rows: list[dict]) -> None:
         "cost within the budget, finite outputs of shape (K, N, C), full width equal to the base, a gradient for",
         "every parameter, and `head`, `first`, `deepcopy`, `state_dict` and `save`/`load` exact. Shares are of the",
         "base; spread is the standard deviation of a head's first outputs as a share of the base's (none where the",
-        "base begins with outputs of zero). Seconds are processor time of `convert` on one thread; memory is its peak, the",
-        "base included, as a share of the peak of one training step of the base on the same two examples.",
+        "base begins with outputs of zero). Seconds are processor time of `convert` on one thread; memory is its peak,",
+        "the base included, as a share of the peak of one training step of the base on the same two examples.",
         "",
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads, batches of 2.",
@@ -194,7 +194,8 @@ def write_page(rows: list[dict]) -> None:
             )
     lines += [
         "",
-        "| library | family | model | parameters | K | split | width | parameters share | MACs share | spread | s | memory |",
+        "| library | family | model | parameters | K | split | width | parameters share | MACs share | spread | s "
+        "| memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

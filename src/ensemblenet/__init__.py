@@ -20,17 +20,20 @@ _HOMES = {
     "Cost": "cost",
     "EnsembleNet": "ensemble",
     "EnsembleNetError": "errors",
+    "FusionError": "errors",
     "LoadError": "errors",
     "Plan": "surgery.budget",
     "Recipe": "recipe",
     "SplitPoint": "surgery.split",
     "TrainingError": "errors",
     "convert": "conversion",
+    "fuse": "heads",
     "load": "checkpoint",
     "measure_cost": "cost",
     "plans": "conversion",
     "save": "checkpoint",
     "split_points": "conversion",
+    "unfuse": "heads",
 }
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "Cost",
     "EnsembleNet",
     "EnsembleNetError",
+    "FusionError",
     "LoadError",
     "Plan",
     "Recipe",
@@ -48,11 +52,13 @@ __all__ = [
     "TrainingError",
     "convert",
     "functional",
+    "fuse",
     "load",
     "measure_cost",
     "plans",
     "save",
     "split_points",
+    "unfuse",
 ]
 
 if TYPE_CHECKING:
@@ -61,7 +67,8 @@ if TYPE_CHECKING:
     from ensemblenet.conversion import convert, plans, split_points
     from ensemblenet.cost import Cost, measure_cost
     from ensemblenet.ensemble import EnsembleNet
-    from ensemblenet.errors import BudgetError, ConversionError, EnsembleNetError, LoadError, TrainingError
+    from ensemblenet.errors import BudgetError, ConversionError, EnsembleNetError, FusionError, LoadError, TrainingError
+    from ensemblenet.heads import fuse, unfuse
     from ensemblenet.losses import CoDistillationLoss
     from ensemblenet.recipe import Recipe
     from ensemblenet.surgery.budget import Budget, Plan

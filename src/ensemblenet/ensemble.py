@@ -109,10 +109,14 @@ class EnsembleNet(nn.Module):
         balance = self.balance_gradients and self.num_heads > 1 and torch.is_grad_enabled()
         if balance:
             features = scale_gradient(features, 1 / self.num_heads)
-        outputs = torch.stack([head(features) for head in self.heads])
+        outputs = self._run_heads(features)
         if balance:
             outputs = scale_gradient(outputs, float(self.num_heads))
         return outputs if self.training or per_head else combine_heads(outputs, self.combine, self.task)
+
+    def _run_heads(self, features: Tensor) -> Tensor:
+        """The outputs of all heads, (K, N, C, *)."""
+        return torch.stack([head(features) for head in self.heads])
 
     def head(self, k: int) -> nn.Module:
         """The plain network of the trunk and head `k` alone, sharing parameters with this model.

@@ -1,6 +1,6 @@
 """The errors that users meet: what was expected, what came, what to do."""
 
-__all__ = ["BudgetError", "ConversionError", "EnsembleNetError", "LoadError", "TrainingError"]
+__all__ = ["BudgetError", "ConversionError", "EnsembleNetError", "FusionError", "LoadError", "TrainingError"]
 
 
 class EnsembleNetError(Exception):
@@ -13,6 +13,10 @@ class ConversionError(EnsembleNetError, ValueError):
 
 class BudgetError(ConversionError):
     """A budget that no width can meet."""
+
+
+class FusionError(EnsembleNetError, ValueError):
+    """A model whose heads cannot run as one."""
 
 
 class LoadError(EnsembleNetError, ValueError):

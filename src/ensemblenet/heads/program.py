@@ -1,0 +1,382 @@
+"""Write the graph of K equal heads as one graph over all of them.
+
+A value of a head is, in the graph of all heads, one of three:
+
+| layout | what it is, for a head's tensor of shape (N, C, *) |
+|---|---|
+| SHARED | the same for all heads: (N, C, *), or a number |
+| FIRST | the heads' tensors stacked: (K, N, C, *) |
+| FOLDED | heads folded into channels, head-major: (N, K·C, *) |
+
+Every operation of the first head has a rule that writes what does the same for all heads, in the layout that suits it;
+changes of layout are written only where a rule asks for another. An operation without a rule runs by `torch.vmap` over
+the stacked tensors, or, where that fails, for one head after another. Add a rule of your own with
+[`ensemblenet.heads.fusion_rule`][].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_map
+
+from ensemblenet.heads.fallback import Looped, Mapped, Slot
+from ensemblenet.heads.stacks import Stack
+
+__all__ = [
+    "FIRST",
+    "FOLDED",
+    "SHARED",
+    "Layout",
+    "Program",
+    "Value",
+    "fold",
+    "fusion_rule",
+    "has_rule",
+    "repeat",
+    "unfold",
+]
+
+
+class Layout(Enum):
+    """Where the heads are in a value; see the module."""
+
+    SHARED = "shared"
+    FIRST = "first"
+    FOLDED = "folded"
+
+
+SHARED, FIRST, FOLDED = Layout
+
+
+class Value(NamedTuple):
+    """A value of all heads: its node in the graph of all heads, and its layout. Of a tuple, that of its tensors."""
+
+    node: Any
+    layout: Layout
+
+
+Rule = Callable[["Program", fx.Node], "Value | None"]
+_RULES: dict[type[nn.Module] | str, Rule] = {}
+
+
+def fusion_rule(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
+    """Register a rule for layer types, for those of other libraries by name ("timm.DropPath"), or for functions' names.
+
+    A rule takes the [`ensemblenet.heads.program.Program`][] that is written and a node of the first head. It returns
+    the value of all heads, or None where it does not apply. That of a type serves its subclasses too, as long as they
+    keep its `forward`.
+
+    Example:
+        >>> class Square(nn.Module):
+        ...     def forward(self, x):
+        ...         return x * x
+        >>> @fusion_rule(Square)
+        ... def square(program, node):
+        ...     value = program.value(node.args[0])
+        ...     return Value(program.call(torch.square, value.node), value.layout)
+    """
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(kinds, function))
+        return function
+
+    return register
+
+
+def _rule_for(node: fx.Node, layer: nn.Module | None) -> Rule | None:
+    return _RULES.get(name_of(node)) if layer is None else _rule_for_layer(layer)
+
+
+def _rule_for_layer(layer: nn.Module) -> Rule | None:
+    for kind in type(layer).__mro__:
+        rule = _RULES.get(kind) or _RULES.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
+        if rule is not None:
+            return rule if kind.forward is type(layer).forward else None
+    return None
+
+
+def has_rule(layer: nn.Module) -> bool:
+    """Whether a layer's type has a rule."""
+    return _rule_for_layer(layer) is not None
+
+
+class Program:
+    """The graph of all heads while it is written.
+
+    Attributes:
+        num_heads: K.
+        stacks: the stacked tensors, which are the graph's inputs behind the features.
+        by_vmap: nodes without a rule that run by `torch.vmap`.
+        looped: nodes without a rule that run for one head after another.
+
+    Args:
+        heads: the heads, all alike.
+        graph: of each of them.
+        examples: what its nodes gave the first head for an example batch, in fake tensors.
+        tied: the ids of parameters that must not be moved, because not one head alone has them.
+    """
+
+    def __init__(
+        self, heads: Sequence[nn.Module], graph: fx.Graph, examples: dict[fx.Node, Any], tied: set[int]
+    ) -> None:
+        self.num_heads = len(heads)
+        self.stacks: list[Stack] = []
+        self.by_vmap: list[str] = []
+        self.looped: list[str] = []
+        self._heads = heads
+        self._head_graph = graph
+        self._examples = examples
+        self._mode = next(example.fake_mode for example in examples.values() if isinstance(example, FakeTensor))
+        self._tied = tied
+        self._root = nn.Module()
+        self._graph = fx.Graph()
+        self._values: dict[fx.Node, Value] = {}
+        self._stacked: dict[tuple[int, ...], fx.Node] = {}
+
+    def write(self) -> fx.GraphModule:
+        """Write the graph of all heads: from the features and the stacked tensors to the outputs (K, N, C, *)."""
+        for node in self._head_graph.nodes:
+            if node.op == "placeholder":
+                self._last_input = self._graph.placeholder("features")
+                self._values[node] = Value(self._last_input, SHARED)
+            elif node.op == "output":
+                self._graph.output(self.first(node.args[0]))
+            else:
+                self._values[node] = self._write(node)
+        return fx.GraphModule(self._root, self._graph, class_name="Heads")
+
+    def _write(self, node: fx.Node) -> Value:
+        if node.op == "get_attr":
+            return self._attribute(node)
+        layer = self.module(node) if node.op == "call_module" else None
+        if layer is not None and (_has_hooks(layer) or is_parametrized(layer)):
+            return self._loop(node)
+        rule = _rule_for(node, layer)
+        value = rule(self, node) if rule is not None else None
+        if value is not None:
+            return value
+        if self.is_shared(node) and (layer is None or not _has_state(layer)):
+            return self.same(node, SHARED)
+        return self._map(node) or self._loop(node)
+
+    # -- what rules read
+
+    def module(self, node: fx.Node) -> Any:
+        """The first head's module that a node calls."""
+        return self._heads[0].get_submodule(str(node.target))
+
+    def modules(self, node: fx.Node) -> list[Any]:
+        """The modules of all heads that a node calls."""
+        return [head.get_submodule(str(node.target)) for head in self._heads]
+
+    def value(self, argument: Any) -> Value:
+        """The value of all heads of an argument of a node of the first head."""
+        return self._values[argument] if isinstance(argument, fx.Node) else Value(argument, SHARED)
+
+    def set_value(self, argument: fx.Node, value: Value) -> None:
+        """Let later nodes read another value: what an operation in place has made of it."""
+        self._values[argument] = value
+
+    def layouts(self, node: fx.Node) -> set[Layout]:
+        """The layouts of all that a node reads."""
+        return {self._values[argument].layout for argument in node.all_input_nodes}
+
+    def is_shared(self, node: fx.Node) -> bool:
+        """Whether all that a node reads is the same for all heads."""
+        return self.layouts(node) <= {SHARED}
+
+    def shape(self, node: Any) -> tuple[int, ...]:
+        """The shape of the first head's tensor for an example batch; () for a number."""
+        example = self._examples.get(node) if isinstance(node, fx.Node) else None
+        return tuple(example.shape) if isinstance(example, Tensor) else ()
+
+    def is_tensor(self, node: Any) -> bool:
+        """Whether a node of the first head gives a tensor, not a number or a tuple."""
+        return isinstance(node, fx.Node) and isinstance(self._examples.get(node), Tensor)
+
+    # -- what rules write
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Write the call of a function."""
+        return self._graph.call_function(function, args, kwargs)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        """Write the call of a method of the first argument."""
+        return self._graph.call_method(name, args, kwargs)
+
+    def run(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
+        """Write the call of a module, under that name or one like it."""
+        name = name.replace(".", "_")
+        while getattr(self._root, name, module) is not module:
+            name += "_"
+        self._root.add_module(name, module)
+        return self._graph.call_module(name, args, kwargs)
+
+    def parameter(self, node: fx.Node, name: str) -> fx.Node | None:
+        """The stack (K, *) of a parameter or buffer of the module that a node calls; None where it has none."""
+        owner, _, name = f"{node.target}.{name}".rpartition(".")
+        return self._stack(owner, name)
+
+    def first(self, argument: Any) -> Any:
+        """A value as FIRST; a SHARED one is repeated, without a copy."""
+        value = self.value(argument)
+        if value.layout is FIRST:
+            return value.node
+        return self.call(unfold if value.layout is FOLDED else repeat, value.node, self.num_heads)
+
+    def folded(self, argument: Any) -> Any:
+        """A value as FOLDED; a SHARED one is repeated."""
+        value = self.value(argument)
+        return value.node if value.layout is FOLDED else self.call(fold, self.first(argument))
+
+    def same(
+        self, node: fx.Node, layout: Layout, given: dict[Any, fx.Node] | None = None, method: str | None = None
+    ) -> Value:
+        """Write a node as it is, on its arguments' values; a module is then the first head's.
+
+        Args:
+            node: of the first head.
+            layout: of what comes out.
+            given: other nodes to read for some of its arguments.
+            method: another operation to call in its place.
+        """
+        given = given or {}
+        args, kwargs = fx.map_arg(  # type: ignore[misc]
+            (node.args, node.kwargs), lambda argument: given.get(argument, self._values[argument].node)
+        )
+        if method is not None:
+            return Value(self.method(method, *args, **kwargs), layout)
+        if node.op == "call_module":
+            return Value(self.run(str(node.target), self.module(node), *args, **kwargs), layout)
+        return Value(self._graph.create_node(node.op, node.target, args, kwargs), layout)
+
+    # -- the heads' tensors
+
+    def _attribute(self, node: fx.Node) -> Value:
+        owner, _, name = str(node.target).rpartition(".")
+        owners = [head.get_submodule(owner) for head in self._heads]
+        tensors = [getattr(owner, name) for owner in owners]
+        if isinstance(tensors[0], nn.Parameter) or not all(torch.equal(tensors[0], other) for other in tensors):
+            return Value(self._stack(owner, name), FIRST)
+        return Value(self.run(str(node.target), _Constant(owners[0], name)), SHARED)
+
+    def _stack(self, owner: str, name: str) -> fx.Node | None:
+        owners = [head.get_submodule(owner.removeprefix(".")) for head in self._heads]
+        tensors = [module._parameters.get(name, module._buffers.get(name)) for module in owners]
+        if tensors[0] is None:
+            return None
+        key = tuple(map(id, tensors))
+        if key not in self._stacked:
+            self.stacks.append(Stack(owners, name, lay=not self._tied.intersection(key)))
+            with self._graph.inserting_after(self._last_input):
+                self._last_input = self._graph.placeholder(f"stack_{len(self.stacks)}")
+            self._stacked[key] = self._last_input
+        return self._stacked[key]
+
+    # -- operations without a rule
+
+    def _map(self, node: fx.Node) -> Value | None:
+        """Run an operation by `torch.vmap`, if that goes well for examples, of which nothing is computed."""
+        function, names, tensors = as_function(node), [], []
+        if node.op == "call_module":
+            function = self.module(node)
+            if next(function.buffers(), None) is not None:
+                return None  # what it does to them is its own affair
+            names = [name for name, _ in function.named_parameters()]
+            tensors = list(function.parameters())
+        template, inputs, stacked = self._template(node)
+        if not names and not any(stacked):
+            return None
+        mapped = Mapped(function, template, stacked, names)
+        values = [self._example(argument, own) for argument, own in zip(inputs, stacked, strict=True)]
+        try:
+            with self._mode, torch.no_grad():
+                got = mapped(*values, *(torch.stack([tensor] * self.num_heads) for tensor in tensors))
+        except Exception:  # whatever it is: the loop can do it
+            return None
+        if not isinstance(got, Tensor) or tuple(got.shape) != (self.num_heads, *self.shape(node)):
+            return None
+        self.by_vmap.append(node.name)
+        stacks = [self.parameter(node, name) for name in names]
+        return Value(self.run(f"vmap_{node.name}", mapped, *self._inputs(inputs, stacked), *stacks), FIRST)
+
+    def _loop(self, node: fx.Node) -> Value:
+        """Run an operation for one head after another."""
+        functions = self.modules(node) if node.op == "call_module" else [as_function(node)] * self.num_heads
+        template, inputs, stacked = self._template(node)
+        self.looped.append(node.name)
+        looped = Looped(functions, template, stacked)
+        return Value(self.run(f"loop_{node.name}", looped, *self._inputs(inputs, stacked)), FIRST)
+
+    def _template(self, node: fx.Node) -> tuple[Any, list[fx.Node], list[bool]]:
+        """A node's arguments with slots in them, what goes there, and whether that has heads."""
+        inputs = node.all_input_nodes
+        template = fx.map_arg((node.args, node.kwargs), lambda argument: Slot(inputs.index(argument)))  # type: ignore
+        return template, inputs, [self._values[argument].layout is not SHARED for argument in inputs]
+
+    def _inputs(self, inputs: list[fx.Node], stacked: list[bool]) -> list[Any]:
+        return [self.first(node) if own else self.value(node).node for node, own in zip(inputs, stacked, strict=True)]
+
+    def _example(self, node: fx.Node, own: bool) -> Any:
+        with self._mode:
+            return tree_map(
+                lambda leaf: torch.stack([leaf] * self.num_heads) if own and isinstance(leaf, Tensor) else leaf,
+                self._examples[node],
+            )
+
+
+class _Constant(nn.Module):
+    """A buffer that all heads have the same."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self.owners = (owner,)  # in a tuple: the module belongs to its head
+        self.name = name
+
+    def forward(self) -> Tensor:
+        """The first head's."""
+        return getattr(self.owners[0], self.name)
+
+
+def fold(x: Tensor) -> Tensor:
+    """(K, N, C, *) to (N, K·C, *); no copy where the memory lies so already."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def unfold(x: Tensor, num_heads: int) -> Tensor:
+    """(N, K·C, *) to (K, N, C, *), without a copy."""
+    return x.unflatten(1, (num_heads, -1)).transpose(0, 1)
+
+
+def repeat(x: Tensor, num_heads: int) -> Tensor:
+    """(N, C, *) to (K, N, C, *), without a copy."""
+    return x.unsqueeze(0).expand(num_heads, *x.shape)
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of the function or method that a node calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def as_function(node: fx.Node) -> Callable[..., Any]:
+    """What calls the function or method of a node."""
+    if node.op != "call_method":
+        return node.target  # type: ignore[return-value]
+    name = str(node.target)
+    return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
+
+
+def _has_state(layer: nn.Module) -> bool:
+    return next(layer.parameters(), None) is not None or next(layer.buffers(), None) is not None
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, table) for module in layer.modules() for table in tables)

@@ -1,0 +1,93 @@
+"""How heads are chosen to run. No test here measures time: what was measured is given."""
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from networks import LongSkip
+from torch import nn
+
+from ensemblenet import EnsembleNet, convert
+from ensemblenet.errors import FusionError
+from ensemblenet.heads import FusedEnsembleNet, choice, choose, fuse, measure, tune
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def model(num_heads: int = 2) -> EnsembleNet:
+    torch.manual_seed(0)
+    return convert(LongSkip(), IMAGES, num_heads).train()
+
+
+@pytest.fixture
+def slow(monkeypatch) -> set:
+    """Names of what is slow; everything else takes a second."""
+    names: set = set()
+
+    def measured(steps: Mapping, repeats: int = 5) -> dict:
+        for run in steps.values():
+            run()
+        return {name: 2.0 if name in names else 1.0 for name in steps}
+
+    monkeypatch.setattr(choice, "measure", measured)
+    return names
+
+
+@pytest.mark.parametrize(("slower", "expected"), [("looped", "fused"), ("fused", "looped"), ("neither", "fused")])
+def test_the_faster_one_is_taken(slow, slower: str, expected: str) -> None:
+    slow.add(slower)
+    network = model()
+    before = copy.deepcopy(network.state_dict())
+    torch.manual_seed(5)
+    chosen, why = choose(network, IMAGES)
+    assert torch.initial_seed() == 5
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+    assert isinstance(chosen, FusedEnsembleNet) == (expected == "fused")
+    assert why.heads == expected
+    assert why.reason.startswith("a training step of 4 examples took 2000.0 ms" if slower == "fused" else "a training")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert chosen.heads[1] is network.heads[1]
+
+
+def test_the_user_can_force_one(slow) -> None:
+    for heads in ("looped", "fused"):
+        slow.add(heads)
+        chosen, why = choose(model(), IMAGES, heads)
+        assert isinstance(chosen, FusedEnsembleNet) == (heads == "fused")
+        assert (why.heads, why.reason) == (heads, "as asked")
+    with pytest.raises(FusionError, match="heads must be one of 'auto', 'looped', 'fused', 'compiled'; got 'fast'"):
+        choose(model(), IMAGES, "fast")  # type: ignore[arg-type]
+
+
+def test_one_head_and_unlike_heads_run_looped(slow) -> None:
+    assert choose(model(1), IMAGES)[1].reason == "there is one head"
+    unlike = EnsembleNet(nn.Flatten(), [nn.Linear(768, 3), nn.Linear(768, 3, bias=False)])
+    chosen, why = choose(unlike, IMAGES)
+    assert chosen is unlike
+    assert "heads 0 and 1 differ" in why.reason
+    with pytest.raises(FusionError, match="heads 0 and 1 differ"):
+        choose(unlike, IMAGES, "fused")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_convolutions_run_head_by_head_where_that_is_faster(slow, training: bool) -> None:
+    network = model(3).train(training)
+    fused = fuse(copy.deepcopy(network))
+    assert tune(fused, IMAGES) == set()
+    slow.add(False)  # grouped
+    assert tune(fused, IMAGES) == set(fused.convolutions)
+    assert fused.convolutions
+    for layer in copy.deepcopy(fused).convolutions.values():
+        assert layer.separate == {training: True, not training: False}
+    network.load_state_dict(fused.state_dict())  # tuning ran training steps
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(fused(IMAGES), network(IMAGES))
+
+
+def test_measurements_take_turns() -> None:
+    calls: list[str] = []
+    seconds = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
+    assert "".join(calls) == "abababab"  # the first of each is not counted
+    assert seconds.keys() == {"a", "b"}
