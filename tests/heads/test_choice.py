@@ -9,6 +9,7 @@ from networks import LongSkip
 from torch import nn
 
 from ensemblenet import EnsembleNet, convert
+from ensemblenet.cli import main
 from ensemblenet.errors import FusionError
 from ensemblenet.heads import FusedEnsembleNet, choice, choose, fuse, measure, tune
 
@@ -91,3 +92,11 @@ def test_measurements_take_turns() -> None:
     seconds = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
     assert "".join(calls) == "abababab"  # the first of each is not counted
     assert seconds.keys() == {"a", "b"}
+
+
+def test_the_command_shows_every_way(capsys) -> None:
+    arguments = ["test_resnet", "--num-classes", "5", "--input-shape", "3,32,32", "--batch-size", "2", "--repeats", "1"]
+    assert main(["benchmark", *arguments]) == 0
+    shown = capsys.readouterr().out
+    for part in ("base", "looped", "fused", "prediction of 1", "prediction of 2", "training step of 2", "1.00x"):
+        assert part in shown

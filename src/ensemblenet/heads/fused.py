@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import FusionError
-from ensemblenet.heads.program import Program, has_rule
+from ensemblenet.heads.program import Program, has_hooks, has_rule
 from ensemblenet.heads.rules import JoinedConvolution
 from ensemblenet.heads.stacks import Stack
 
@@ -26,9 +26,9 @@ def fuse(model: EnsembleNet, example_inputs: Tensor | None = None) -> FusedEnsem
     It has the same trunk and the same heads, the very modules, so training one trains the other, and names, state
     dicts, optimizer states, `head(k)` and `first(k)` stay what they were. Convolutions of the heads run as grouped
     ones, linear layers as batched products, normalisations per head; what has no rule (see
-    [`ensemblenet.heads.fusion_rule`][]) runs by `torch.vmap`, or one head after another, for that part alone. Outputs
-    differ from those of the plain model by rounding only. Dropout and stochastic depth are independent for every head,
-    as they were, but draw other random numbers.
+    [`ensemblenet.heads.fusion_rule`][]) runs by `torch.vmap`, or one head after another, for that part alone; so do
+    layers with hooks, but hooks that come later are not seen. Outputs differ from those of the plain model by rounding
+    only. Dropout and stochastic depth are independent for every head, as they were, but draw other random numbers.
 
     The memory of the heads' parameters and buffers is laid out anew, once, so that those of one name lie side by side.
     Where that is undone, as by `model.to(...)`, the next forward pass does it again.
@@ -249,7 +249,7 @@ def _common_graph(heads: Sequence[nn.Module]) -> fx.Graph:
                 f"fuse() needs heads of one structure, but heads 0 and {k} differ: {where}. Such a model runs its "
                 "heads one after another; leave it as it is."
             )
-    return _graph(heads[0])
+    return _whole_head() if any(has_hooks(head, recurse=False) for head in heads) else _graph(heads[0])
 
 
 def _structure(head: nn.Module) -> list[str]:

@@ -38,6 +38,7 @@ __all__ = [
     "Value",
     "fold",
     "fusion_rule",
+    "has_hooks",
     "has_rule",
     "repeat",
     "unfold",
@@ -156,7 +157,7 @@ class Program:
         if node.op == "get_attr":
             return self._attribute(node)
         layer = self.module(node) if node.op == "call_module" else None
-        if layer is not None and (_has_hooks(layer) or is_parametrized(layer)):
+        if layer is not None and any(has_hooks(own) or is_parametrized(own) for own in self.modules(node)):
             return self._loop(node)
         rule = _rule_for(node, layer)
         value = rule(self, node) if rule is not None else None
@@ -377,6 +378,7 @@ def _has_state(layer: nn.Module) -> bool:
     return next(layer.parameters(), None) is not None or next(layer.buffers(), None) is not None
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module, recurse: bool = True) -> bool:
+    """Whether a layer, or a part of it, has hooks, which only a call of the very module runs."""
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, table) for module in layer.modules() for table in tables)
+    return any(getattr(module, table) for module in (layer.modules() if recurse else [layer]) for table in tables)

@@ -258,12 +258,11 @@ def _prelu(program: Program, node: fx.Node) -> Value | None:
 
 @fusion_rule("scaled_dot_product_attention")
 def _attention(program: Program, node: fx.Node) -> Value | None:
-    if len(node.args) > 3 or node.kwargs.get("attn_mask") is not None:
+    arguments = _arguments(node, query=None, key=None, value=None)
+    batches = {program.shape(argument)[:-2] for argument in arguments}
+    if len(node.args) > 3 or node.kwargs.get("attn_mask") is not None or len(batches) > 1 or batches == {()}:
         return None
-    queries, *others = (
-        program.method("flatten", program.first(argument), 0, 1)
-        for argument in _arguments(node, query=None, key=None, value=None)
-    )
+    queries, *others = (program.method("flatten", program.first(argument), 0, 1) for argument in arguments)
     rest = {key: program.value(v).node for key, v in node.kwargs.items() if key not in ("query", "key", "value")}
     out = program.call(F.scaled_dot_product_attention, queries, *others, **rest)
     return Value(program.method("unflatten", out, 0, (program.num_heads, -1)), FIRST)
@@ -327,11 +326,12 @@ _POOLING = [
     "interpolate", "dropout2d", "dropout3d", "feature_dropout",
 )  # fmt: skip
 def _per_channel(program: Program, node: fx.Node) -> Value | None:
-    draws = "dropout" in (type(program.module(node)).__name__.lower() if node.op == "call_module" else name_of(node))
-    if program.is_shared(node) and not draws:
+    name = type(program.module(node)).__name__.lower() if node.op == "call_module" else name_of(node)
+    if program.is_shared(node) and "dropout" not in name:
         return program.same(node, SHARED)
-    if len(program.shape(node.args[0])) < 3 or len(program.shape(node)) < 3:
-        return None
+    rank = len(program.shape(node.args[0]))
+    if rank != len(program.shape(node)) or rank < 3 or (name[-2:] in ("1d", "2d", "3d") and rank != int(name[-2]) + 2):
+        return None  # without a batch dimension
     argument = node.all_input_nodes[0]
     return program.same(node, FOLDED, {argument: program.folded(argument)})
 
@@ -382,7 +382,8 @@ def _pointwise(program: Program, node: fx.Node) -> Value | None:
     name = type(program.module(node)).__name__ if node.op == "call_module" else name_of(node)
     tensors = [argument for argument in node.all_input_nodes if program.is_tensor(argument)]
     if "dropout" in name.lower() and program.is_shared(node):
-        return program.same(node, FIRST, {tensors[0]: program.first(tensors[0])})
+        copies = program.method("contiguous", program.first(tensors[0]))  # for dropout in place
+        return program.same(node, FIRST, {tensors[0]: copies})
     if program.is_shared(node):
         return program.same(node, SHARED)
     if name == "contiguous":
@@ -594,6 +595,13 @@ def _item(program: Program, node: fx.Node) -> Value | None:
     if value.layout is SHARED or len(tensors) > 1 or any(not _is_plain(program, item) for item in tensors):
         return None
     return _rewritten(program, node, (source, (slice(None), *items)), {})
+
+
+@fusion_rule("setitem", "__setitem__")
+def _set_item(program: Program, node: fx.Node) -> None:
+    target = node.all_input_nodes[0]
+    if not program.is_shared(node) and program.value(target).layout is SHARED:  # from here on every head has its own
+        program.set_value(target, Value(program.method("contiguous", program.first(target)), FIRST))
 
 
 def _is_number(program: Program, item: Any) -> bool:

@@ -59,7 +59,7 @@ class Stack:
     def value(self) -> Tensor:
         """The stack, through which gradients reach the parts."""
         parts = self.parts
-        if not self.lay:
+        if not self.lay or self._are_lent(parts):
             return torch.stack(parts)
         needs_grad = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
         if not torch.compiler.is_compiling():
@@ -71,6 +71,10 @@ class Stack:
             return torch.stack(parts)
         assert self.joined is not None
         return self.joined
+
+    def _are_lent(self, parts: list[Tensor]) -> bool:
+        """Whether `torch.func.functional_call` has put other tensors in the parameters' place."""
+        return self.name in self.owners[0]._parameters and not isinstance(parts[0], nn.Parameter)
 
     def _is_joined(self, parts: list[Tensor]) -> bool:
         joined = self.joined
