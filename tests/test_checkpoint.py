@@ -115,7 +115,7 @@ DAMAGE = [
     (lambda d: (d / "recipe.json").write_bytes(b"\xff\xfe\x00"), "is not text"),
     (lambda d: (d / "recipe.json").write_text("[1]"), "not one of ensemblenet's"),
     (lambda d: (d / "recipe.json").write_text('{"model_type": "bert"}'), "not one of ensemblenet's"),
-    (lambda d: (d / "recipe.json").write_text(" " * (2 << 20)), "larger than any recipe"),
+    (lambda d: (d / "recipe.json").write_text(" " * (17 << 20)), "larger than any recipe"),
     (lambda d: edit(d, format=99), "format 99; this version reads format 1"),
     (lambda d: edit(d, more=1), "must have the fields"),
     (lambda d: edit(d, num_heads=10**9), "num_heads must be an integer from 1 to 1024, got 1000000000"),

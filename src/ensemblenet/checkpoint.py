@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
@@ -15,14 +18,15 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError, LoadError
 from ensemblenet.recipe import Recipe
 
-__all__ = ["load", "save"]
+__all__ = ["load", "read_description", "save"]
 
+_DESCRIPTION = "data.json"
 _RECIPE = "recipe.json"
 _WEIGHTS = "model.safetensors"
-_MOST_RECIPE_BYTES = 1 << 20
+_MOST_TEXT_BYTES = 1 << 24
 
 
-def save(model: EnsembleNet, directory: str | os.PathLike[str]) -> Path:
+def save(model: EnsembleNet, directory: str | os.PathLike[str], description: Mapping[str, Any] | None = None) -> Path:
     """Write a converted model's recipe and weights into a new directory.
 
     The files are written aside and renamed, so a directory of that name is always whole.
@@ -30,6 +34,8 @@ def save(model: EnsembleNet, directory: str | os.PathLike[str]) -> Path:
     Args:
         model: a model that [`ensemblenet.convert`][] made.
         directory: where to; it must not exist, or be empty.
+        description: plain data for those who will use the model, such as `{"classes": [...]}`; it is kept as
+            `data.json`, and `load` does not need it.
 
     Returns:
         The directory.
@@ -61,6 +67,8 @@ def save(model: EnsembleNet, directory: str | os.PathLike[str]) -> Path:
     try:
         (aside / _RECIPE).write_text(model.recipe.to_json())
         save_model(model, str(aside / _WEIGHTS))
+        if description is not None:
+            (aside / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         aside.chmod(0o755)
         aside.replace(target)
     except BaseException:
@@ -109,12 +117,34 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None) -> En
     return model.eval()
 
 
+def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """What [`ensemblenet.save`][] was told about the data; empty where that was nothing.
+
+    Raises:
+        LoadError: `data.json` is damaged.
+    """
+    path = Path(directory, _DESCRIPTION)
+    if not path.is_file():
+        return {}
+    try:
+        description = json.loads(_read_text(path))
+    except ValueError as error:
+        raise LoadError(f"{path} is not JSON: {error}") from error
+    if not isinstance(description, dict):
+        raise LoadError(f"{path} must hold an object of JSON, got {type(description).__name__}.")
+    return description
+
+
 def _read_recipe(folder: Path) -> str:
     path = folder / _RECIPE
     if not path.is_file():
         raise LoadError(f"{folder} holds no saved model: {_RECIPE} is missing.")
-    if path.stat().st_size > _MOST_RECIPE_BYTES:
-        raise LoadError(f"{path} is larger than any recipe.")
+    return _read_text(path)
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > _MOST_TEXT_BYTES:
+        raise LoadError(f"{path} is larger than any {path.stem}.")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

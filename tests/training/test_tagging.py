@@ -231,8 +231,10 @@ def test_what_predict_cannot_load(tmp_path):
     with pytest.raises(ensemblenet.LoadError, match="nowhere"):
         predict([str(tmp_path / "nowhere"), "--data", "x", "--output", str(tmp_path / "x.csv")])
     folder = fit([*make(tmp_path), "--trainer.max_epochs", "1", "--model.conversion", "null"])
-    shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(ensemblenet.LoadError, match=r"has no checkpoints/last\.ckpt yet"):
+    shutil.rmtree(folder / "model")
+    with pytest.raises(
+        ensemblenet.LoadError, match="no trained model yet; end its run with .ensemblenet fit --resume"
+    ):
         predict([str(folder), "--data", "x", "--output", str(tmp_path / "x.csv")])
 
 

@@ -65,6 +65,10 @@ class MNIST1D(LightningDataModule):
         """Generate the examples; takes about a second for 3,000."""
         self.train, self.val, self.test = generate_mnist1d(self.sizes, self.data_seed)
 
+    def description(self) -> dict[str, Any]:
+        """What a trained network needs to be told of its data."""
+        return {"classes": [str(digit) for digit in range(10)], "preprocessing": None}
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled batches."""
         return batch_loader(TensorExamples(*self.train), self.batch_size, shuffle=True)

@@ -333,6 +333,13 @@ class YouTube8M(LightningDataModule):
         super().__init__()
         self.folder = folder
         self.level = make_level(level, features, num_classes, num_frames, sample_frames)
+        self.reads = {
+            "level": level,
+            "features": features,
+            "num_classes": num_classes,
+            "num_frames": num_frames,
+            "sample_frames": sample_frames,
+        }
         self.patterns = {"train": train, "val": val, "test": test}
         self.share = Share(batch_size, shuffle_buffer=shuffle_buffer, num_workers=num_workers)
         self.on_damage: OnDamage = on_damage
@@ -348,6 +355,10 @@ class YouTube8M(LightningDataModule):
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for split in splits.get(stage or "", tuple(self.patterns)):
             self._shards(split)
+
+    def description(self) -> dict[str, Any]:
+        """What a trained network needs to be told of its data; the classes have numbers only."""
+        return {"classes": None, "preprocessing": self.reads}
 
     def train_dataloader(self) -> RecordLoader:
         """Shuffled batches, in an order that depends on the seed and the epoch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +16,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from ensemblenet import EnsembleNet, measure_cost, save
+from ensemblenet import measure_cost
 from ensemblenet.errors import TrainingError
 from ensemblenet.study.report import results_table
 from ensemblenet.training.module import Classifier
+from ensemblenet.training.restore import store
 from ensemblenet.training.run import (
     CHECKPOINT,
     CONFIG,
@@ -72,9 +72,7 @@ def fit(arguments: Sequence[str]) -> Path:
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
     [metrics] = cli.trainer.test(module, data, verbose=False)
-    if isinstance(module.network, EnsembleNet) and module.network.recipe is not None:
-        shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was killed just after this
-        save(module.network.eval(), folder / "model")
+    store(module, data, folder)
     row = _row(module, metrics, cli.config["seed_everything"])
     write_json(folder / RESULTS, {"rows": [row]})
     console = Console()

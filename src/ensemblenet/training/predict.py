@@ -5,26 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from ensemblenet import load
 from ensemblenet.cli import positive_integer
 from ensemblenet.data.records import RecordLoader, Share
 from ensemblenet.data.tfrecord import find_shards, index_shards
 from ensemblenet.data.youtube8m import FrameLevel, VideoBatch, VideoLevel, make_level
 from ensemblenet.errors import LoadError
-from ensemblenet.training.run import CHECKPOINT, CONFIG, aside
+from ensemblenet.training.restore import Restored, restore
+from ensemblenet.training.run import aside
 
 __all__ = ["predict", "submission_rows"]
 
 HEADER = "VideoId,LabelConfidencePairs"
+_READS = ("level", "features", "num_classes", "num_frames", "sample_frames")
 
 
 def predict(arguments: Sequence[str]) -> Path:
@@ -44,7 +42,8 @@ def predict(arguments: Sequence[str]) -> Path:
     options = _parser().parse_args(arguments)
     if options.output.exists():
         raise FileExistsError(f"{options.output} exists; --output needs a new file.")
-    network, level = _restore(options.model, options.sample_frames)
+    restored = restore(options.model)
+    network, level = restored.network, _level(restored, options.sample_frames)
     shards = index_shards(find_shards(options.data), options.on_damage)
     loader = RecordLoader(shards, level.decode, Share(options.batch_size, num_workers=1), options.on_damage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +51,7 @@ def predict(arguments: Sequence[str]) -> Path:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with aside(options.output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(f"{HEADER}\n")
-        file.writelines(f"{row}\n" for row in submission_rows(network.to(device).eval(), batches, options.top, device))
+        file.writelines(f"{row}\n" for row in submission_rows(network.to(device), batches, options.top, device))
     skipped = f", {loader.skipped:,} damaged records skipped" if loader.skipped else ""
     Console().print(f"{loader.total:,} videos{skipped}: {options.output}", highlight=False, soft_wrap=True)
     return options.output
@@ -81,44 +80,26 @@ def submission_rows(
             yield f"{video}," + " ".join(f"{label} {p:.6g}" for label, p in zip(classes, logits, strict=True))
 
 
-def _restore(folder: Path, sample_frames: bool) -> tuple[nn.Module, VideoLevel | FrameLevel]:
-    """The network of a run's folder or of a saved directory, and what reads its inputs."""
-    config = folder / CONFIG
-    if config.is_file():
-        return _restore_run(folder, yaml.safe_load(config.read_text()))
-    model = load(folder)
-    assert model.recipe is not None
-    shape = model.recipe.input_shape
-    with torch.no_grad():
-        num_classes = model(torch.zeros(1, *shape)).shape[1]
+def _level(restored: Restored, sample_frames: bool) -> VideoLevel | FrameLevel:
+    """What reads the inputs of a network."""
+    if restored.config is None:
+        return _level_of_shape(restored, sample_frames)
+    data = restored.config["data"]
+    if not data["class_path"].endswith(".YouTube8M"):
+        raise LoadError(f"{restored.folder} was trained on {data['class_path']}, not on YouTube8M.")
+    return make_level(**{name: data["init_args"][name] for name in _READS})
+
+
+def _level_of_shape(restored: Restored, sample_frames: bool) -> VideoLevel | FrameLevel:
+    shape = restored.input_shape
     frames = {} if len(shape) == 1 else {"num_frames": shape[0], "sample_frames": sample_frames}
-    level = make_level("frame" if frames else "video", num_classes=num_classes, **frames)
+    level = make_level("frame" if frames else "video", num_classes=restored.num_classes(), **frames)
     if level.input_shape != shape:
         raise LoadError(
-            f"{folder} takes inputs of shape {shape}, which are not the features of YouTube-8M; give the folder of "
-            "its run instead, whose configuration names its features."
+            f"{restored.folder} takes inputs of shape {shape}, which are not the features of YouTube-8M; give the "
+            "folder of its run instead, whose configuration names its features."
         )
-    return model, level
-
-
-def _restore_run(folder: Path, config: dict[str, Any]) -> tuple[nn.Module, VideoLevel | FrameLevel]:
-    reads = ("level", "features", "num_classes", "num_frames", "sample_frames")
-    data = config["data"]
-    if not data["class_path"].endswith(".YouTube8M"):
-        raise LoadError(f"{folder} was trained on {data['class_path']}, not on YouTube8M.")
-    level = make_level(**{name: data["init_args"][name] for name in reads})
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--base", type=nn.Module)
-    base = parser.instantiate_classes(parser.parse_object({"base": config["model"]["base"]}))["base"]
-    if config["model"]["conversion"] is not None:
-        return load(folder / "model", base), level
-    checkpoint = folder / CHECKPOINT
-    if not checkpoint.is_file():
-        raise LoadError(f"{folder} has no {CHECKPOINT} yet.")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    weights = {name.removeprefix("network."): w for name, w in state.items() if name.startswith("network.")}
-    base.load_state_dict(weights)
-    return base, level
+    return level
 
 
 def _parser() -> argparse.ArgumentParser:
