@@ -233,7 +233,7 @@ def test_what_predict_cannot_load(tmp_path):
     folder = fit([*make(tmp_path), "--trainer.max_epochs", "1", "--model.conversion", "null"])
     shutil.rmtree(folder / "model")
     with pytest.raises(
-        ensemblenet.LoadError, match="no trained model yet; end its run with .ensemblenet fit --resume"
+        ensemblenet.LoadError, match=r"no trained model yet; end its run with .ensemblenet fit --resume"
     ):
         predict([str(folder), "--data", "x", "--output", str(tmp_path / "x.csv")])
 
