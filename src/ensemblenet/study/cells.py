@@ -24,9 +24,10 @@ from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS, Contender, Setup, Source
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
 
-__all__ = ["Cell", "Outcome", "Workers", "instantiate", "run_cell", "train", "training_memory"]
+__all__ = ["Cell", "Outcome", "Precision", "Workers", "instantiate", "run_cell", "train", "training_memory"]
 
 Phase = Literal["tune", "test"]
+Precision = Literal["32", "bf16"]
 Outcome = dict[str, Any]
 
 
@@ -45,6 +46,7 @@ class Cell:
         optimization: optimizer, learning rate and weight decay.
         epochs: passes over the training examples.
         device: where to train.
+        precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Cell:
     optimization: Optimization
     epochs: int
     device: str = "cpu"
+    precision: Precision = "32"
 
     @property
     def key(self) -> str:
@@ -76,7 +79,9 @@ class Cell:
         def make_base() -> nn.Module:
             return instantiate(nn.Module, self.base).to(example.device)
 
-        return METHODS[self.method].build(Source(make_base, example, self.seed), self.setup)
+        made = METHODS[self.method].build(Source(make_base, example, self.seed), self.setup)
+        # the layout in which convolutions of images are fast
+        return made.to(memory_format=torch.channels_last) if example.ndim == 4 else made
 
 
 def run_cell(cell: Cell) -> Outcome:
@@ -90,9 +95,9 @@ def run_cell(cell: Cell) -> Outcome:
         data = cell.data_module()
         example = _inputs(next(iter(data.train_dataloader()))).to(cell.device)
         contender = cell.contender(example)
-        effort = train(contender, data, cell.optimization, cell.epochs, cell.seed)
+        effort = train(contender, data, cell.optimization, cell.epochs, cell.seed, cell.precision)
         loader = data.val_dataloader() if cell.phase == "tune" else data.test_dataloader()
-        return {"status": "done", **_measure(contender, loader, cell.setup.task), **effort}
+        return {"status": "done", **_measure(contender, loader, cell.setup.task, cell.precision), **effort}
     except Exception as error:
         return {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())}
 
@@ -151,7 +156,12 @@ def _end_with_parent() -> None:
 
 
 def train(
-    contender: Contender, data: LightningDataModule, optimization: Optimization, epochs: int, seed: int
+    contender: Contender,
+    data: LightningDataModule,
+    optimization: Optimization,
+    epochs: int,
+    seed: int,
+    precision: Precision = "32",
 ) -> dict[str, float]:
     """Train in place, without Lightning's cost per step, which is larger than a step of a small network.
 
@@ -161,6 +171,7 @@ def train(
         optimization: optimizer and learning rate; all modules of the method are trained by it.
         epochs: passes over the training examples.
         seed: every epoch starts from a seed of its own, made of this one.
+        precision: of the forward pass.
 
     Returns:
         `seconds` by the clock, and `cpu_seconds` of this process.
@@ -183,7 +194,8 @@ def train(
         total = torch.zeros((), device=device)
         for batch in loader:
             x, y = _inputs(batch).to(device), _targets(batch).to(device)
-            loss = contender.loss(x, y, step / steps)
+            with _autocast(device, precision):
+                loss = contender.loss(x, y, step / steps)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -264,12 +276,13 @@ def _data_module(spec: str) -> LightningDataModule:
 
 
 @torch.no_grad()
-def _measure(contender: Contender, loader: Iterable[Any], task: Any) -> Outcome:
+def _measure(contender: Contender, loader: Iterable[Any], task: Any, precision: Precision) -> Outcome:
     device = next(contender.parameters()).device
     contender.eval()
     measures: Measures | None = None
     for batch in loader:
-        outputs, prediction = contender(_inputs(batch).to(device))
+        with _autocast(device, precision):
+            outputs, prediction = contender(_inputs(batch).to(device))
         if measures is None:
             measures = Measures(outputs.shape[2], len(outputs), task)
         measures.update(outputs, prediction, _targets(batch))
@@ -280,6 +293,11 @@ def _measure(contender: Contender, loader: Iterable[Any], task: Any) -> Outcome:
         raise TrainingError("The trained network's outputs are not finite.")
     students = contender.students or range(len(values["head_errors"]))
     return values | {"head_error": sum(values["head_errors"][k] for k in students) / len(students)}
+
+
+def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """To be entered anew for every step: within one, autocast keeps the weights that it has cast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _inputs(batch: Any) -> Tensor:

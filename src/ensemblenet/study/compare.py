@@ -22,7 +22,7 @@ from torch import nn
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
-from ensemblenet.study.cells import Cell, Outcome, Workers, training_memory
+from ensemblenet.study.cells import Cell, Outcome, Precision, Workers, training_memory
 from ensemblenet.study.methods import METHODS, Setup
 from ensemblenet.study.pages import PAGE, comparison_table, summary, write_comparison
 from ensemblenet.training.optimization import Optimization
@@ -120,6 +120,7 @@ class Study:
         seeds: how many test runs of each method.
         tuning: how learning rate and weight decay are found.
         device: where to train, such as "cpu" or "cuda".
+        precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
     """
 
     base: dict[str, Any]
@@ -135,6 +136,7 @@ class Study:
     seeds: int = 5
     tuning: Tuning = Tuning()
     device: str = "cpu"
+    precision: Precision = "32"
 
     def __post_init__(self) -> None:
         for name in ("seeds", "epochs", "num_heads"):
@@ -167,7 +169,19 @@ class Study:
         """The cells of a phase: each method with each of its settings, tuned with one seed, tested with all."""
         seeds = [_TUNING_SEED] if phase == "tune" else range(self.seeds)
         return [
-            Cell(name, method, setup, self.base, self.data, phase, seed, setting, self.epochs, self.device)
+            Cell(
+                name,
+                method,
+                setup,
+                self.base,
+                self.data,
+                phase,
+                seed,
+                setting,
+                self.epochs,
+                self.device,
+                self.precision,
+            )
             for name, (method, setup) in self.entrants().items()
             for setting in settings.get(name, ())
             for seed in seeds
