@@ -116,6 +116,12 @@ def test_a_cell_depends_on_its_settings_alone():
     assert outcome(seed=1) != first
 
 
+def test_bfloat16_trains_as_float32_does_to_its_precision():
+    whole, half = (run_cell(cell("tune", epochs=4, precision=precision)) for precision in ("32", "bf16"))
+    assert half["error"] != whole["error"] or half["nll"] != whole["nll"]
+    assert half["nll"] == pytest.approx(whole["nll"], rel=0.1)  # weights that autocast keeps would stay as they began
+
+
 def test_tuning_points_cover_the_ranges_and_more_trials_keep_the_first():
     tuning = Tuning(16, (1e-3, 1e-1), (0.01, 1.0))
     points = tuning_points(tuning)

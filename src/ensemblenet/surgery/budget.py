@@ -15,7 +15,7 @@ from ensemblenet.surgery.narrow import HeadDesign, Sizing, design_head
 from ensemblenet.surgery.split import Cut, SplitPoint, named_cut
 from ensemblenet.surgery.trace import Trace
 
-__all__ = ["Budget", "Plan", "check_budget", "choose_plan", "plan_at"]
+__all__ = ["Budget", "Plan", "check_budget", "choose_plan", "plan_at", "preference"]
 
 # The share of the base's MACs that the trunk keeps in the automatic plan: early splits gave the lowest errors, see
 # docs/procedure.md.
@@ -144,7 +144,8 @@ def choose_plan(
             raise _no_fit(plan, num_heads, budget, base, f"at split point {split_at!r}")
         return design, plan
     least: Plan | None = None
-    for cut in _by_preference([cut for cut in cuts if cut.has_parameters]):
+    able = [cut for cut in cuts if cut.has_parameters]
+    for cut in sorted(able, key=lambda cut: preference(cut.point, _TRUNK_SHARE)):
         design = design_head(trace, cut, frozen)
         plan = plan_at(design, num_heads, limit)
         if plan.width is not None and plan.width >= _LEAST_WIDTH:
@@ -155,14 +156,10 @@ def choose_plan(
     raise _no_fit(least, num_heads, budget, base, "at any split point")
 
 
-def _by_preference(cuts: list[Cut]) -> list[Cut]:
-    """Split points, the best first: near the preferred share of MACs, and there at the end of the largest module."""
-
-    def rank(cut: Cut) -> tuple[int, int, float]:
-        distance = abs(cut.point.macs_share - _TRUNK_SHARE)
-        return int(distance / 0.1), cut.point.name.count("."), distance
-
-    return sorted(cuts, key=rank)
+def preference(point: SplitPoint, share: float) -> tuple[int, int, float]:
+    """A key that sorts split points: near a share of the MACs first, and there the ends of the largest modules."""
+    distance = abs(point.macs_share - share)
+    return int(distance / 0.1), point.name.count("."), distance
 
 
 def _no_fit(plan: Plan, num_heads: int, budget: Budget, base: Cost, where: str) -> BudgetError:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentError
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader
 from ensemblenet import measure_cost
 from ensemblenet.errors import TrainingError
 from ensemblenet.study.report import results_table
-from ensemblenet.training.module import Classifier
+from ensemblenet.training.module import Classifier, Conversion
 from ensemblenet.training.restore import store
 from ensemblenet.training.run import (
     CHECKPOINT,
@@ -33,6 +35,7 @@ from ensemblenet.training.run import (
     unfinished_run,
     write_json,
 )
+from ensemblenet.training.search import Candidate, candidates, search
 
 __all__ = ["EpochSeed", "fit"]
 
@@ -58,19 +61,12 @@ def fit(arguments: Sequence[str]) -> Path:
         TrainingError: bad arguments, nothing to resume, or a loss that became non-finite.
     """
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
-    try:
-        cli = _FitCLI(args=_with_stored_config(list(arguments)))
-    except ArgumentError as error:
-        raise TrainingError(str(error)) from error
-    except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
-        raise TrainingError(str(_innermost(error))) from error
+    cli = _opened(arguments)
+    if cli.config["plan"] == "search":
+        cli = _opened(["--resume", str(cli.folder), *_arguments(_searched(cli))])
     folder, module, data = cli.folder, cli.model, cli.datamodule
     write_json(folder / ENVIRONMENT, environment())
-    checkpoint = folder / CHECKPOINT
-    resumed = str(checkpoint) if checkpoint.exists() else None
-    cli.trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
+    _train(cli)
     [metrics] = cli.trainer.test(module, data, verbose=False)
     store(module, data, folder)
     row = _row(module, metrics, cli.config["seed_everything"])
@@ -79,6 +75,50 @@ def fit(arguments: Sequence[str]) -> Path:
     console.print(results_table([row]))
     console.print(f"Results and logs: {folder}", highlight=False, soft_wrap=True)
     return folder
+
+
+def _opened(arguments: Sequence[str]) -> _FitCLI:
+    """A run that is ready to begin, or to go on."""
+    try:
+        return _FitCLI(args=_with_stored_config(list(arguments)))
+    except ArgumentError as error:
+        raise TrainingError(str(error)) from error
+    except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
+        raise TrainingError(str(_innermost(error))) from error
+
+
+def _train(cli: _FitCLI) -> None:
+    checkpoint = cli.folder / CHECKPOINT
+    resumed = str(checkpoint) if checkpoint.exists() else None
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+    if cli.trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+def _searched(cli: _FitCLI) -> Candidate:
+    """The plan that short runs in a folder within the run's chose."""
+    epochs = cli.config["trainer"]["max_epochs"]
+    if epochs is None:
+        raise TrainingError("--plan search shortens runs by epochs: give --trainer.max_epochs.")
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    inputs, *_ = next(iter(cli.datamodule.train_dataloader()))
+    entrants = candidates(cli.model.network, inputs, cli.model.conversion or Conversion())
+
+    def score(candidate: Candidate, length: int) -> float:
+        where = ["--runs", str(cli.folder / "search"), "--name", f"{candidate.name}-{length}-epochs"]
+        short = ["--resume", "auto", *where, "--trainer.max_epochs", str(length)]
+        proxy = _opened(["--config", str(cli.folder / CONFIG), *short, *_arguments(candidate)])
+        _train(proxy)
+        [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
+        return metrics[f"val/{'accuracy' if proxy.model.task == 'multiclass' else 'gap'}"]
+
+    return search(cli.folder, entrants, epochs, score)
+
+
+def _arguments(chosen: Candidate) -> list[str]:
+    conversion = None if chosen.conversion is None else asdict(chosen.conversion)
+    return ["--plan", "given", "--model.conversion", json.dumps(conversion)]
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -135,6 +175,13 @@ class _FitCLI(LightningCLI):
         parser.add_argument("--name", default="fit", help="begins the name of the run's folder")
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made")
         parser.add_argument(
+            "--plan",
+            type=Literal["given", "search"],
+            default="given",
+            help="'search' finds by short runs whether the base or which of its conversions to train in full; of "
+            "model.conversion the budget, seed, init and combine stay",
+        )
+        parser.add_argument(
             "--checkpoint_steps",
             type=int | None,
             help="save the run's state also after every so many batches, to resume in the middle of a long epoch; "
@@ -161,7 +208,7 @@ class _FitCLI(LightningCLI):
         kwargs["plugins"] = [AsideCheckpointIO(), *_listed(chosen["plugins"])]
         kwargs["callbacks"] = [
             EpochSeed(self.config["seed_everything"]),
-            RichProgressBar(),
+            *([] if chosen["enable_progress_bar"] is False else [RichProgressBar()]),
             LearningRateMonitor("step"),
             self._checkpoints(save_on_train_epoch_end=True),
             *([self._checkpoints(every_n_train_steps=steps, save_on_train_epoch_end=False)] if steps else []),

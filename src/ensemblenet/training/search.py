@@ -1,0 +1,142 @@
+"""`fit --plan search`: which plan suits the user's own data, or whether the base does, by short runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ensemblenet import plans
+from ensemblenet.errors import TrainingError
+from ensemblenet.surgery.budget import preference
+from ensemblenet.training.module import Conversion
+from ensemblenet.training.run import write_json
+
+__all__ = ["Candidate", "candidates", "rungs", "search"]
+
+_PLAN = "plan.json"
+_HEADS = (2, 4)
+_TRUNK_SHARES = (0.0, 0.2, 0.5)
+_RUNGS = (1 / 8, 1 / 4, 1 / 2)
+
+Score = Callable[["Candidate", int], float]
+
+
+@dataclass
+class Candidate:
+    """What could be trained: the base, or a conversion of it.
+
+    Args:
+        name: for people, and for its runs' folders.
+        conversion: None for the base itself.
+        scores: on validation data, higher is better, of each length in epochs that has run.
+    """
+
+    name: str
+    conversion: Conversion | None = None
+    scores: dict[int, float] = field(default_factory=dict)
+
+
+def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) -> list[Candidate]:
+    """The base, and its conversions to 2 and 4 heads that share nothing, about a fifth, or half of its MACs.
+
+    Args:
+        base: a fresh base.
+        example_inputs: a batch for it, (N, *).
+        settings: budget, seed and the rest of all conversions.
+
+    Raises:
+        ConversionError: the base cannot be converted.
+        TrainingError: no conversion fits the budget.
+
+    Example:
+        >>> import torch
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> [candidate.name for candidate in candidates(base, torch.randn(4, 8), Conversion(budget=1.0))]
+        ['base', '2-heads-input', '2-heads-0', '4-heads-input', '4-heads-0']
+    """
+    found = {"base": Candidate("base")}
+    for heads in _HEADS:
+        fitting = [plan.split for plan in plans(base, example_inputs, heads, settings.budget) if plan.width is not None]
+        for share in _TRUNK_SHARES if fitting else ():
+            name = min(fitting, key=lambda point: preference(point, share)).name
+            plan = replace(settings, num_heads=heads, split_at=name)
+            found.setdefault(f"{heads}-heads-{name}", Candidate(f"{heads}-heads-{name}", plan))
+    if len(found) == 1:
+        raise TrainingError(f"No conversion of the base fits a budget of {settings.budget:g}; allow more.")
+    return list(found.values())
+
+
+def rungs(epochs: int) -> list[int]:
+    """The lengths of the short runs: an eighth, a quarter and half of the run itself.
+
+    Example:
+        >>> rungs(40), rungs(3)
+        ([5, 10, 20], [1, 2])
+    """
+    return sorted({max(1, round(share * epochs)) for share in _RUNGS if share * epochs < epochs})
+
+
+def search(folder: Path, entrants: Sequence[Candidate], epochs: int, score: Score) -> Candidate:
+    """Successive halving (Jamieson and Talwalkar 2016): all conversions for a short time, the better half for longer.
+
+    The base runs along on every rung and is chosen if no conversion beats it on the last one. Every run starts anew
+    and ends with its own learning-rate schedule. Short runs favour the base and wide heads: a conversion that needs
+    the whole length to win may be passed over, but hardly one is chosen that loses.
+
+    Args:
+        folder: of the run; `plan.json` there keeps what is finished, and a search that was killed goes on after it.
+        entrants: what [`candidates`][] gives, the base first.
+        epochs: of the run itself.
+        score: trains a candidate for so many epochs and gives its score on validation data.
+
+    Returns:
+        The candidate to train in full.
+    """
+    _recall(folder / _PLAN, entrants)
+    base, conversions = entrants[0], list(entrants[1:])
+    length = 0
+    for length in rungs(epochs):
+        for candidate in (base, *conversions):
+            if length not in candidate.scores:
+                candidate.scores[length] = score(candidate, length)
+                write_json(folder / _PLAN, {"epochs": epochs, "candidates": [asdict(entrant) for entrant in entrants]})
+        conversions.sort(key=lambda candidate: candidate.scores[length], reverse=True)
+        if length != rungs(epochs)[-1]:
+            conversions = conversions[: max(1, len(conversions) // 2)]
+    best = conversions[0]
+    chosen = best if best.scores[length] > base.scores[length] else base
+    described = [asdict(entrant) for entrant in entrants]
+    write_json(folder / _PLAN, {"epochs": epochs, "candidates": described, "chosen": chosen.name})
+    _show(entrants, chosen, rungs(epochs))
+    return chosen
+
+
+def _recall(path: Path, entrants: Sequence[Candidate]) -> None:
+    if not path.exists():
+        return
+    known: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in json.loads(path.read_text())["candidates"]}
+    for candidate in entrants:
+        if candidate.name in known:
+            scores = known[candidate.name]["scores"]
+            candidate.scores = {int(length): value for length, value in scores.items()}
+
+
+def _show(entrants: Sequence[Candidate], chosen: Candidate, lengths: Sequence[int]) -> None:
+    table = Table(title=f"Plan: {chosen.name}", caption="Scores on validation data; higher is better.")
+    table.add_column("candidate")
+    for length in lengths:
+        table.add_column(f"{length} epochs", justify="right")
+    for candidate in entrants:
+        table.add_row(
+            candidate.name,
+            *(f"{100 * candidate.scores[length]:.2f}" if length in candidate.scores else "" for length in lengths),
+            style="bold" if candidate is chosen else None,
+        )
+    Console().print(table)
