@@ -73,8 +73,9 @@ def convert(
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
     frozen: set[fx.Node] = set()
+    misfits: dict[str, Plan] = {}
     while True:
-        design, plan = choose_plan(traced, cuts, num_heads, shares, split_at, base_cost, frozen)
+        design, plan = choose_plan(traced, cuts, num_heads, shares, split_at, base_cost, frozen, misfits)
         assert plan.width is not None
         sizing = Sizing(plan.width, plan.multiple)
         if not _repair(design, sizing, frozen):

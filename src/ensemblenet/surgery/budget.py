@@ -124,8 +124,20 @@ def choose_plan(
     split_at: str,
     base: Cost,
     frozen: set[fx.Node],
+    misfits: dict[str, Plan],
 ) -> tuple[HeadDesign, Plan]:
     """The split point that the user names, or the one that the automatic rule chooses.
+
+    Args:
+        trace: the traced base.
+        cuts: its split points.
+        num_heads: K.
+        budget: as shares.
+        split_at: the user's choice, or "auto".
+        base: what the base costs.
+        frozen: nodes that must keep their sizes.
+        misfits: plans that do not fit, by split point; what does not fit with few frozen nodes does not with more, so
+            they are not solved again. Those that are found are added.
 
     Raises:
         ConversionError: there is no such split point, or none at all.
@@ -143,16 +155,16 @@ def choose_plan(
         if plan.width is None:
             raise _no_fit(plan, num_heads, budget, base, f"at split point {split_at!r}")
         return design, plan
-    least: Plan | None = None
     able = [cut for cut in cuts if cut.has_parameters]
     for cut in sorted(able, key=lambda cut: preference(cut.point, _TRUNK_SHARE)):
+        if cut.point.name in misfits:
+            continue
         design = design_head(trace, cut, frozen)
         plan = plan_at(design, num_heads, limit)
         if plan.width is not None and plan.width >= _LEAST_WIDTH:
             return design, plan
-        if least is None or max(plan.cost.share_of(limit)) < max(least.cost.share_of(limit)):
-            least = plan
-    assert least is not None
+        misfits[cut.point.name] = plan
+    least = min(misfits.values(), key=lambda plan: max(plan.cost.share_of(limit)))
     raise _no_fit(least, num_heads, budget, base, "at any split point")
 
 
