@@ -20,6 +20,7 @@ _HOMES = {
     "Cost": "cost",
     "EnsembleNet": "ensemble",
     "EnsembleNetError": "errors",
+    "ExportError": "errors",
     "FusionError": "errors",
     "LoadError": "errors",
     "Plan": "surgery.budget",
@@ -27,10 +28,14 @@ _HOMES = {
     "SplitPoint": "surgery.split",
     "TrainingError": "errors",
     "convert": "conversion",
+    "export": "deployment",
     "fuse": "heads",
     "load": "checkpoint",
     "measure_cost": "cost",
     "plans": "conversion",
+    "predict_anytime": "anytime",
+    "push_to_hub": "sharing",
+    "register_timm": "timm_models",
     "save": "checkpoint",
     "split_points": "conversion",
     "unfuse": "heads",
@@ -44,6 +49,7 @@ __all__ = [
     "Cost",
     "EnsembleNet",
     "EnsembleNetError",
+    "ExportError",
     "FusionError",
     "LoadError",
     "Plan",
@@ -51,11 +57,15 @@ __all__ = [
     "SplitPoint",
     "TrainingError",
     "convert",
+    "export",
     "functional",
     "fuse",
     "load",
     "measure_cost",
     "plans",
+    "predict_anytime",
+    "push_to_hub",
+    "register_timm",
     "save",
     "split_points",
     "unfuse",
@@ -63,16 +73,28 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ensemblenet import functional
+    from ensemblenet.anytime import predict_anytime
     from ensemblenet.checkpoint import load, save
     from ensemblenet.conversion import convert, plans, split_points
     from ensemblenet.cost import Cost, measure_cost
+    from ensemblenet.deployment import export
     from ensemblenet.ensemble import EnsembleNet
-    from ensemblenet.errors import BudgetError, ConversionError, EnsembleNetError, FusionError, LoadError, TrainingError
+    from ensemblenet.errors import (
+        BudgetError,
+        ConversionError,
+        EnsembleNetError,
+        ExportError,
+        FusionError,
+        LoadError,
+        TrainingError,
+    )
     from ensemblenet.heads import fuse, unfuse
     from ensemblenet.losses import CoDistillationLoss
     from ensemblenet.recipe import Recipe
+    from ensemblenet.sharing import push_to_hub
     from ensemblenet.surgery.budget import Budget, Plan
     from ensemblenet.surgery.split import SplitPoint
+    from ensemblenet.timm_models import register_timm
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from ensemblenet.conversion import rebuild
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError, LoadError
+from ensemblenet.hub import local_folder
 from ensemblenet.recipe import Recipe
 
 __all__ = ["load", "read_description", "save"]
@@ -83,14 +84,15 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None) -> En
     """Load a saved model, in evaluation mode.
 
     Args:
-        directory: what [`ensemblenet.save`][] wrote.
+        directory: what [`ensemblenet.save`][] wrote; or its address on the Hugging Face Hub, `hf://owner/name`, from
+            which only safetensors and JSON are fetched.
         base: a fresh instance of the base; not needed where the recipe names a known factory (timm's models and
             `ensemblenet.models`).
 
     Raises:
         LoadError: the directory is damaged or foreign, or the base is missing or another one.
     """
-    folder = Path(directory)
+    folder = local_folder(directory)
     recipe = Recipe.from_json(_read_recipe(folder))
     if base is None:
         if recipe.base is None:

@@ -19,7 +19,11 @@ _COMMANDS = {
     "benchmark": ("ensemblenet.commands", "how fast a network's heads run: one by one, fused, compiled"),
     "compare": ("ensemblenet.study.compare", "train every method with the same effort; a page that says who wins"),
     "fit": ("ensemblenet.training.cli", "train a base or its conversion from a YAML file"),
-    "predict": ("ensemblenet.training.predict", "tag the videos of YouTube-8M files; a submission as CSV"),
+    "validate": ("ensemblenet.training.evaluate", "score a trained network and its heads on validation data"),
+    "test": ("ensemblenet.training.evaluate", "the same on test data"),
+    "export": ("ensemblenet.training.export", "write a trained model for other programs: ONNX, AOTInductor and more"),
+    "predict": ("ensemblenet.training.predict", "what a trained network says of examples, as CSV or Parquet"),
+    "report": ("ensemblenet.study.run_report", "one page about trained networks: curves, calibration, heads, examples"),
 }
 
 

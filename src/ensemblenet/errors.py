@@ -1,6 +1,14 @@
 """The errors that users meet: what was expected, what came, what to do."""
 
-__all__ = ["BudgetError", "ConversionError", "EnsembleNetError", "FusionError", "LoadError", "TrainingError"]
+__all__ = [
+    "BudgetError",
+    "ConversionError",
+    "EnsembleNetError",
+    "ExportError",
+    "FusionError",
+    "LoadError",
+    "TrainingError",
+]
 
 
 class EnsembleNetError(Exception):
@@ -13,6 +21,10 @@ class ConversionError(EnsembleNetError, ValueError):
 
 class BudgetError(ConversionError):
     """A budget that no width can meet."""
+
+
+class ExportError(EnsembleNetError, RuntimeError):
+    """A model that cannot be written as asked, or whose file does not give what the model gives."""
 
 
 class FusionError(EnsembleNetError, ValueError):
