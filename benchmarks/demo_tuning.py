@@ -16,20 +16,11 @@ from ensemblenet.training.run import environment, write_json
 
 VALIDATION = 1  # its index among the splits
 BASE = Job()
-OURS = Job(num_heads=4, budget=0.95, split_at="input", weight=3.0)
+OURS = Job(num_heads=4, budget=0.95, split_at="auto", weight=1.0)
 # Learning rate and weight decay.
 GRID = [(0.005, 0.3), (0.005, 1.0), (0.01, 0.1), (0.01, 0.3), (0.01, 1.0), (0.02, 0.3), (0.02, 1.0), (0.04, 0.3)]
-# The base did best at the grid's edge, so it was tried further out.
-MORE_FOR_BASE = [(0.02, 0.1), (0.04, 0.1), (0.08, 0.3)]
-# Of the conversion, at (0.01, 0.3).
-VARIATIONS = [
-    {"weight": 1.0},
-    {"weight": 6.0},
-    {"num_heads": 2},
-    {"num_heads": 3},
-    {"split_at": "auto"},
-    {"split_at": "conv1"},
-]
+# Of the conversion, at (0.005, 1).
+VARIATIONS = [{"weight": 2.0}, {"weight": 3.0}, {"num_heads": 2}, {"num_heads": 6}, {"split_at": "input"}]
 
 
 def with_optimization(job: Job, lr: float, weight_decay: float) -> Job:
@@ -44,8 +35,7 @@ def main() -> None:
     options = parser.parse_args()
 
     settings = [with_optimization(job, *point) for point in GRID for job in (BASE, OURS)]
-    settings += [with_optimization(BASE, *point) for point in MORE_FOR_BASE]
-    settings += [with_optimization(replace(OURS, **variation), 0.01, 0.3) for variation in VARIATIONS]
+    settings += [with_optimization(replace(OURS, **variation), 0.005, 1.0) for variation in VARIATIONS]
     seeds = range(options.seeds)
     jobs = [replace(job, seed=seed) for job in settings for seed in seeds]
     outcomes = iter(run_jobs(jobs, options.workers, split=VALIDATION))

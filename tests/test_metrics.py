@@ -7,12 +7,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, log_loss
+from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
 from ensemblenet.functional import agreement, combine_heads
 from ensemblenet.metrics import HeadMetrics
 
-K, N, C = 3, 50, 4
+K, N, C = 3, 50, 7
 Z = 2 * torch.randn(K, N, C, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(C, (N,), generator=torch.Generator().manual_seed(1))
 
@@ -34,15 +34,25 @@ def expected_calibration_error(p, y, bins=15):
 
 
 def reference(z, y, combine):
+    classes = range(z.shape[2])
     q = combine_heads(z.double(), combine).softmax(1).numpy()
+    firsts = [combine_heads(z[: k + 1].double(), combine).numpy() for k in range(len(z))]
     votes, y = z.argmax(2).numpy(), y.numpy()
     heads = [accuracy_score(y, vote) for vote in votes]
+    top5 = [top_k_accuracy_score(y, head, k=5, labels=classes) for head in z.numpy()]
+    first_top5 = [top_k_accuracy_score(y, first, k=5, labels=classes) for first in firsts]
     return {
         "accuracy": accuracy_score(y, q.argmax(1)),
         "ece": expected_calibration_error(q, y),
         "head_accuracy": np.mean(heads),
         **{f"head_accuracy_{k}": accuracy for k, accuracy in enumerate(heads)},
-        "nll": log_loss(y, q, labels=range(z.shape[2])),
+        **{f"first_accuracy_{k + 1}": accuracy_score(y, first.argmax(1)) for k, first in enumerate(firsts)},
+        "top5": top_k_accuracy_score(y, q, k=5, labels=classes),
+        "head_top5": np.mean(top5),
+        **{f"head_top5_{k}": share for k, share in enumerate(top5)},
+        **{f"first_top5_{k + 1}": share for k, share in enumerate(first_top5)},
+        "brier": np.mean([sum((p[c] - (c == label)) ** 2 for c in classes) for p, label in zip(q, y, strict=True)]),
+        "nll": log_loss(y, q, labels=classes),
         "disagreement": np.mean([np.mean(a != b) for a, b in combinations(votes, 2)]) if len(z) > 1 else 0.0,
         "agreement": agreement(z.double(), combine=combine).item(),
     }
@@ -56,6 +66,11 @@ def test_against_numpy_and_scikit_learn(combine, batches):
 
 def test_a_single_head_agrees_with_itself():
     assert metrics_of(Z[:1], Y) == pytest.approx(reference(Z[:1], Y, "logits"), rel=1e-5)
+
+
+def test_of_fewer_than_five_classes_every_one_is_among_the_best_five():
+    values = metrics_of(Z[:, :, :3], Y % 3)
+    assert values["top5"] == values["head_top5_1"] == values["first_top5_2"] == 1
 
 
 def test_dense_outputs_count_positions():
@@ -84,8 +99,8 @@ def test_forward_reset_prefix_and_copy():
 @pytest.mark.parametrize(
     ("z", "y", "message"),
     [
-        (Z[0], Y, "with K=3 and C=4, got (50, 4). Ask the model for all heads: model(x, per_head=True)"),
-        (Z[:2], Y, "with K=3 and C=4, got (2, 50, 4)"),
+        (Z[0], Y, "with K=3 and C=7, got (50, 7). Ask the model for all heads: model(x, per_head=True)"),
+        (Z[:2], Y, "with K=3 and C=7, got (2, 50, 7)"),
         (Z, Y[:7], "an integer tensor of shape (50,), got torch.int64 of shape (7,)"),
         (Z, Z[0].softmax(1), "must hold class indices"),
     ],

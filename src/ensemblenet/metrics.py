@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from ensemblenet.functional import Combine, agreement, codistillation, combine_heads
 
 __all__ = ["HeadMetrics"]
+
+_TOP = 5
+_HITS = ("accuracy", "top5")
 
 
 class HeadMetrics(MetricCollection):
@@ -24,8 +28,11 @@ class HeadMetrics(MetricCollection):
     | `accuracy` | share of positions that the ensemble gets right |
     | `head_accuracy` | the same for a single head, mean over heads |
     | `head_accuracy_0`, ... | the same for each head |
+    | `first_accuracy_1`, ... | the same for the first 1, 2, ... K heads combined |
+    | `top5`, `head_top5`, `head_top5_0`, `first_top5_1`, ... | the same for the five most likely classes |
     | `nll` | negative log-likelihood of the ensemble, in nats |
     | `ece` | expected calibration error of the ensemble, 15 bins |
+    | `brier` | Brier score of the ensemble: its squared error, summed over classes, in [0, 2] |
     | `disagreement` | share of pairs of heads whose most likely classes differ; 0 for a single head |
     | `agreement` | how far the heads are from the ensemble, see [`ensemblenet.functional.agreement`][] |
 
@@ -105,18 +112,26 @@ class _HeadStatistics(Metric):
 
     full_state_update = False
     positions: Tensor
-    correct: Tensor
+    head_hits: Tensor
+    first_hits: Tensor
     disagreements: Tensor
     nll: Tensor
+    brier: Tensor
     divergence: Tensor
 
     def __init__(self, num_heads: int, combine: Combine, ignore_index: int | None) -> None:
         super().__init__()
         self.combine: Combine = combine
         self.ignore_index = ignore_index
-        for name, shape in [("positions", ()), ("correct", (num_heads,)), ("disagreements", ())]:
+        # of the hits: right among the one and among the five most likely classes
+        for name, shape in [
+            ("positions", ()),
+            ("head_hits", (2, num_heads)),
+            ("first_hits", (2, num_heads)),
+            ("disagreements", ()),
+        ]:
             self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
-        for name in ("nll", "divergence"):
+        for name in ("nll", "brier", "divergence"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, head_outputs: Tensor, target: Tensor) -> None:
@@ -127,19 +142,33 @@ class _HeadStatistics(Metric):
         if len(target) == 0:
             return  # a mean over nothing would be NaN, and stay
         votes = z.argmax(2)
+        first = torch.stack([combine_heads(z[: k + 1], self.combine) for k in range(len(z))])
         self.positions += len(target)
-        self.correct += (votes == target).sum(1)
+        self.head_hits += _hits(z, target)
+        self.first_hits += _hits(first, target)
         self.disagreements += (votes[:, None] != votes).sum()
         self.nll += codistillation(z, target, weight=0.0, combine=self.combine, reduction="sum")
+        self.brier += (first[-1].softmax(1) - one_hot(target, z.shape[2])).square().sum()
         self.divergence += agreement(z, combine=self.combine) * len(target)
 
     def compute(self) -> dict[str, Tensor]:
-        heads = self.correct / self.positions
-        pairs = max(1, len(heads) * (len(heads) - 1))
-        return {
-            "head_accuracy": heads.mean(),
-            **{f"head_accuracy_{k}": accuracy for k, accuracy in enumerate(heads)},
+        values = {"top5": self.first_hits[1, -1] / self.positions}
+        for name, heads, firsts in zip(_HITS, self.head_hits, self.first_hits, strict=True):
+            shares = heads / self.positions
+            values[f"head_{name}"] = shares.mean()
+            values |= {f"head_{name}_{k}": share for k, share in enumerate(shares)}
+            values |= {f"first_{name}_{k}": hits / self.positions for k, hits in enumerate(firsts, 1)}
+        num_heads = self.head_hits.shape[1]
+        return values | {
             "nll": self.nll / self.positions,
-            "disagreement": self.disagreements / (pairs * self.positions),
+            "brier": self.brier / self.positions,
+            "disagreement": self.disagreements / (max(1, num_heads * (num_heads - 1)) * self.positions),
             "agreement": self.divergence / self.positions,
         }
+
+
+def _hits(z: Tensor, target: Tensor) -> Tensor:
+    """How often each of K outputs (K, N, C) has the target first, and among its first five: (2, K)."""
+    best = z.topk(min(_TOP, z.shape[2]), dim=2).indices
+    among = (best == target[:, None]).any(2)
+    return torch.stack([(z.argmax(2) == target).sum(1), among.sum(1)])

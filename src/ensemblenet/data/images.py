@@ -73,12 +73,23 @@ class ParquetImages(LightningDataModule):
             )
         images, labels, self.classes = read_parquet_images(path, self.image_size, slice(num_train))
         normalise = Normalise(images)
+        self.preprocessing = {
+            "input_shape": list(images.shape[1:]),
+            "mean": (normalise.mean.flatten() / 255).tolist(),
+            "std": (normalise.deviation.flatten() / 255).tolist(),
+            "interpolation": "box",
+            "crop_pct": 1.0,
+        }
         crop = RandomCropFlip(padding=images.shape[-1] // 8)
         augmented = (lambda batch: normalise(crop(batch))) if self.augment else normalise
         self.train = TensorExamples(images, labels, augmented)
         val = read_parquet_images(path, self.image_size, slice(rows - self.num_val, rows))
         test = read_parquet_images(self.folder / "test.parquet", self.image_size)
         self.val, self.test = (TensorExamples(*split[:2], normalise) for split in (val, test))
+
+    def description(self) -> dict[str, Any]:
+        """What a trained network needs to be told of its data; levels of pixels are shares of 255."""
+        return {"classes": self.classes, "preprocessing": self.preprocessing}
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled and augmented batches."""

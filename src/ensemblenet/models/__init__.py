@@ -1,7 +1,9 @@
 """Networks that timm lacks, as ordinary modules."""
 
 from ensemblenet.models.mnist1d import MNIST1DNet
+from ensemblenet.models.named import create
 from ensemblenet.models.resnet import CifarResNet
+from ensemblenet.models.s3d import S3D
 from ensemblenet.models.youtube8m import (
     DeepBagOfFrames,
     GatedNetVLAD,
@@ -13,6 +15,7 @@ from ensemblenet.models.youtube8m import (
 )
 
 __all__ = [
+    "S3D",
     "CifarResNet",
     "DeepBagOfFrames",
     "GRUTagger",
@@ -22,4 +25,5 @@ __all__ = [
     "MNIST1DNet",
     "MoETagger",
     "NeXtVLAD",
+    "create",
 ]

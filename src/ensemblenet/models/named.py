@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,25 +19,35 @@ class ModelNameError(EnsembleNetError, ValueError):
     """A name that no network goes by."""
 
 
-def create(name: str, num_classes: int | None = None) -> nn.Module:
-    """Make a network with random weights.
+def create(
+    name: str,
+    num_classes: int | None = None,
+    weights: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Make a network, with random weights unless others are asked for.
 
     Args:
-        name: a name of timm's, such as `resnet18`; `torchvision:NAME`; or `module.path:callable`, a callable
-            that returns a network.
+        name: a name of timm's, such as `resnet18`; `torchvision:NAME`, of images or videos; or
+            `module.path:callable`, a callable that returns a network.
         num_classes: outputs; None leaves the network's own default.
+        weights: for timm's networks: "pretrained" downloads timm's weights; else a file of them, safetensors or a
+            PyTorch state dict. A classifier of another number of classes begins anew.
+        options: further arguments of the network, such as `{"drop_path_rate": 0.1}`.
 
     Raises:
-        ModelNameError: there is no such network, or what the callable returns is none.
+        ModelNameError: there is no such network, what the callable returns is none, or the weights do not fit.
 
     Example:
         >>> type(create("ensemblenet.models:MNIST1DNet", num_classes=3)).__name__
         'MNIST1DNet'
     """
-    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    arguments = ({} if num_classes is None else {"num_classes": num_classes}) | (options or {})
     source, _, rest = name.partition(":")
     if not rest:
-        return _from_timm(name)(**arguments)
+        return _from_timm(name, arguments, weights)
+    if weights is not None:
+        raise ModelNameError(f"weights are for timm's networks only, not for {name}.")
     factory = _from_torchvision(rest) if source == "torchvision" else _from_module(source, rest)
     try:
         network = factory(**arguments)
@@ -56,12 +67,16 @@ def default_input_shape(network: nn.Module) -> tuple[int, ...] | None:
     """
     if size := (getattr(network, "pretrained_cfg", None) or {}).get("input_size"):
         return tuple(size)
-    if type(network).__module__.startswith("torchvision."):
+    module = type(network).__module__
+    if module.startswith("torchvision.models.video."):
+        size = 112 if module.endswith(".resnet") else 224
+        return (3, 16, size, size)
+    if module.startswith("torchvision."):
         return (3, 224, 224)
     return getattr(network, "input_shape", None)
 
 
-def _from_timm(name: str) -> Callable[..., nn.Module]:
+def _from_timm(name: str, arguments: dict[str, Any], weights: str | None) -> nn.Module:
     import timm  # slow to import, and only needed for its own names
 
     if not timm.is_model(name):
@@ -69,7 +84,18 @@ def _from_timm(name: str) -> Callable[..., nn.Module]:
             f"timm has no model {name!r}.{_suggest(name, timm.list_models())} Other networks are named "
             "torchvision:NAME or module.path:callable."
         )
-    return lambda **arguments: timm.create_model(name, **arguments)
+    if weights not in (None, "pretrained"):
+        if not Path(weights).is_file():
+            raise ModelNameError(f"There is no file {weights} with weights of {name}.")
+        arguments = arguments | {"pretrained_cfg_overlay": {"file": weights}}
+    try:
+        return timm.create_model(name, pretrained=weights is not None, **arguments)
+    except TypeError as error:
+        raise ModelNameError(f"{name} cannot be made with {arguments}: {error}") from error
+    except (RuntimeError, OSError) as error:
+        if weights is None:
+            raise
+        raise ModelNameError(f"{weights} cannot be had as weights of {name}: {error}") from error
 
 
 def _from_torchvision(name: str) -> Callable[..., nn.Module]:
@@ -77,7 +103,7 @@ def _from_torchvision(name: str) -> Callable[..., nn.Module]:
         from torchvision import models  # an optional library
     except ImportError as error:
         raise ModelNameError("torchvision:NAME needs torchvision: pip install torchvision") from error
-    known = models.list_models(module=models)
+    known = models.list_models(module=models) + models.list_models(module=models.video)
     if name not in known:
         raise ModelNameError(f"torchvision has no classification model {name!r}.{_suggest(name, known)}")
     return lambda **arguments: models.get_model(name, weights=None, **arguments)

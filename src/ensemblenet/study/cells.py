@@ -80,7 +80,9 @@ class Cell:
             return instantiate(nn.Module, self.base).to(example.device)
 
         made = METHODS[self.method].build(Source(make_base, example, self.seed), self.setup)
-        # the layout in which convolutions of images are fast
+        # the layouts in which convolutions of images and of clips are fast
+        for clips in (module for module in made.modules() if isinstance(module, nn.Conv3d)):
+            clips.to(memory_format=torch.channels_last_3d)
         return made.to(memory_format=torch.channels_last) if example.ndim == 4 else made
 
 

@@ -5,6 +5,7 @@ Shapes: N examples, K heads, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,10 @@ from torch.nn.functional import logsigmoid
 from ensemblenet.functional import Combine, Task, combine_heads
 from ensemblenet.tagging_metrics import TOP, average_precision_of_classes
 
-__all__ = ["Best", "Bins", "Example", "Findings", "agreeing", "pairs", "reliability", "stopping"]
+__all__ = ["FEWEST", "Best", "Bins", "Example", "Findings", "agreeing", "pairs", "reliability", "stopping"]
+
+
+FEWEST = 10
 
 
 class Best(NamedTuple):
@@ -37,7 +41,7 @@ class Example:
     """One example, and what the heads say of it.
 
     Attributes:
-        index: its place in the split.
+        place: in the split.
         inputs: as the network takes them.
         labels: the true class or classes.
         heads: the best class of each head, and its probability.
@@ -45,7 +49,7 @@ class Example:
         divergence: how far heads are from the ensemble, in nats.
     """
 
-    index: int
+    place: int
     inputs: Tensor
     labels: list[int]
     heads: list[tuple[int, float]]
@@ -67,7 +71,7 @@ class Findings:
         >>> findings.update(torch.zeros(2, 5), z, torch.tensor([0, 1]))
         >>> findings.heads.hits.tolist(), findings.firsts.hits.tolist()
         ([[True, True], [True, False]], [[True, True], [True, True]])
-        >>> [example.index for example in findings.examples]
+        >>> [example.place for example in findings.examples]
         [1, 0]
     """
 
@@ -83,8 +87,15 @@ class Findings:
         self._lists: list[tuple[Tensor, Tensor, Tensor]] = []
         self._positives: Tensor | int = 0
 
-    def update(self, inputs: Tensor, head_outputs: Tensor, target: Tensor) -> None:
-        """Add a batch: inputs (N, *), logits (K, N, C), and the targets that the loss takes."""
+    def update(self, inputs: Tensor, head_outputs: Tensor, target: Tensor, places: Sequence[int] | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            inputs: (N, *).
+            head_outputs: logits, (K, N, C).
+            target: what the loss takes.
+            places: of the examples in their split; None counts those seen so far.
+        """
         z = head_outputs
         firsts = torch.stack([combine_heads(z[: k + 1], self.combine, self.task) for k in range(len(z))])
         heads, together = self._best(z, target), self._best(firsts, target)
@@ -95,7 +106,8 @@ class Findings:
         else:
             self._add_lists(firsts[-1], target)
         if len(z) > 1:
-            self._add_examples(inputs, z, target, heads, together)
+            places = places or range(self.count, self.count + len(target))
+            self._add_examples(places, inputs, z, target, heads, together)
         self.count += len(target)
 
     @property
@@ -134,15 +146,15 @@ class Findings:
         self._lists.append((scores, classes, (target > 0).gather(1, classes)))
         self._positives += (target > 0).sum(0)
 
-    def _add_examples(self, inputs: Tensor, z: Tensor, target: Tensor, heads: Best, together: Best) -> None:
+    def _add_examples(
+        self, places: Sequence[int], inputs: Tensor, z: Tensor, target: Tensor, heads: Best, together: Best
+    ) -> None:
         divergence = _divergence(z, self.combine, self.task)
         for n in divergence.topk(min(self.most, len(divergence))).indices.tolist():
             labels = [int(target[n])] if self.task == "multiclass" else (target[n] > 0).nonzero().flatten().tolist()
             said = list(zip(heads.classes[:, n].tolist(), heads.confidence[:, n].tolist(), strict=True))
             ensemble = (int(together.classes[-1, n]), float(together.confidence[-1, n]))
-            self.examples.append(
-                Example(self.count + n, inputs[n].clone(), labels, said, ensemble, float(divergence[n]))
-            )
+            self.examples.append(Example(places[n], inputs[n].clone(), labels, said, ensemble, float(divergence[n])))
         self.examples = sorted(self.examples, key=lambda example: -example.divergence)[: self.most]
 
 
@@ -160,7 +172,7 @@ def _divergence(z: Tensor, combine: Combine, task: Task) -> Tensor:
 
 
 class Bins(NamedTuple):
-    """Predictions sorted by confidence into bins of equal width; only those that are not empty.
+    """Predictions sorted by confidence into bins of equal width.
 
     Attributes:
         confidence: the mean in each bin.
@@ -173,22 +185,23 @@ class Bins(NamedTuple):
     share: list[float]
 
 
-def reliability(confidence: Tensor, hits: Tensor, bins: int = 15) -> Bins:
+def reliability(confidence: Tensor, hits: Tensor, bins: int = 15, fewest: int = FEWEST) -> Bins:
     """How often predictions of a given confidence are right.
 
     Args:
         confidence: in [0, 1], of any shape.
         hits: which predictions are right, of the same shape.
         bins: of equal width.
+        fewest: bins of fewer predictions are left out.
 
     Example:
-        >>> reliability(torch.tensor([0.2, 0.9, 0.8]), torch.tensor([False, True, False]), bins=2).accuracy
+        >>> reliability(torch.tensor([0.2, 0.9, 0.8]), torch.tensor([False, True, False]), 2, fewest=1).accuracy
         [0.0, 0.5]
     """
     confidence, hits = confidence.flatten().double(), hits.flatten().double()
     which = (confidence * bins).long().clamp(max=bins - 1)
     count = which.bincount(minlength=bins)
-    full = count > 0
+    full = count >= fewest
     means = [which.bincount(values, minlength=bins)[full] / count[full] for values in (confidence, hits)]
     return Bins(means[0].tolist(), means[1].tolist(), (count[full] / len(which)).tolist())
 
@@ -198,22 +211,23 @@ def pairs(classes: Tensor) -> Tensor:
     return (classes[:, None] == classes).float().mean(2)
 
 
-def agreeing(classes: Tensor, heads: int) -> Tensor:
-    """Whether among the first 1, 2, ... K heads so many have the same best class.
+def agreeing(classes: Tensor, fewest: int) -> Tensor:
+    """Whether all of the first 1, 2, ... K heads have the same best class, and are not too few.
 
     Args:
         classes: the best class of each head, (K, N).
-        heads: how many.
+        fewest: how many heads must agree.
 
     Returns:
         (K, N), bool.
 
     Example:
-        >>> agreeing(torch.tensor([[1, 1], [2, 1], [1, 3]]), heads=2).tolist()
-        [[False, False], [False, True], [True, True]]
+        >>> agreeing(torch.tensor([[1, 1], [2, 1], [2, 3]]), fewest=2).tolist()
+        [[False, False], [False, True], [False, False]]
     """
-    largest = [(classes[:k, None] == classes[:k]).sum(1).amax(0) for k in range(1, len(classes) + 1)]
-    return torch.stack(largest) >= heads
+    same = (classes == classes[0]).cumprod(0).bool()
+    same[: fewest - 1] = False
+    return same
 
 
 def stopping(stops: Tensor, hits: Tensor) -> tuple[float, float]:

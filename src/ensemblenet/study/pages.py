@@ -116,7 +116,7 @@ def write_comparison(path: Path, results: Mapping[str, Any], environment: Mappin
         title,
         summary(rows, study["task"]),
         [*shown, *failures],
-        figures,
+        {"Figures": figures},
         _notes(results),
         environment,
         _columns(rows[0]),

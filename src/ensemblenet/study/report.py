@@ -22,6 +22,8 @@ from ensemblenet.training.run import aside
 
 __all__ = [
     "MACS_NOTE",
+    "Card",
+    "Cards",
     "Column",
     "Figure",
     "draw_against_cost",
@@ -217,7 +219,7 @@ def draw_pairs(row: Row) -> Drawing:
     axes.set_xticks(heads, [f"head {k}" for k in heads])
     axes.set_yticks(heads, [f"head {k}" for k in heads])
     axes.grid(False)
-    drawing.colorbar(image, label="same class, % of test examples")
+    drawing.colorbar(image, label="same class, % of examples")
     return drawing
 
 
@@ -319,16 +321,40 @@ def _stands_apart(share: float, shares: Sequence[float]) -> bool:
 # -- the page
 
 
+@dataclass(frozen=True)
+class Card:
+    """One example on a page: a picture, and some lines of text.
+
+    Args:
+        picture: PNG images for the themes "light" and "dark"; one image for both under "light" alone, none if empty.
+        title: the first line.
+        lines: what stands below it.
+    """
+
+    picture: Mapping[str, bytes]
+    title: str
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Examples side by side, as many as the screen is wide enough for."""
+
+    caption: str
+    cards: Sequence[Card]
+
+
 def write_page(
     path: Path,
     title: str,
     summary: str,
     rows: Sequence[Row],
-    figures: Sequence[Figure],
+    sections: Mapping[str, Sequence[Figure | Cards]],
     notes: Sequence[str],
     environment: Mapping[str, Any],
     columns: Sequence[Column] = (),
     lead: Figure | None = None,
+    figure_files: bool = True,
 ) -> None:
     """Write one self-contained HTML page, and each figure beside it as a PNG file.
 
@@ -337,32 +363,38 @@ def write_page(
         title: its heading.
         summary: the result in a sentence or two.
         rows: of the table.
-        figures: drawn for light and dark screens; the files beside the page are the light ones.
+        sections: figures by heading, drawn for light and dark screens; the files beside the page are the light ones.
         notes: how it was measured, one paragraph each.
         environment: versions and machine.
         columns: of the table; without any it has those that runs have in common.
         lead: a figure to stand before the table.
+        figure_files: whether to write the files beside the page.
     """
+
+    def show(shown: Figure | Cards) -> str:
+        if isinstance(shown, Cards):
+            return _cards_html(shown)
+        images = {theme: shown.png(theme) for theme in _THEMES}
+        if figure_files:
+            with aside(path.with_name(f"{shown.name}.png")) as unfinished:
+                unfinished.write_bytes(images["light"])
+        return _figure_html(shown.caption, images)
+
     page = Template(_PAGE).substitute(
         title=escape(title),
         summary=escape(summary),
-        lead=_show(lead, path) if lead else "",
+        lead=show(lead) if lead else "",
         table=_table_html(rows, columns or _columns(rows)),
         macs_note=escape(MACS_NOTE),
-        figures="\n".join(_show(figure, path) for figure in figures),
+        sections="\n".join(
+            f'<h2>{escape(heading)}</h2>\n<div class="figures">{"".join(map(show, shown))}</div>'
+            for heading, shown in sections.items()
+        ),
         notes="\n".join(f"<p>{escape(note)}</p>" for note in notes),
         environment=_environment_html(environment),
     )
     with aside(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
-
-
-def _show(figure: Figure, page: Path) -> str:
-    """Write a figure's file beside the page, and give its HTML."""
-    images = {theme: figure.png(theme) for theme in _THEMES}
-    with aside(page.with_name(f"{figure.name}.png")) as unfinished:
-        unfinished.write_bytes(images["light"])
-    return _figure_html(figure.caption, images)
 
 
 def _table_html(rows: Sequence[Row], columns: Sequence[Column]) -> str:
@@ -377,12 +409,29 @@ def _table_html(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def _figure_html(caption: str, images: Mapping[str, bytes]) -> str:
-    light, dark = (f"data:image/png;base64,{base64.b64encode(images[theme]).decode()}" for theme in ("light", "dark"))
-    return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img width="{_width(images["light"])}" src="{light}" alt="{escape(caption)}"></picture>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    width = _width(images["light"])
+    wide = ' class="wide"' if width > 1.1 * _NARROW * 96 else ""
+    picture = _picture_html(images, caption, f'{wide} width="{width}"')
+    return f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _cards_html(cards: Cards) -> str:
+    shown = "".join(
+        f'<div class="card">{_picture_html(card.picture, card.title) if card.picture else ""}'
+        f"<b>{escape(card.title)}</b>{''.join(f'<span>{escape(line)}</span>' for line in card.lines)}</div>"
+        for card in cards.cards
     )
+    caption = f"<figcaption>{escape(cards.caption)}</figcaption>"
+    return f'<figure><div class="cards">{shown}</div>{caption}</figure>'
+
+
+def _picture_html(images: Mapping[str, bytes], text: str, size: str = "") -> str:
+    sources = {theme: f"data:image/png;base64,{base64.b64encode(png).decode()}" for theme, png in images.items()}
+    image = f'<img{size} src="{sources["light"]}" alt="{escape(text)}">'
+    if "dark" not in sources:
+        return image
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
+    return f"<picture>{dark}{image}</picture>"
 
 
 def _width(png: bytes) -> int:
@@ -433,6 +482,13 @@ tr.larger td, tr.failed td { color: var(--quiet); }
 figure { margin: 0 0 2.5rem; }
 figure img { display: block; max-width: 100%; height: auto; }
 figcaption { margin-top: .5rem; max-width: 44rem; }
+.figures { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.figures figure { margin-bottom: 1.5rem; }
+figure:has(.wide, .cards) { grid-column: 1 / -1; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+.card { background: var(--soft); border-radius: .6rem; padding: .6rem; font-size: .85rem; line-height: 1.4; }
+.card img { width: 100%; image-rendering: pixelated; border-radius: .3rem; margin-bottom: .3rem; }
+.card b, .card span { display: block; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: 0; }
 dd { margin: 0; overflow-wrap: anywhere; }
 </style>
@@ -445,8 +501,7 @@ $lead
 <h2>Results</h2>
 <div class="scroll">$table</div>
 <p class="quiet">$macs_note</p>
-<h2>Figures</h2>
-$figures
+$sections
 <h2>How it was measured</h2>
 $notes
 <h2>Environment</h2>

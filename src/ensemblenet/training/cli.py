@@ -12,16 +12,20 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from ensemblenet import measure_cost
+from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.study.report import results_table
+from ensemblenet.training.averaging import AveragedWeights
 from ensemblenet.training.module import Classifier, Conversion
+from ensemblenet.training.processes import agreed_folder, is_first_process
+from ensemblenet.training.progress import Progress, Speed
 from ensemblenet.training.restore import store
 from ensemblenet.training.run import (
     CHECKPOINT,
@@ -43,8 +47,9 @@ _DESCRIPTION = """Train a network, or the multi-headed model that it converts to
 
 It needs a YAML file: `ensemblenet fit --config configs/mnist1d/ensemblenet.yaml`. Every setting of the file
 is also an option below. `model.base` takes a class_path with init_args, your own classes too if their folder
-is on PYTHONPATH; so does `data`. The run gets a folder of its own under --runs with the configuration, the
-environment, logs for TensorBoard and as CSV, checkpoints, and results.json.
+is on PYTHONPATH; so does `data`, and `--data FOLDER` is short for --data.init_args.folder FOLDER. The run gets a
+folder of its own under --runs with the configuration, the environment, logs for TensorBoard and as CSV,
+checkpoints, and results.json.
 """
 
 
@@ -65,9 +70,12 @@ def fit(arguments: Sequence[str]) -> Path:
     if cli.config["plan"] == "search":
         cli = _opened(["--resume", str(cli.folder), *_arguments(_searched(cli))])
     folder, module, data = cli.folder, cli.model, cli.datamodule
-    write_json(folder / ENVIRONMENT, environment())
+    if is_first_process():
+        write_json(folder / ENVIRONMENT, environment())
     _train(cli)
     [metrics] = cli.trainer.test(module, data, verbose=False)
+    if not is_first_process():
+        return folder
     store(module, data, folder)
     row = _row(module, metrics, cli.config["seed_everything"])
     write_json(folder / RESULTS, {"rows": [row]})
@@ -80,7 +88,7 @@ def fit(arguments: Sequence[str]) -> Path:
 def _opened(arguments: Sequence[str]) -> _FitCLI:
     """A run that is ready to begin, or to go on."""
     try:
-        return _FitCLI(args=_with_stored_config(list(arguments)))
+        return _FitCLI(args=_with_stored_config(_with_data_folder(arguments)))
     except ArgumentError as error:
         raise TrainingError(str(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
@@ -90,13 +98,22 @@ def _opened(arguments: Sequence[str]) -> _FitCLI:
 def _train(cli: _FitCLI) -> None:
     checkpoint = cli.folder / CHECKPOINT
     resumed = str(checkpoint) if checkpoint.exists() else None
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"A process that loads data died: {error} If memory ran out, use fewer num_workers or smaller batches."
+        ) from error
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
 
 
 def _searched(cli: _FitCLI) -> Candidate:
     """The plan that short runs in a folder within the run's chose."""
+    if cli.trainer.world_size > 1:
+        raise TrainingError("--plan search runs in one process; train the plan that it finds in several.")
     epochs = cli.config["trainer"]["max_epochs"]
     if epochs is None:
         raise TrainingError("--plan search shortens runs by epochs: give --trainer.max_epochs.")
@@ -128,10 +145,10 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 class EpochSeed(Callback):
-    """Starts every epoch from a seed of its own: an epoch replayed after a kill draws the same numbers.
+    """Starts every epoch and every step from a seed of its own: what is replayed after a kill draws the same numbers.
 
-    Shuffling, augmentation and dropout then depend on (seed, epoch) alone and no generator needs saving. It
-    holds for data that is loaded in the main process; what workers (`num_workers > 0`) draw may differ.
+    Shuffling, augmentation, mixing and dropout then depend on (seed, epoch, batch) alone and no generator needs saving.
+    It holds for data that is loaded in the main process, and for data modules that seed their examples themselves.
 
     Args:
         seed: the run's.
@@ -147,9 +164,16 @@ class EpochSeed(Callback):
             loader.generator = torch.Generator()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed all global generators for the epoch."""
+        """Seed all global generators for the epoch, on all processes alike."""
         mixed = self.seed * 1_000_003 + trainer.current_epoch
         seed_everything(mixed % 2**32, verbose=False)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Seed them for the step, on each process otherwise."""
+        key = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        seed_generators(*key)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(torch.initial_seed())
 
 
 class _FitCLI(LightningCLI):
@@ -185,7 +209,17 @@ class _FitCLI(LightningCLI):
             "--checkpoint_steps",
             type=int | None,
             help="save the run's state also after every so many batches, to resume in the middle of a long epoch; "
-            "the data must be able to (YouTube8M is)",
+            "the data must be able to (ImageData and YouTube8M are)",
+        )
+        parser.add_argument(
+            "--ema",
+            type=float | None,
+            help="test and store an exponential moving average of the weights with this decay, such as 0.9999",
+        )
+        parser.add_argument(
+            "--log_to",
+            type=Literal["wandb", "mlflow"] | None,
+            help="log also to Weights & Biases or MLflow; for more settings, use --trainer.logger",
         )
         parser.add_argument(
             "--resume",
@@ -196,20 +230,25 @@ class _FitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
-        self.folder = self._choose_folder()
-        self.parser.save(self.config, self.folder / CONFIG, overwrite=True, skip_none=False)
+        self.folder = agreed_folder(self._choose_folder)
+        if is_first_process():
+            self.parser.save(self.config, self.folder / CONFIG, overwrite=True, skip_none=False)
         chosen = self.config_init["trainer"]
-        steps = self.config["checkpoint_steps"]
+        steps, ema = self.config["checkpoint_steps"], self.config["ema"]
+        speed = Speed()
         kwargs["logger"] = [
             TensorBoardLogger(self.folder, name="tensorboard", version=""),
             CSVLogger(self.folder, name="csv"),
+            *_more_loggers(self.config["log_to"], self.folder),
             *_listed(chosen["logger"]),
         ]
         kwargs["plugins"] = [AsideCheckpointIO(), *_listed(chosen["plugins"])]
         kwargs["callbacks"] = [
             EpochSeed(self.config["seed_everything"]),
-            *([] if chosen["enable_progress_bar"] is False else [RichProgressBar()]),
+            speed,
+            *([] if chosen["enable_progress_bar"] is False else [Progress(speed)]),
             LearningRateMonitor("step"),
+            *([] if ema is None else [AveragedWeights(ema)]),
             self._checkpoints(save_on_train_epoch_end=True),
             *([self._checkpoints(every_n_train_steps=steps, save_on_train_epoch_end=False)] if steps else []),
             *_listed(chosen["callbacks"]),
@@ -231,6 +270,18 @@ class _FitCLI(LightningCLI):
         return folder
 
 
+def _more_loggers(name: str | None, folder: Path) -> list[Logger]:
+    """W&B or MLflow, in the run's folder, under the run's name."""
+    if name is None:
+        return []
+    try:
+        if name == "wandb":
+            return [WandbLogger(folder.name, save_dir=folder, id=folder.name, resume="allow")]
+        return [MLFlowLogger("ensemblenet", run_name=folder.name, save_dir=str(folder / "mlflow"))]
+    except ModuleNotFoundError as error:
+        raise TrainingError(f"--log_to {name} needs its library: pip install {name}.") from error
+
+
 def _listed(chosen: Any) -> list[Any]:
     """What the configuration chose: nothing, one, or several."""
     if chosen is None or isinstance(chosen, bool):
@@ -247,6 +298,16 @@ def _with_stored_config(arguments: list[str]) -> list[str]:
     if not stored.is_file():
         raise TrainingError(f"{resume} is no run folder: it has no {CONFIG}. Give a folder under runs/, or 'auto'.")
     return ["--config", str(stored), *arguments]
+
+
+def _with_data_folder(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--data FOLDER` written out."""
+    written = list(arguments)
+    for place, following in enumerate(written[1:], 1):
+        is_path = "/" in following or Path(following).is_dir()
+        if written[place - 1] == "--data" and is_path and Path(following).suffix not in (".yaml", ".yml", ".json"):
+            written[place - 1] = "--data.init_args.folder"
+    return written
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,12 +20,14 @@ from ensemblenet.heads import Choice, FusedEnsembleNet, HeadsMode, choose, fuse,
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.tagging_metrics import TaggingMetrics, mask_unknown
-from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
+from ensemblenet.training.mixing import Mix, Mixing, soft_targets
+from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule, layer_depths
 
-__all__ = ["Classifier", "Conversion", "head_outputs"]
+__all__ = ["Classifier", "Conversion", "head_outputs", "seen_outputs"]
 
 Batch = tuple[Tensor, Tensor]
 ClassifierTask = Literal["multiclass", "multilabel"]
+Loss = Literal["cross_entropy", "binary_cross_entropy"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,14 @@ class Classifier(LightningModule):
         heads: how the heads of a converted model run, see [`ensemblenet.heads.choose`][]: "auto" measures it on the
             first batch and says what it chose, and a resumed run keeps to that. Looped and fused heads round
             differently and draw other numbers for dropout: name one for runs that must be the same to the last bit.
+        loss: for task "multiclass": "binary_cross_entropy" takes each class for a label of its own, and the mean over
+            classes, as Wightman et al. 2021 (arXiv 2110.00476) do. Its logits give the same best classes, but as
+            probabilities, which NLL, ECE and Brier score judge, they are not calibrated.
+        mixing: mixup and CutMix of training batches, for task "multiclass".
+        channels_last: store images and weights of convolutions with channels last, which GPUs prefer.
+
+    Raises:
+        ValueError: settings that do not go together.
     """
 
     def __init__(
@@ -81,19 +92,29 @@ class Classifier(LightningModule):
         optimization: Optimization = Optimization(),  # noqa: B008  frozen
         task: ClassifierTask = "multiclass",
         heads: HeadsMode = "auto",
+        loss: Loss = "cross_entropy",
+        mixing: Mixing | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
+        _check(task, loss, mixing, conversion)
         self.network = base
         self.task: ClassifierTask = task
         self.heads: HeadsMode = heads
         self.conversion = conversion
         self.optimization = optimization
+        self.mixing = mixing
+        self.channels_last = channels_last
+        self.binary = task == "multiclass" and loss == "binary_cross_entropy"
+        self.label_smoothing = label_smoothing
         self.criterion = CoDistillationLoss(
             codistillation_weight,
-            task,
+            "multilabel" if self.binary else task,
             combine=conversion.combine if conversion else "logits",
-            label_smoothing=label_smoothing,
+            label_smoothing=0.0 if self.binary else label_smoothing,
         )
+        self.depths: Mapping[str, int] | None = layer_depths(base) if optimization.layer_decay < 1 else None
+        self.mix: Mix | None = None
         self.metrics = nn.ModuleDict()
 
     @property
@@ -106,12 +127,17 @@ class Classifier(LightningModule):
         if len(self.metrics):
             return
         inputs, _ = _first_batch(self.trainer.datamodule.train_dataloader())  # pyright: ignore
+        inputs = self._laid_out(inputs)
+        self.network = self.network.to(memory_format=self._memory_format)
         if self.conversion is not None:
             self.network = self._with_chosen_heads(self.conversion.apply(self.network, inputs, self.task), inputs)
         self.example_inputs = inputs[:1]
         with torch.no_grad():
             num_classes = self.network.eval()(inputs[:1]).shape[1]
         self.network.train()
+        self._compare_classes(num_classes)
+        self.num_classes = num_classes
+        self.mix = None if self.mixing is None else self.mixing.mixer(num_classes)
         metrics = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}[self.task]
         for split in ("val", "test"):
             self.metrics[split] = metrics(
@@ -121,10 +147,38 @@ class Classifier(LightningModule):
     def _with_chosen_heads(self, network: EnsembleNet, inputs: Tensor) -> EnsembleNet:
         """The network with its heads run as asked, or as is faster on the device that will train it."""
         device = self.trainer.strategy.root_device
-        network, choice = choose(network.to(device).train(), inputs.to(device), self.heads)
+        network, choice = choose(network.to(device).train(), inputs.to(device), self._allowed_heads())
+        if self.heads == "auto" and self.trainer.world_size > 1:  # each process measured for itself
+            choice = self.trainer.strategy.broadcast(choice)
+            network = _with_heads(network, choice)
         rank_zero_info(f"The heads run {choice.heads}: {choice.reason}.")
         self.choice = choice
         return network.to(inputs.device)
+
+    def _allowed_heads(self) -> HeadsMode:
+        """Fused heads do not pass through the layers that Lightning exchanges for synchronised ones."""
+        if getattr(self.trainer.strategy, "_layer_sync", None) is None:
+            return self.heads
+        if self.heads in ("fused", "compiled"):
+            raise TrainingError(f"trainer.sync_batchnorm needs model.heads looped, got {self.heads}.")
+        return "looped"
+
+    @property
+    def _memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.preserve_format
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def _compare_classes(self, num_classes: int) -> None:
+        """Refuse a network whose outputs are not the classes of the data, where the data says what they are."""
+        description = getattr(self.trainer.datamodule, "description", None)  # pyright: ignore
+        names = description().get("classes") if description else None
+        if names is not None and len(names) != num_classes:
+            raise TrainingError(
+                f"The data has {len(names)} classes and the network {num_classes} outputs: give the base "
+                f"num_classes={len(names)}."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note how the heads run."""
@@ -137,9 +191,7 @@ class Classifier(LightningModule):
             return
         heads, *separate = checkpoint["heads"]
         self.choice = Choice(heads, "as before", separate=tuple(separate))
-        self.network = unfuse(self.network) if heads == "looped" else fuse(self.network)
-        if isinstance(self.network, FusedEnsembleNet):
-            self.network.separate(separate, training=True)
+        self.network = _with_heads(self.network, self.choice)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the network gives."""
@@ -152,15 +204,19 @@ class Classifier(LightningModule):
             TrainingError: the loss is not finite.
         """
         x, y = batch
-        outputs = head_outputs(self.network, x)
+        if self.mix is not None:
+            x, y = self.mix(x, y)
+        if self.binary:
+            y = soft_targets(y, self.num_classes, self.label_smoothing)
+        outputs = head_outputs(self.network, self._laid_out(x))
         if self.task == "multilabel":
             outputs, y = mask_unknown(outputs, y)
-        loss = self.criterion(outputs, y)
+        loss = self.criterion(outputs, y) / (self.num_classes if self.binary else 1)
         if not loss.isfinite():
             raise TrainingError(f"The loss became {loss.item()} {self._where(batch_index)}")
-        self.log("train/loss", loss, on_step=True, prog_bar=True)
-        apart = agreement(outputs.detach(), self.task, combine=self.criterion.combine)
-        self.log("train/agreement", apart, on_step=True)
+        self.log("train/loss", loss, on_step=True, prog_bar=True, sync_dist=True)
+        apart = agreement(outputs.detach(), self.criterion.task, combine=self.criterion.combine)
+        self.log("train/agreement", apart, on_step=True, sync_dist=True)
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -188,7 +244,8 @@ class Classifier(LightningModule):
 
     def _evaluate(self, split: str, batch: Batch) -> None:
         x, y = batch
-        self.metrics[split].update(head_outputs(self.network, x), y)  # pyright: ignore[reportCallIssue]
+        outputs = seen_outputs(self.network, self._laid_out(x), self.example_inputs.ndim, self.task)
+        self.metrics[split].update(outputs, y)  # pyright: ignore[reportCallIssue]
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -208,7 +265,7 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer with its schedule, one step of it a batch."""
-        optimizer = build_optimizer(self.network, self.optimization)
+        optimizer = build_optimizer(self.network, self.optimization, self.depths)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, steps, self.optimization)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -217,6 +274,49 @@ class Classifier(LightningModule):
 def head_outputs(network: nn.Module, x: Tensor) -> Tensor:
     """The logits of every head, (K, N, C), in either mode; a plain network counts as one head."""
     return network(x, per_head=True) if isinstance(network, EnsembleNet) else network(x).unsqueeze(0)
+
+
+def _check(task: ClassifierTask, loss: Loss, mixing: Mixing | None, conversion: Conversion | None) -> None:
+    if task == "multilabel" and (mixing is not None or loss != "cross_entropy"):
+        raise ValueError("task 'multilabel' takes neither mixing nor another loss than its own.")
+    if loss == "binary_cross_entropy" and conversion is not None and conversion.combine != "logits":
+        raise ValueError("loss 'binary_cross_entropy' needs conversion.combine 'logits'.")
+
+
+def _with_heads(network: EnsembleNet, choice: Choice) -> EnsembleNet:
+    """The network with its heads run as was chosen."""
+    network = unfuse(network) if choice.heads == "looped" else fuse(network)
+    if isinstance(network, FusedEnsembleNet):
+        network.separate(choice.separate, training=True)
+    return network
+
+
+def seen_outputs(network: nn.Module, x: Tensor, ndim: int, task: ClassifierTask = "multiclass") -> Tensor:
+    """The logits of every head, also where a batch holds several views of each example.
+
+    Each head's probabilities are averaged over the views, as is usual for videos (Simonyan and Zisserman 2014, arXiv
+    1406.2199); for labels of their own, its logits.
+
+    Args:
+        network: a base or a multi-headed model.
+        x: inputs, (N, *), or V views of each, (N, V, *).
+        ndim: dimensions of a batch without views.
+        task: what the outputs mean.
+
+    Returns:
+        (K, N, C).
+
+    Example:
+        >>> views = torch.tensor([[[0.0, 0.0], [0.0, 2.0]]])  # 1 example, 2 views
+        >>> seen_outputs(nn.Identity(), views, ndim=2).softmax(-1)
+        tensor([[[0.3096, 0.6904]]])
+    """
+    if x.ndim == ndim:
+        return head_outputs(network, x)
+    outputs = torch.stack([head_outputs(network, view) for view in x.unbind(1)]).float()
+    if task == "multilabel":
+        return outputs.mean(0)
+    return outputs.log_softmax(-1).logsumexp(0) - math.log(len(outputs))
 
 
 def _first_batch(loader: Iterable[Batch]) -> Batch:

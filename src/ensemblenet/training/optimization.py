@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["Optimization", "build_optimizer", "build_schedule"]
+__all__ = ["Optimization", "build_optimizer", "build_schedule", "layer_depths"]
 
 
 @dataclass(frozen=True)
@@ -20,20 +22,26 @@ class Optimization:
     """How weights are updated.
 
     Args:
-        optimizer: "adamw", or "sgd" with Nesterov momentum.
+        optimizer: "adamw", "sgd" with Nesterov momentum, or another name of `timm.optim.list_optimizers()`, such as
+            "lamb".
         lr: the highest learning rate, reached after the warmup; a cosine takes it to 0 from there.
         weight_decay: as the optimizer has it: decoupled from the gradient in AdamW, part of it in SGD.
-        momentum: SGD's; AdamW does not read it.
+        momentum: of optimizers that have one; AdamW does not read it.
         warmup: the share of all steps in which the learning rate rises in a line.
         decay_all: also decay what has one dimension: biases and the parameters of normalisations.
+        layer_decay: the learning rate of each layer as a share of that of the layer above it; below 1 for fine-tuning,
+            for networks of timm.
+        options: further arguments of timm's optimizer, such as `betas`; "adamw" and "sgd" take none.
     """
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     lr: float = 0.01
     weight_decay: float = 0.05
     momentum: float = 0.9
     warmup: float = 0.05
     decay_all: bool = False
+    layer_decay: float = 1.0
+    options: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, valid, wanted in [
@@ -41,25 +49,72 @@ class Optimization:
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
             ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]"),
         ]:
             if not valid:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(self, name)}.")
+        if self.optimizer not in _OPTIMIZERS:
+            _check_timm_has(self.optimizer)
+        elif self.options:
+            raise ValueError(f"optimizer {self.optimizer} takes no options, got {self.options}.")
 
 
-def build_optimizer(network: nn.Module, settings: Optimization) -> Optimizer:
+def build_optimizer(network: nn.Module, settings: Optimization, depths: Mapping[str, int] | None = None) -> Optimizer:
     """An optimizer of the network's parameters.
+
+    Args:
+        network: a base, or a conversion of it.
+        settings: its `layer_decay` needs depths.
+        depths: of the base's parameters, from [`layer_depths`][ensemblenet.training.optimization.layer_depths].
+
+    Raises:
+        ValueError: the optimizer does not take the options.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         >>> [group["weight_decay"] for group in build_optimizer(network, Optimization()).param_groups]
         [0.05, 0.0]
     """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in parameters if parameter.ndim > 1 or settings.decay_all]
-    kept = [parameter for parameter in parameters if parameter.ndim <= 1 and not settings.decay_all]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}]
-    groups += [{"params": kept, "weight_decay": 0.0}] if kept else []
-    return _OPTIMIZERS[settings.optimizer](groups, settings)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            decay = settings.weight_decay if parameter.ndim > 1 or settings.decay_all else 0.0
+            groups[_lr(name, settings, depths), -decay].append(parameter)
+    made = [{"params": groups[lr, decay], "lr": lr, "weight_decay": -decay} for lr, decay in sorted(groups)]
+    return _OPTIMIZERS.get(settings.optimizer, _of_timm)(made, settings)
+
+
+def layer_depths(base: nn.Module) -> dict[str, int]:
+    """How deep each parameter of a network of timm lies, in timm's layers: 0 is at the input.
+
+    Raises:
+        ValueError: the network does not say.
+
+    Example:
+        >>> import timm
+        >>> depths = layer_depths(timm.create_model("test_vit"))
+        >>> depths["patch_embed.proj.weight"], depths["blocks.0.norm1.weight"], depths["head.weight"]
+        (0, 1, 7)
+    """
+    from timm.models import group_parameters  # slow to import
+
+    matcher = getattr(base, "group_matcher", None)
+    if matcher is None:
+        raise ValueError(
+            f"layer_decay needs a network that knows its layers, as timm's do; {type(base).__name__} does not. "
+            "Leave it at 1."
+        )
+    return group_parameters(base, matcher(coarse=False), reverse=True)
+
+
+def _lr(name: str, settings: Optimization, depths: Mapping[str, int] | None) -> float:
+    """The learning rate of a parameter of the base, or of its namesake in trunk or heads."""
+    if depths is None or settings.layer_decay == 1:
+        return settings.lr
+    part, _, rest = name.partition(".")
+    known = {"trunk": rest, "heads": rest.partition(".")[2]}.get(part, name)
+    top = max(depths.values())
+    return settings.lr * settings.layer_decay ** (top - depths.get(known, top))
 
 
 def _adamw(groups: list[dict[str, Any]], settings: Optimization) -> Optimizer:
@@ -71,10 +126,32 @@ def _sgd(groups: list[dict[str, Any]], settings: Optimization) -> Optimizer:
     return torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
+def _of_timm(groups: list[dict[str, Any]], settings: Optimization) -> Optimizer:
+    from timm.optim import create_optimizer_v2  # pyright: ignore[reportPrivateImportUsage]  slow to import
+
+    options = settings.options or {}
+    try:
+        return create_optimizer_v2(groups, settings.optimizer, settings.lr, momentum=settings.momentum, **options)
+    except (TypeError, ImportError) as error:
+        raise ValueError(f"timm's optimizer {settings.optimizer} cannot be made with {options}: {error}") from error
+
+
 _OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Optimization], Optimizer]] = {
     "adamw": _adamw,
     "sgd": _sgd,
 }
+
+
+def _check_timm_has(name: str) -> None:
+    from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]  slow to import
+
+    known = [*_OPTIMIZERS, *list_optimizers()]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise ValueError(
+            f"There is no optimizer {name!r}: take adamw, sgd or a name of timm.optim.list_optimizers()."
+            + (f" Did you mean {', '.join(near)}?" if near else "")
+        )
 
 
 def build_schedule(optimizer: Optimizer, steps: int, settings: Optimization) -> LambdaLR:

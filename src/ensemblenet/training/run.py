@@ -21,6 +21,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from ensemblenet.cost import Cost
+from ensemblenet.errors import TrainingError
 
 __all__ = [
     "AsideCheckpointIO",
@@ -95,10 +96,20 @@ class AsideCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Save a Lightning checkpoint."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with aside(Path(path)) as unfinished:
-            torch.save(checkpoint, unfinished)
+        """Save a Lightning checkpoint.
+
+        Raises:
+            TrainingError: it cannot be written, as on a full disk.
+        """
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with aside(Path(path)) as unfinished:
+                torch.save(checkpoint, unfinished)
+        except (OSError, RuntimeError) as error:  # torch.save raises either
+            raise TrainingError(
+                f"The checkpoint {path} cannot be written: {error}. The last good one is kept: free some space and go "
+                f"on with `ensemblenet fit --resume {Path(path).parents[1]}`."
+            ) from error
 
 
 def environment() -> dict[str, Any]:

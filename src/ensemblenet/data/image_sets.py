@@ -1,0 +1,253 @@
+"""Labelled images as timm, torchvision and WebDataset store them, by index."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from ensemblenet.data.batches import DataError
+
+__all__ = ["ImageSet", "open_images"]
+
+_VALIDATION = ("val", "validation", "valid", "test")
+_CLASSES = "classes.txt"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one split.
+
+    Args:
+        where: what to call it in messages.
+        labels: (N,), integers from 0.
+        classes: the names of the classes; None where the data names none.
+        read: gives an encoded image, or a decoded one, by index.
+        name: what to call an image in messages.
+    """
+
+    where: str
+    labels: np.ndarray
+    classes: list[str] | None
+    read: Callable[[int], BinaryIO | Image.Image]
+    name: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode an image to RGB.
+
+        Raises:
+            DataError: it cannot be read; which, and why.
+        """
+        try:
+            encoded = self.read(index)
+            image = encoded if isinstance(encoded, Image.Image) else Image.open(encoded)
+            return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, tarfile.TarError, Image.DecompressionBombError) as error:
+            raise DataError(f"{self.where}: the image {self.name(index)} cannot be decoded: {error}") from error
+
+
+def open_images(folder: Path, dataset: str, split: str, classes: Sequence[str] | None, **options: Any) -> ImageSet:
+    """Find the images of a split, and their labels.
+
+    Args:
+        folder: where the data lies.
+        dataset: "" for class folders, in a folder or a tar; `wds/` for shards of WebDataset; else a name of
+            [`timm.data.create_dataset`][], such as `hfds/NAME` or `torch/cifar10`.
+        split: its name, a folder or tar in `folder`; for `wds/` a pattern, such as `train-*.tar`.
+        classes: the names in the order of their labels; None takes them from the data.
+        options: for timm's reader.
+
+    Raises:
+        DataError: no such data, an empty class, or a label out of range.
+    """
+    kind, _, _ = dataset.partition("/")
+    openers = {"": _class_folders, "wds": _shards, "torch": _torchvision, "hfds": _hugging_face}
+    if kind not in openers:
+        raise DataError(f"dataset must begin with one of {', '.join(map(repr, openers))}, got {dataset!r}.")
+    images = openers[kind](folder, dataset, split, classes, options)
+    _check(images)
+    return images
+
+
+def _check(images: ImageSet) -> None:
+    if not len(images):
+        raise DataError(f"{images.where} holds no images.")
+    count = len(images.classes) if images.classes is not None else int(images.labels.max()) + 1
+    if count < 2:
+        raise DataError(f"{images.where} has {count} class; at least 2 are needed, each image in its class's folder.")
+    wrong = ((images.labels < 0) | (images.labels >= count)).nonzero()[0]
+    if len(wrong):
+        index = int(wrong[0])
+        raise DataError(
+            f"{images.where}: labels must be in [0, {count}), got {int(images.labels[index])} for the image "
+            f"{images.name(index)}."
+        )
+
+
+# -- class folders, in a folder or in a tar
+
+
+def _class_folders(
+    folder: Path, dataset: str, split: str, classes: Sequence[str] | None, options: Mapping[str, Any]
+) -> ImageSet:
+    path = _find_split(folder, split)
+    is_tar = path.suffix == ".tar"
+    in_tar = {"cache_tarinfo": False, "cache_tarfiles": False}  # no pickles; open files must not pass to workers
+    reader = _timm_dataset(path, dataset, split, **(in_tar if is_tar else {}), **options).reader
+    found = reader.class_name_to_idx if is_tar else reader.class_to_idx
+    names = sorted(found, key=found.get)
+    if not is_tar:
+        _refuse_empty_classes(path, names)
+    labels = np.asarray(reader.targets if is_tar else [label for _, label in reader.samples])
+    if classes is not None:
+        labels, names = _as_known(labels, names, classes, path), list(classes)
+    return ImageSet(str(path), labels, names, lambda index: reader[index][0], reader.filename)
+
+
+def _as_known(labels: np.ndarray, names: Sequence[str], classes: Sequence[str], path: Path) -> np.ndarray:
+    """Labels that count the names in the order of the known classes, of which a split may lack some."""
+    strangers = sorted(set(names) - set(classes))
+    if strangers:
+        raise DataError(f"{path} has the class {strangers[0]!r}, which the training data does not have.")
+    return np.array([classes.index(name) for name in names])[labels]
+
+
+def _find_split(folder: Path, split: str) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder.")
+    names = (split, *_VALIDATION) if split in _VALIDATION else (split,)
+    for name in names:
+        for path in (folder / name, folder / f"{name}.tar"):
+            if path.exists():
+                return path
+    if list(folder.glob("*.parquet")):
+        raise DataError(
+            f"{folder} holds Parquet files and neither {split}/ nor {split}.tar: use ensemblenet.data.ParquetImages, "
+            f"or dataset=hfds/{folder} for the datasets library."
+        )
+    raise DataError(f"{folder} holds neither {split}/ nor {split}.tar, with a folder of images for each class.")
+
+
+def _refuse_empty_classes(path: Path, names: Sequence[str]) -> None:
+    """timm passes over class folders without images."""
+    for entry in sorted(path.iterdir()):
+        is_class = entry.is_dir() and not any(inside.is_dir() for inside in entry.iterdir())
+        if is_class and entry.name not in names:
+            raise DataError(f"The class {entry} holds no images: fill it or remove it.")
+
+
+def _timm_dataset(root: Path | None, dataset: str, split: str, **options: Any) -> Any:
+    from timm.data.dataset_factory import create_dataset  # slow to import
+
+    try:
+        return create_dataset(
+            dataset, root=None if root is None else str(root), split=split, search_split=False, **options
+        )
+    except ImportError as error:
+        raise DataError(f"dataset={dataset} needs a library: pip install datasets ({error}).") from error
+    except (AssertionError, OSError, RuntimeError, ValueError, TypeError, KeyError, tarfile.TarError) as error:
+        raise DataError(f"{dataset or 'Images'} of split {split} in {root}: {error}") from error
+
+
+# -- data sets of libraries
+
+
+def _torchvision(
+    folder: Path, dataset: str, split: str, classes: Sequence[str] | None, options: Mapping[str, Any]
+) -> ImageSet:
+    images = _timm_dataset(folder, dataset, split, **options)
+    labels = getattr(images, "targets", getattr(images, "labels", None))
+    if labels is None:
+        raise DataError(f"{dataset} does not say its labels; it is none of torchvision's sets for classification.")
+    where = f"{dataset} in {folder}, {split}"
+    return ImageSet(where, np.asarray(labels), getattr(images, "classes", None), lambda i: images[i][0], str)
+
+
+def _hugging_face(
+    folder: Path | None, dataset: str, split: str, classes: Sequence[str] | None, options: Mapping[str, Any]
+) -> ImageSet:
+    reader = _timm_dataset(None, dataset, split, **options).reader
+    labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
+    names = sorted(reader.class_to_idx, key=reader.class_to_idx.get) or None
+    return ImageSet(f"{dataset}, {split}", labels, names, lambda i: reader[i][0], lambda i: f"in row {i}")
+
+
+# -- shards of WebDataset
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Where an image lies in a shard."""
+
+    shard: Path
+    name: str
+    begin: int
+    size: int
+    label: int
+
+
+def _shards(
+    folder: Path, dataset: str, split: str, classes: Sequence[str] | None, options: Mapping[str, Any]
+) -> ImageSet:
+    """Tars in which files of one stem are one sample: an image, and its label in `.cls`."""
+    shards = sorted(Path(folder).glob(split))
+    if not shards:
+        raise DataError(f"No shards match {split} in {folder}; dataset=wds/ takes a pattern such as train-*.tar.")
+    samples = [sample for shard in shards for sample in _index(shard)]
+    names = folder / _CLASSES
+    classes = names.read_text(encoding="utf-8").split() if names.is_file() else classes
+
+    def read(index: int) -> BinaryIO:
+        sample = samples[index]
+        with sample.shard.open("rb") as file:
+            file.seek(sample.begin)
+            return io.BytesIO(file.read(sample.size))
+
+    return ImageSet(
+        f"{folder}/{split}",
+        np.array([sample.label for sample in samples]),
+        None if classes is None else list(classes),
+        read,
+        lambda i: f"{samples[i].name} of {samples[i].shard.name}",
+    )
+
+
+def _index(shard: Path) -> list[_Sample]:
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            files = [member for member in tar if member.isfile()]
+            grouped = groupby(files, key=lambda member: _stem(member.name))
+            return [_sample(shard, tar, stem, list(members)) for stem, members in grouped]
+    except tarfile.TarError as error:
+        raise DataError(f"{shard} is not a readable tar: {error}") from error
+
+
+def _stem(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _sample(shard: Path, tar: tarfile.TarFile, stem: str, members: Sequence[tarfile.TarInfo]) -> _Sample:
+    from timm.data.readers.img_extensions import get_img_extensions  # slow to import
+
+    images = [member for member in members if Path(member.name).suffix.lower() in get_img_extensions(as_set=True)]
+    labels = [member for member in members if member.name.endswith(".cls")]
+    if len(images) != 1 or len(labels) != 1:
+        found = ", ".join(member.name for member in members)
+        raise DataError(f"{shard}: the sample {stem} must have one image and one label (.cls); it has {found}.")
+    file = tar.extractfile(labels[0])
+    assert file is not None
+    text = file.read().decode(errors="replace").strip()
+    if not text.lstrip("-").isdigit():
+        raise DataError(f"{shard}: {labels[0].name} must hold a number, got {text[:20]!r}.")
+    return _Sample(shard, images[0].name, images[0].offset_data, images[0].size, int(text))

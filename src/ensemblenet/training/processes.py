@@ -1,0 +1,76 @@
+"""One run in several processes: all of them must know the folder that the first one makes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from ensemblenet.errors import TrainingError
+
+__all__ = ["agreed_folder", "is_first_process"]
+
+_FOLDER = "ENSEMBLENET_RUN_FOLDER"
+_PATIENCE = timedelta(minutes=5)
+_stores: list[TCPStore] = []  # one must stay open until the last process has read it
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what a run has once: true for a run in one process."""
+    return rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]  Lightning sets it
+
+
+def agreed_folder(choose: Callable[[], Path]) -> Path:
+    """The folder that the first process of a run chooses, in all of its processes.
+
+    Processes that Lightning starts inherit it in their environment. Those that torchrun or Slurm started ask the first
+    one, at the port above the one that they meet at.
+
+    Args:
+        choose: makes or finds the folder; only the first process calls it.
+
+    Raises:
+        TrainingError: the first process did not answer.
+    """
+    cluster = _cluster()
+    if is_first_process():
+        folder = choose()
+        os.environ[_FOLDER] = str(folder)
+        if cluster is not None:
+            _meet(cluster).set(_FOLDER, str(folder))
+        return folder
+    if cluster is None:
+        return Path(os.environ[_FOLDER])
+    return Path(_meet(cluster).get(_FOLDER).decode())
+
+
+def _cluster() -> ClusterEnvironment | None:
+    """What started the processes, if not Lightning."""
+    for kind in (TorchElasticEnvironment, SLURMEnvironment):
+        if kind.detect():
+            made = kind()
+            return made if made.world_size() > 1 else None
+    return None
+
+
+def _meet(cluster: ClusterEnvironment) -> TCPStore:
+    try:
+        store = TCPStore(
+            cluster.main_address,
+            cluster.main_port + 1,
+            is_master=is_first_process(),
+            timeout=_PATIENCE,
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        where = f"port {cluster.main_port + 1} of {cluster.main_address}"
+        raise TrainingError(f"The processes of the run could not meet at {where}: {error}") from error
+    _stores.append(store)
+    return store

@@ -1,0 +1,136 @@
+"""Which examples the batches of an epoch hold, on one process and on several, whole and resumed."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ensemblenet.data.batches import DataError
+from ensemblenet.data.loading import ExampleLoader, Part
+
+
+class Numbers:
+    """Examples that are their own index, and what each kind of generator draws; some cannot be read."""
+
+    def __init__(self, total=20, broken=()):
+        self.total, self.broken = total, broken
+
+    def __len__(self):
+        return self.total
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise DataError(f"number {index} is broken")
+        return index, random.random(), float(np.random.rand()), torch.rand(3)
+
+
+def loader(total=20, batch_size=4, workers=0, train=True, broken=(), rank=0, world_size=1, seed=5, **options):
+    part = Part(total, batch_size, train, seed, rank, world_size)
+    return ExampleLoader(Numbers(total, broken), part, workers, **options)
+
+
+def drawn(loader, epoch=0):
+    loader.set_epoch(epoch)
+    return [[column.tolist() for column in batch] for batch in loader]
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4))
+def test_evaluation_takes_every_example_once_and_as_many_batches_everywhere(total, batch_size, world_size):
+    if total < world_size:
+        with pytest.raises(DataError, match="do not give one on each"):
+            Part(total, batch_size, world_size=world_size)
+        return
+    ranks = [Part(total, batch_size, rank=rank, world_size=world_size).batches(3) for rank in range(world_size)]
+    assert sorted(index for batches in ranks for batch in batches for index in batch) == list(range(total))
+    assert len({len(batches) for batches in ranks}) == 1
+    assert all(1 <= len(batch) <= max(2, batch_size) for batches in ranks for batch in batches)
+
+
+def test_processes_share_the_batches_of_one_process():
+    alone = Part(50, 8, train=True, seed=1).batches(2)
+    two = [Part(50, 4, train=True, seed=1, rank=rank, world_size=2).batches(2) for rank in (0, 1)]
+    assert [a + b for a, b in zip(*two, strict=True)] == alone
+    assert len(alone) == 6
+    assert len({index for batch in alone for index in batch}) == 48
+    assert Part(50, 8, train=True, seed=1).batches(3) != alone
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_drawn_depends_on_seed_epoch_and_example_alone(workers):
+    whole = drawn(loader(), 1)
+    mine = loader(workers=workers)
+    drawn(mine, 0)
+    assert drawn(mine, 1) == whole
+    assert drawn(mine, 0) != whole
+    assert drawn(loader(seed=6), 1) != whole
+    by_example = {index: chance for batch in whole for index, *chance in zip(*batch, strict=True)}
+    halves = [batch for rank in (0, 1) for batch in drawn(loader(batch_size=2, rank=rank, world_size=2), 1)]
+    assert {index: chance for batch in halves for index, *chance in zip(*batch, strict=True)} == by_example
+    assert len({chance[0] for chance in by_example.values()}) == 20
+
+
+def test_global_generators_are_left_alone():
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    drawn(loader())
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_restored_loader_goes_on_at_the_next_batch(workers):
+    whole = drawn(loader(), 4)
+    first = loader(workers=workers)
+    first.set_epoch(4)
+    for _, _ in zip(range(2), first, strict=False):
+        pass
+    state = first.state_dict()
+    second = loader(batch_size=2, world_size=2, workers=workers) if workers else loader()
+    second.load_state_dict(state)
+    if not workers:  # as many processes as before
+        assert drawn(second, 4) == whole[2:]
+        assert drawn(second, 5) == drawn(loader(), 5)
+    else:  # on two processes: the first half of each batch
+        assert drawn(second, 4) == [[column[:2] for column in batch] for batch in whole[2:]]
+
+
+def test_a_state_of_other_batches_is_refused():
+    with pytest.raises(DataError, match=r"middle of an epoch: global_batch_size was 4 and is 5\."):
+        loader(batch_size=5).load_state_dict(loader().state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_example_is_an_error(workers):
+    with pytest.raises(DataError, match=r"^number 7 is broken$"):
+        drawn(loader(broken=[7], workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_examples_are_skipped_up_to_a_limit(workers):
+    mine = loader(broken=[7, 3], workers=workers, on_broken="skip", max_broken=2)
+    with pytest.warns(UserWarning, match=r"Skipped 2 of at most 2: number \d is broken"):
+        first = drawn(mine)
+    assert {index for batch in first for index in batch[0]} == set(range(20)) - {3, 7}
+    drawn(mine, 1)  # the same ones do not count again
+    assert set(mine.broken) == {3, 7}
+    mine = loader(broken=[7, 3], workers=workers, on_broken="skip", max_broken=1)
+    with pytest.raises(DataError, match=r"More than max_broken=1 broken examples; the last: number"):
+        drawn(mine)
+
+
+def test_a_batch_without_a_whole_example_is_left_out():
+    mine = loader(train=False, broken=[4, 5, 6, 7], on_broken="skip")
+    assert [batch[0] for batch in drawn(mine)] == [[*range(4)], *([*range(i, i + 4)] for i in (8, 12, 16))]
+
+
+@pytest.mark.parametrize("batch_size", [0, 21])
+def test_too_few_examples(batch_size):
+    with pytest.raises(
+        DataError, match=r"batch_size must be at least 1|20 examples do not fill one batch of 21 on each"
+    ):
+        loader(batch_size=batch_size)

@@ -1,0 +1,183 @@
+"""Frames and clips of video files: against a plain decode of all frames, and what is wrong with bad files."""
+
+from __future__ import annotations
+
+import os
+
+import av
+import numpy as np
+import pytest
+import torch
+from made_videos import frame, make_sound, make_video, turn_clockwise
+
+from ensemblenet.data.batches import DataError
+from ensemblenet.data.video import ClipSampling, Video
+
+KINDS = {
+    "closed.mp4": {"g": 6, "bf": 3},
+    "one_key.mp4": {"g": 250, "bf": 3},
+    "open.mkv": {"g": 5, "x264-params": "open-gop=1:bframes=3:b-pyramid=strict"},
+    "transport.ts": {"g": 6, "bf": 2},
+    "wrong_keys.avi": {"codec": "mpeg4", "pixels": "yuv420p", "g": 6, "bf": 2},
+    "pictures.mov": {"codec": "mjpeg", "pixels": "yuvj420p"},
+    "odd.mp4": {"size": (51, 33)},
+    "uneven.mp4": {"moments": [t * t for t in range(20)]},
+}
+
+
+def decode_all(path):
+    with av.open(str(path)) as container:
+        return np.stack([picture.to_ndarray(format="rgb24") for picture in container.decode(video=0)])
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frames_are_those_of_a_plain_decode(tmp_path, name):
+    path = make_video(tmp_path / name, **KINDS[name])
+    expected = torch.from_numpy(decode_all(path)).permute(0, 3, 1, 2)
+    rng = np.random.default_rng(0)
+    with Video(path) as video:
+        assert len(video) == len(expected) == 20
+        for wanted in [[index] for index in range(20)] + [rng.integers(20, size=5) for _ in range(10)]:
+            assert torch.equal(video.frames(wanted), expected[torch.as_tensor(wanted)])
+
+
+def test_few_other_frames_are_decoded(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "a.mp4", frames=60, g=10, bf=3)
+    decoded = []
+    whole = Video._decode
+    monkeypatch.setattr(Video, "_decode", lambda *arguments: (decoded.append(f) or f for f in whole(*arguments)))
+    with Video(path) as video:
+        video.frames([57])
+        assert 1 <= len(decoded) <= 7  # of the last group of ten, without B-frames
+        decoded.clear()
+        video.frames([5, 35])
+        assert len(decoded) <= 12
+
+
+def test_frames_are_resized_to_their_shorter_side(tmp_path):
+    for size, expected in (((48, 32), (16, 24)), ((30, 60), (32, 16)), ((51, 33), (16, 25))):
+        with Video(make_video(tmp_path / f"{size[0]}.mp4", size=size), short_side=16) as video:
+            assert video.frames([0]).shape == (1, 3, *expected)
+
+
+def test_rotated_videos_are_read_upright(tmp_path):
+    path = turn_clockwise(make_video(tmp_path / "phone.mp4"))
+    with Video(path, short_side=16) as video:
+        picture = video.frames([10])[0].float().mean(0)
+    assert picture.shape == (24, 16)
+    corners = picture[:11, 9:], picture[:11, :7], picture[13:, :7], picture[13:, 9:]
+    assert [corner.mean().round().item() for corner in corners] == pytest.approx([90, 40, 40, 40], abs=3)
+
+
+def test_times_of_an_uneven_video(tmp_path):
+    moments = [0, 10, 200, 210, 900]
+    with Video(make_video(tmp_path / "a.mp4", frames=5, moments=moments)) as video:
+        assert (video.times - video.times[0]).tolist() == pytest.approx([t / 1000 for t in moments], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("nothing", "cannot be opened as a video"),
+        ("text", "cannot be opened as a video"),
+        ("absent", "cannot be opened as a video"),
+        ("sound", "has no video stream"),
+        ("no frames", "holds no frames|cannot be opened|no video stream"),
+        ("cut off", "cannot be opened as a video"),
+        ("noise", "is damaged"),
+    ],
+)
+def test_bad_files_are_named_and_closed(tmp_path, kind, message):
+    path = tmp_path / "bad clip.mp4"
+    match kind:
+        case "nothing":
+            path.touch()
+        case "text":
+            path.write_text("no video")
+        case "sound":
+            make_sound(path)
+        case "no frames":
+            make_video(path, frames=0)
+        case "cut off":  # before its index
+            path.write_bytes(make_video(path).read_bytes()[:1500])
+        case "noise":
+            data = bytearray(make_video(path, frames=60).read_bytes())
+            start = data.index(b"mdat") + 4
+            data[start : start + 4000] = np.random.default_rng(0).bytes(4000)
+            path.write_bytes(data)
+    before = open_files()
+    with pytest.raises(DataError, match=rf"bad clip\.mp4.* ({message})"), Video(path) as video:
+        video.frames(range(len(video)))
+    assert open_files() == before
+
+
+def test_files_do_not_stay_open(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    before = open_files()
+    for _ in range(30):
+        with Video(path) as video:
+            video.frames([19, 3])
+    assert open_files() == before
+
+
+# -- clips
+
+
+def even(frames):
+    return np.arange(frames) / 25
+
+
+def test_random_clips_begin_anywhere_and_end_within():
+    sampling = ClipSampling(num_frames=3, stride=2)
+    torch.manual_seed(0)
+    clips = [tuple(sampling.random(even(8))) for _ in range(400)]
+    assert set(clips) == {(start, start + 2, start + 4) for start in range(4)}
+    assert min(clips.count(clip) for clip in set(clips)) > 70  # all as often
+
+
+def test_uniform_clips_reach_from_the_first_to_the_last_frame():
+    clips = ClipSampling(num_frames=4, stride=3).uniform(even(100), 4)
+    assert [clip[0] for clip in clips] == [0, 30, 60, 90]
+    assert clips[-1][-1] == 99
+    [middle] = ClipSampling(num_frames=4, stride=3).uniform(even(100), 1)
+    assert middle[0] + middle[-1] == pytest.approx(99, abs=1)
+
+
+@pytest.mark.parametrize(("short", "expected"), [("loop", [0, 2, 4, 1, 3]), ("pad", [0, 2, 4, 4, 4])])
+def test_short_videos(short, expected):
+    sampling = ClipSampling(num_frames=5, stride=2, short=short)
+    assert sampling.random(even(5)).tolist() == expected
+    in_seconds = ClipSampling(num_frames=5, seconds=0.4, short=short)
+    assert in_seconds.random(even(5)).tolist() == expected
+
+
+def test_seconds_take_the_frame_that_is_shown():
+    times = np.array([0.0, 0.01, 0.02, 0.5, 1.0, 1.5])  # uneven
+    [clip] = ClipSampling(num_frames=4, seconds=2.0).uniform(times, 1)
+    assert clip.tolist() == [0, 3, 4, 5][: len(clip)]
+
+
+def test_seconds_make_frame_rates_alike():
+    sampling = ClipSampling(num_frames=5, seconds=1.0)
+    slow, fast = (sampling.uniform(np.arange(4 * rate) / rate, 3) for rate in (10, 30))
+    for a, b in zip(slow, fast, strict=True):
+        assert (a / 10).tolist() == pytest.approx((b / 30).tolist(), abs=0.1)
+
+
+def test_a_single_frame_is_a_clip():
+    for sampling in (ClipSampling(num_frames=3, stride=4), ClipSampling(num_frames=3, seconds=1.0)):
+        assert sampling.random(np.zeros(1)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("wrong", [{"num_frames": 0}, {"stride": 0}, {"seconds": 0.0}])
+def test_impossible_clips(wrong):
+    with pytest.raises(DataError, match="num_frames >= 1, stride >= 1 and seconds > 0; got"):
+        ClipSampling(**wrong)
+
+
+def test_the_made_frames_differ():
+    assert len({frame(number).tobytes() for number in range(20)}) == 20

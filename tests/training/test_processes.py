@@ -1,0 +1,196 @@
+"""Two processes train as one does on the same global batch; one that dies ends the run; FSDP2 runs a step."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from made_images import make_folders
+
+OWN_CODE = """
+import os
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+
+class Small(nn.Module):
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.GroupNorm(2, 8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2), nn.ReLU())
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.body(self.stem(x)).mean((2, 3)))
+
+
+class Dies(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            os._exit(1)
+
+
+class Fails(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank == 0 and trainer.global_step == 3:
+            raise ValueError("the first process fails")
+"""
+
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+def make(folder, batch_size, trainer=()):
+    """A run of 2 epochs of 5 steps on 21 images; 14 images to validate and test on."""
+    if not (folder / "images").exists():
+        (folder / "own.py").write_text(OWN_CODE)
+        make_folders(folder / "images", train=7, val=5)
+        (folder / "images" / "val" / "cat" / "104.png").unlink()
+    settings = {
+        "name": "tiny",
+        "model": {
+            "base": {"class_path": "own.Small"},
+            "conversion": {"num_heads": 2, "budget": 1.0},
+            "heads": "looped",
+            "optimization": {"optimizer": "sgd", "lr": 0.1},
+        },
+        "data": {
+            "class_path": "ensemblenet.data.ImageData",
+            "init_args": {
+                "folder": str(folder / "images"),
+                "image_size": 16,
+                "batch_size": batch_size,
+                "eval_batch_size": 3,
+                "num_workers": 0,
+            },
+        },
+        "trainer": {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "devices": 1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            **dict(trainer),
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return ["--config", str(path), "--runs", str(folder / "runs")]
+
+
+def start(folder, arguments, launch=("-m", "ensemblenet")):
+    free = socket.socket()
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    done = subprocess.run(
+        [sys.executable, *(part.format(port=port) for part in launch), "fit", *arguments],
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return done
+
+
+def logged(folder):
+    """What the run logged, by column."""
+    [path] = folder.glob("csv/version_*/metrics.csv")
+    header, *lines = (line.split(",") for line in path.read_text().splitlines())
+    return {
+        name: [float(line[place]) for line in lines if line[place]]
+        for place, name in enumerate(header)
+        if name.startswith(("train/", "val/", "test/"))
+    }
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ("-m", "ensemblenet"),
+        ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port={port}", "-m", "ensemblenet"),
+    ],
+    ids=["lightning", "torchrun"],
+)
+def test_two_processes_train_as_one_does(tmp_path, launch):
+    alone = start(tmp_path, make(tmp_path, batch_size=4))
+    assert alone.returncode == 0, alone.stderr
+    [one] = (tmp_path / "runs").iterdir()
+
+    done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, "--name", "two"], launch)
+    assert done.returncode == 0, done.stderr
+    [two] = set((tmp_path / "runs").iterdir()) - {one}  # one folder for both processes
+
+    assert done.stdout.count("Results and logs") == 1
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(two)[name], rtol=1e-4, atol=1e-5)
+    columns = logged(one), logged(two)
+    assert columns[0].keys() == columns[1].keys()
+    assert len(columns[0]["train/loss"]) == 10
+    for name, values in columns[0].items():
+        assert values == pytest.approx(columns[1][name], rel=1e-3, abs=1e-4), name
+    rows = [json.loads((run / "results.json").read_text())["rows"][0] for run in (one, two)]
+    assert rows[0]["test"]["accuracy"] == rows[1]["test"]["accuracy"]
+    assert (14 * rows[1]["test"]["accuracy"]) % 1 == pytest.approx(0, abs=1e-4)  # of 14 images, none twice
+
+
+@pytest.mark.parametrize("callback", ["Dies", "Fails"])
+def test_a_process_that_dies_ends_the_run(tmp_path, callback):
+    begin = time.monotonic()
+    done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, "--trainer.callbacks", f"own.{callback}"])
+    assert done.returncode != 0
+    assert time.monotonic() - begin < 120
+    assert callback == "Dies" or "the first process fails" in done.stderr
+    [folder] = (tmp_path / "runs").iterdir()
+    assert not (folder / "results.json").exists()
+
+
+FSDP = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+import ensemblenet
+from own import Small
+
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = ensemblenet.convert(Small(), torch.randn(2, 3, 16, 16), num_heads=2)
+x, y = torch.randn(8, 3, 16, 16), torch.randint(3, (8,))
+criterion = ensemblenet.CoDistillationLoss()
+criterion(model(x), y).backward()
+expected = {name: parameter - 0.1 * parameter.grad for name, parameter in model.named_parameters()}
+model.zero_grad()
+
+mesh = init_device_mesh("cpu", (2,))
+for part in (model.trunk, *model.heads, model):
+    fully_shard(part, mesh=mesh)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+criterion(model(x[mine]), y[mine]).backward()
+optimizer.step()
+for name, parameter in model.named_parameters():
+    torch.testing.assert_close(parameter.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
+print("sharded step")
+"""
+
+
+def test_fully_sharded_training_steps(tmp_path):
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    (tmp_path / "sharded.py").write_text(FSDP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "sharded.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sharded step") == 2
