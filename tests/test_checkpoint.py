@@ -185,3 +185,12 @@ def test_a_missing_tensor_is_refused(saved: Path) -> None:
     save_file(tensors, saved / "model.safetensors")
     with pytest.raises(LoadError, match="does not fit its recipe"):
         load(saved, perceptron())
+
+
+def test_in_inference_mode(tmp_path):
+    base, x = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(4, 8)
+    with torch.inference_mode():
+        model = convert(base, x, num_heads=2).eval()
+        again = load(save(model, tmp_path / "saved"), base)
+        assert torch.equal(again(x), model(x))
+    again.train()(x).sum().backward()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -80,6 +81,7 @@ def save(model: EnsembleNet, directory: str | os.PathLike[str], description: Map
     return target
 
 
+@torch.inference_mode(False)  # weights of inference mode could not be trained on
 def load(directory: str | os.PathLike[str], base: nn.Module | None = None) -> EnsembleNet:
     """Load a saved model, in evaluation mode.
 

@@ -24,6 +24,7 @@ __all__ = ["convert", "plans", "rebuild", "split_points"]
 _MOST_REPAIRS = 25
 
 
+@torch.inference_mode(False)  # tensors of inference mode cannot be traced
 def convert(
     base: nn.Module,
     example_inputs: Tensor | tuple[Tensor],
@@ -104,6 +105,7 @@ def convert(
     return model.train(base.training)
 
 
+@torch.inference_mode(False)
 def rebuild(base: nn.Module, recipe: Recipe) -> EnsembleNet:
     """Make the model of a recipe again, with the weights that it began with.
 
@@ -120,6 +122,7 @@ def rebuild(base: nn.Module, recipe: Recipe) -> EnsembleNet:
     return _assemble(design, Sizing(recipe.width, recipe.multiple), recipe, _base_cost(base, traced))
 
 
+@torch.inference_mode(False)
 def split_points(base: nn.Module, example_inputs: Tensor | tuple[Tensor]) -> list[SplitPoint]:
     """All places where a network can be split, with the trunk's share of the cost.
 
@@ -136,6 +139,7 @@ def split_points(base: nn.Module, example_inputs: Tensor | tuple[Tensor]) -> lis
     return [cut.point for cut in find_cuts(trace(base, _check_inputs(base, example_inputs)))]
 
 
+@torch.inference_mode(False)
 def plans(
     base: nn.Module, example_inputs: Tensor | tuple[Tensor], num_heads: int = 2, budget: float | Budget = 1.0
 ) -> list[Plan]:
