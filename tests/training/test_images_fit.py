@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,11 +186,12 @@ def test_channels_last_trains_to_the_same_weights(tmp_path):
         torch.testing.assert_close(tensor, last[name], rtol=1e-3, atol=1e-4)
 
 
-def test_options_of_the_trainer(tmp_path):
+@pytest.mark.parametrize("name", ["lamb", "adamw", "sgd"])
+def test_options_of_the_trainer(tmp_path, name):
     more = ["--trainer.gradient_clip_val", "0.1", "--trainer.precision", "bf16-mixed", "--model.optimization.optimizer"]
-    _, folder = trained(tmp_path, "runs", *more, "lamb", "--trainer.max_epochs", "1")
+    _, folder = trained(tmp_path, "runs", *more, name, "--trainer.max_epochs", "1")
     [optimizer] = checkpoint(folder)["optimizer_states"]
-    assert {"exp_avg", "exp_avg_sq"} <= set(optimizer["state"][0])  # LAMB's
+    assert ("exp_avg_sq" in optimizer["state"][0]) == (name != "sgd")
     assert min(logged(folder, "speed/examples_per_second")) > 0
     assert 0.01 < logged(folder, "speed/memory_gb")[0] < 100
 
@@ -274,10 +276,15 @@ def test_lower_layers_learn_more_slowly(converted):
     assert len(rates) == len(list(network.parameters()))
 
 
-def test_synchronised_statistics_need_looped_heads(tmp_path):
-    arguments = make(tmp_path, model={"heads": "fused"})
-    with pytest.raises(TrainingError, match=r"trainer\.sync_batchnorm needs model\.heads looped, got fused"):
-        fit([*arguments, "--trainer.sync_batchnorm", "true"])
+@pytest.mark.parametrize("heads", ["auto", "looped", "fused", "compiled"])
+def test_synchronised_statistics_need_looped_heads(heads):
+    module = classifier(heads=heads)
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(_layer_sync=object()))
+    if heads in ("auto", "looped"):
+        assert module._allowed_heads() == "looped"
+        return
+    with pytest.raises(TrainingError, match=rf"trainer\.sync_batchnorm needs model\.heads looped, got {heads}"):
+        module._allowed_heads()
 
 
 def test_time_left():

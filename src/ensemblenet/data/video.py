@@ -92,7 +92,8 @@ class Video:
         try:
             return av.open(str(self.path))
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise DataError(f"{self.path} cannot be opened as a video: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.path} cannot be opened as a video: {reason}") from error
 
     def _only_stream(self) -> Any:
         pictures = _pyav().stream.Disposition.attached_pic  # the cover of a song
@@ -111,7 +112,7 @@ class Video:
                 if packet.size and packet.pts is not None and not packet.is_discard
             ]
         except av.error.FFmpegError as error:
-            raise DataError(f"{self.path} is damaged: {error}") from error
+            raise DataError(f"{self.path} is damaged: {error.strerror}") from error
         if not packets:
             raise DataError(f"{self.path} holds no frames.")
         first, *_ = packets
@@ -139,25 +140,27 @@ class Video:
 
     def _decode_towards(self, stamp: int, wanted: frozenset[int]) -> Iterator[Any]:
         """Frames from a key frame on, that of a time stamp among them."""
-        for place in range(self._key_before(stamp), 0, -1):
-            decoded = self._decode(place, wanted)
+        # some containers seek by when frames are shown, others by when they are read, and some call frames key frames
+        # that are none: then from further ahead
+        *starts, earliest = (start for key in reversed(self._keys[: self._key_before(stamp) + 1]) for start in key)
+        for start in starts:
+            decoded = self._decode(start, wanted)
             first = next(decoded, None)
             if first is not None and first.key_frame and first.pts <= stamp:
                 return chain([first], decoded)
-            # some files call frames key frames that are none, and some containers seek too far: so from further ahead
-        return self._decode(0, wanted)
+        return self._decode(earliest, wanted)
 
-    def _decode(self, place: int, wanted: frozenset[int]) -> Iterator[Any]:
+    def _decode(self, start: int, wanted: frozenset[int]) -> Iterator[Any]:
         """Frames from a key frame on, without those that are neither wanted nor needed to decode others."""
         av = _pyav()
-        shown, read = self._keys[place]
         try:
-            self._container.seek(read, stream=self._stream)
+            self._container.seek(start, stream=self._stream)
             for packet in self._container.demux(self._stream):
                 self._stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
                 yield from (frame for frame in packet.decode() if frame.pts is not None)
         except av.error.FFmpegError as error:
-            raise DataError(f"{self.path} is damaged after {shown * self._stream.time_base:.2f} s: {error}") from error
+            where = f"{self.path} is damaged after {float(start * self._stream.time_base):.2f} s"
+            raise DataError(f"{where}: {error.strerror}") from error
 
     def _upright(self, frame: Any) -> np.ndarray:
         height, width = _resized(frame.height, frame.width, self.short_side)

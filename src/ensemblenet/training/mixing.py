@@ -41,9 +41,9 @@ class Mixing:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
 
     def mixer(self, num_classes: int) -> Mix:
-        """What mixes images (N, 3, H, W), in place, with labels (N,), which become shares of classes, (N, C).
+        """What mixes images (N, 3, H, W) or clips (N, 3, T, H, W), in place, with labels (N,).
 
-        An odd batch loses its last image.
+        Labels become shares of classes, (N, C). An odd batch loses its last example.
 
         Example:
             >>> import torch
@@ -64,8 +64,10 @@ class Mixing:
         )
 
         def mix_even(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            even = len(images) // 2 * 2
-            return mix(images[:even], labels[:even])
+            even = images[: len(images) // 2 * 2]
+            frames_as_channels = even.flatten(1, -3)  # timm takes the last two of four dimensions for space
+            mixed, shares = mix(frames_as_channels, labels[: len(even)])
+            return mixed.view_as(even), shares
 
         return mix_even
 

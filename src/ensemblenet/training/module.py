@@ -266,6 +266,8 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer with its schedule, one step of it a batch."""
         optimizer = build_optimizer(self.network, self.optimization, self.depths)
+        if self.trainer.gradient_clip_val:  # fused optimizers would undo a loss scale only after the clipping
+            setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010  of PyTorch, and no part of its types
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, steps, self.optimization)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
