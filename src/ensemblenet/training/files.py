@@ -96,7 +96,9 @@ class _VideoReader:
     def __init__(self, input_shape: Sequence[int], preprocessing: Mapping[str, Any]) -> None:
         _, num_frames, self.size, _ = input_shape
         self.short_side = round(self.size / preprocessing["crop_pct"])
-        self.sampling = ClipSampling(num_frames, preprocessing["stride"], preprocessing["seconds"])
+        self.sampling = ClipSampling(
+            num_frames, preprocessing["stride"], preprocessing["seconds"], preprocessing.get("short", "loop")
+        )
         self.mean, self.std = (torch.tensor(preprocessing[name]).view(3, 1, 1) for name in ("mean", "std"))
 
     def __call__(self, path: Path) -> Tensor:
