@@ -17,9 +17,10 @@ from ensemblenet.surgery.trace import Trace
 
 __all__ = ["Budget", "Plan", "check_budget", "choose_plan", "plan_at", "preference"]
 
-# The share of the base's MACs that the trunk keeps in the automatic plan: early splits gave the lowest errors, see
-# docs/procedure.md.
-_TRUNK_SHARE = 0.2
+# The share of the base's MACs that the trunk keeps in the automatic plan, which is a stem's: heads that share little
+# had the lowest errors, see docs/procedure.md.
+_TRUNK_SHARE = 0.05
+_NEAR = 0.05
 # Heads narrower than this are bottlenecks rather than networks.
 _LEAST_WIDTH = 0.1
 _MULTIPLES = (8, 4, 2, 1)
@@ -155,7 +156,7 @@ def choose_plan(
         if plan.width is None:
             raise _no_fit(plan, num_heads, budget, base, f"at split point {split_at!r}")
         return design, plan
-    able = [cut for cut in cuts if cut.has_parameters]
+    able = [cut for cut in reversed(cuts) if cut.has_parameters]  # of equals, the last shares most
     for cut in sorted(able, key=lambda cut: preference(cut.point, _TRUNK_SHARE)):
         if cut.point.name in misfits:
             continue
@@ -171,7 +172,7 @@ def choose_plan(
 def preference(point: SplitPoint, share: float) -> tuple[int, int, float]:
     """A key that sorts split points: near a share of the MACs first, and there the ends of the largest modules."""
     distance = abs(point.macs_share - share)
-    return int(distance / 0.1), point.name.count("."), distance
+    return int(distance / _NEAR), point.name.count("."), distance
 
 
 def _no_fit(plan: Plan, num_heads: int, budget: Budget, base: Cost, where: str) -> BudgetError:
