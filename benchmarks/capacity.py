@@ -1,22 +1,25 @@
 """When a conversion pays: bases of several widths, trained for several lengths, against their own conversions.
 
     python benchmarks/capacity.py mnist1d
-    python benchmarks/capacity.py cifar10 --data FOLDER   # with train.parquet and test.parquet
+    python benchmarks/capacity.py cifar10 --data FOLDER     # with train.parquet and test.parquet
+    python benchmarks/capacity.py youtube8m --data FOLDER   # with validate0000.tfrecord and so on
+    python benchmarks/capacity.py table
 
-Each base, one head trained alone (the conversion's trunk and one head), and the conversion to 4 heads are trained with
-every setting of a short list; the one with the lowest validation error counts. Only validation examples are read. Of
-the trained base it is written down how large the part is that its features need: the share of principal components,
-weighted by the layers' weights, that hold 99 % of the variance at the input of each layer. Finished runs are kept in a
-file of JSON lines, and not computed again.
+Each base, one head trained alone (the conversion's trunk and one head), and the conversion are trained with every
+setting of a short list; the one with the lowest validation error counts. Only validation examples are read. Of the
+trained base it is written down how well it fits the examples that it was trained with, and how large the part is that
+its features need: the share of principal components, weighted by the layers' weights, that hold 99 % of the variance
+at the input of each layer. Finished runs are kept in a file of JSON lines, and not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,76 @@ from lightning.pytorch import LightningDataModule
 from rich.progress import track
 from torch import nn
 
-from ensemblenet.data import MNIST1D, ParquetImages
-from ensemblenet.models import CifarResNet, MNIST1DNet
-from ensemblenet.study.cells import train
+from ensemblenet.data import MNIST1D, ParquetImages, YouTube8M
+from ensemblenet.functional import Task
+from ensemblenet.models import CifarResNet, MLPTagger, MNIST1DNet
+from ensemblenet.study.cells import Precision, train
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS, Contender, Setup, Source
 from ensemblenet.training.optimization import Optimization
 
 RESULTS = Path(__file__).parent / "results"
 METHODS_COMPARED = ("base", "head_alone", "codistillation")
-SETTINGS = ((0.02, 0.3), (0.01, 1.0))
 SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Series:
+    """Bases of several widths on the same data: what is trained, and how each is converted."""
+
+    base: Callable[[int], nn.Module]
+    data: Callable[[str, int], LightningDataModule]
+    setup: Setup
+    widths: tuple[int, ...]
+    examples: int
+    lengths: tuple[int, ...]
+    settings: tuple[tuple[float, float], ...] = ((0.02, 0.3), (0.01, 1.0))
+    precision: Precision = "bf16"
+
+
+def _youtube8m(folder: str, examples: int) -> LightningDataModule:
+    return YouTube8M(
+        folder,
+        level="video",
+        train=["validate00[01]?.tfrecord", "validate002[0-3].tfrecord"],
+        val=["validate002[4-7].tfrecord"],
+        test=["validate003?.tfrecord"],
+        num_classes=3862,
+        batch_size=256,
+        num_workers=0,
+    )
+
+
+SERIES = {
+    "mnist1d": Series(
+        base=MNIST1DNet,
+        data=lambda _, examples: MNIST1D(num_train=examples, num_val=5000),
+        setup=Setup(num_heads=4, split_at="conv1"),
+        widths=(16, 32, 64, 128),
+        examples=4000,
+        lengths=(10, 40),
+        precision="32",
+    ),
+    "cifar10": Series(
+        base=lambda width: CifarResNet(8, width),
+        data=lambda folder, examples: ParquetImages(
+            folder, image_size=16, num_val=5000, limit_train=examples, batch_size=100
+        ),
+        setup=Setup(num_heads=4),
+        widths=(12, 24, 48),
+        examples=1000,
+        lengths=(20, 60),
+    ),
+    "youtube8m": Series(
+        base=lambda width: MLPTagger(1152, 3862, [width, 2 * width], 0.3),
+        data=_youtube8m,
+        setup=Setup(num_heads=2, split_at="input", task="multilabel"),
+        widths=(256, 512, 1024),
+        examples=0,  # all of the shards
+        lengths=(6, 18),
+        settings=((0.003, 0.05),),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -52,58 +114,53 @@ class Run:
     weight_decay: float
     seed: int
 
-    def base(self) -> nn.Module:
-        return MNIST1DNet(self.width) if self.data == "mnist1d" else CifarResNet(8, self.width)
-
-    def module(self, folder: str | None) -> LightningDataModule:
-        if self.data == "mnist1d":
-            return MNIST1D(num_train=self.examples, num_val=5000)
-        assert folder is not None
-        return ParquetImages(folder, image_size=16, num_val=5000, limit_train=self.examples, batch_size=100)
-
 
 def runs(data: str) -> list[Run]:
-    widths, examples, lengths = (
-        ((16, 32, 64, 128), (4000,), (10, 40)) if data == "mnist1d" else ((12, 24, 48), (1000,), (60,))
-    )
+    series = SERIES[data]
     return [
-        Run(data, method, width, number, epochs, lr, weight_decay, seed)
+        Run(data, method, width, series.examples, epochs, lr, weight_decay, seed)
         for seed in range(SEEDS)
-        for epochs in lengths
-        for number in examples
-        for width in widths
-        for lr, weight_decay in SETTINGS
+        for epochs in series.lengths
+        for width in series.widths
+        for lr, weight_decay in series.settings
         for method in METHODS_COMPARED
     ]
 
 
-def finish(run: Run, folder: str | None) -> dict[str, Any]:
-    """Train and measure."""
-    torch.set_num_threads(1)
-    data: Any = run.module(folder)
+@lru_cache(maxsize=1)
+def prepared(name: str, folder: str) -> Any:
+    """The data, read once by a process."""
+    series = SERIES[name]
+    data: Any = series.data(folder, series.examples)
     data.prepare_data()
     data.setup()
+    return data
+
+
+def finish(run: Run, folder: str) -> dict[str, Any]:
+    """Train and measure."""
+    torch.set_num_threads(1)
+    series = SERIES[run.data]
+    data = prepared(run.data, folder)
     x = next(iter(data.val_dataloader()))[0][:2]
-    split = "conv1" if run.data == "mnist1d" else "auto"
-    setup = Setup(num_heads=4, budget=0.95, split_at=split, weight=2.0)
-    contender = METHODS[run.method].build(Source(run.base, x, run.seed), setup)
+    contender = METHODS[run.method].build(Source(lambda: series.base(run.width), x, run.seed), series.setup)
     cost = contender.cost(x)
     optimization = Optimization("adamw", lr=run.lr, weight_decay=run.weight_decay)
-    precision = "32" if run.data == "mnist1d" else "bf16"
-    seconds = train(contender, data, optimization, run.epochs, run.seed, precision)["cpu_seconds"]
-    found = {"parameters": cost.parameters, "macs": cost.macs, "cpu_seconds": seconds}
-    found |= {"val": measure(contender, data.val_dataloader()), "train": measure(contender, data.train_dataloader())}
+    seconds = train(contender, data, optimization, run.epochs, run.seed, series.precision)["cpu_seconds"]
+    found: dict[str, Any] = {"parameters": cost.parameters, "macs": cost.macs, "cpu_seconds": seconds}
+    for part, loader in (("val", data.val_dataloader()), ("train", data.train_dataloader())):
+        found[part] = measure(contender, loader, series.setup.task)
     if run.method == "base":
         found["spectra"] = spectra(contender.network, data.val_dataloader())
     return {"run": asdict(run)} | found
 
 
 @torch.no_grad()
-def measure(contender: Contender, loader: Any) -> dict[str, Any]:
+def measure(contender: Contender, loader: Any, task: Task) -> dict[str, Any]:
     measures: Measures | None = None
-    for x, y in loader:
+    for x, y, *_ in loader:
         outputs, prediction = contender.eval()(x)
-        measures = measures or Measures(outputs.shape[2], len(outputs))
+        measures = measures or Measures(outputs.shape[2], len(outputs), task)
         measures.update(outputs, prediction, y)
     assert measures is not None
     return measures.compute()
@@ -150,8 +207,8 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Finish what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", choices=("mnist1d", "cifar10"))
-    parser.add_argument("--data", dest="folder", help="the folder of CIFAR-10's parquet files")
+    parser.add_argument("data", choices=tuple(SERIES))
+    parser.add_argument("--data", dest="folder", help="the folder of CIFAR-10's or YouTube-8M's files", default="")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     path = RESULTS / f"capacity_{args.data}.jsonl"

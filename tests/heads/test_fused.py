@@ -139,6 +139,29 @@ def attend_without_dropout(mixer: TokenMixer, layer: nn.ModuleDict, x: Tensor) -
     return layer["proj"]((weights @ v).transpose(1, 2).reshape(n, length, dim))
 
 
+class Stacking(nn.Module):
+    """Nodes called `stack`, `stacked` and so on between layers, which must not take the names of the heads' tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.stacked, self.stacked_1, self.last = (
+            nn.Linear(6, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = torch.stack([self.stacked(x), self.stacked_1(x)]).sum(0)
+        return self.last(torch.stack([x, x.relu()]).sum(0))
+
+
+def test_names_that_a_head_uses_are_not_taken() -> None:
+    model = convert(Stacking(), torch.randn(3, 6), 3, 2.0, "input")
+    assert_same(model, (6,), 1e-10, torch.float64)
+
+
 @pytest.mark.parametrize("name", ["long skip", "shared", "1-d", "perceptron"])
 def test_odd_graphs_in_float32(name: str) -> None:
     factory, shape = ODD[name]

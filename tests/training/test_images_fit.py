@@ -264,7 +264,7 @@ def conversion():
 def test_lower_layers_learn_more_slowly(converted):
     base = create("test_vit", num_classes=3)
     depths = layer_depths(base)
-    network = ensemblenet.convert(base, torch.randn(2, 3, 160, 160)) if converted else base
+    network = ensemblenet.convert(base, torch.randn(2, 3, 160, 160), split_at="patch_embed") if converted else base
     optimizer = build_optimizer(network, Optimization(lr=1.0, layer_decay=0.5), depths)
     rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     rate = {name: rates[parameter] for name, parameter in network.named_parameters()}

@@ -277,7 +277,9 @@ class Program:
         if key not in self._stacked:
             self.stacks.append(Stack(owners, name, lay=not self._tied.intersection(key)))
             with self._graph.inserting_after(self._last_input):
-                self._last_input = self._graph.placeholder(f"stack_{len(self.stacks)}")
+                self._last_input = self._graph.placeholder("stacked")
+                # the argument's name: FX makes the node's unique, not this one, and then one would overwrite another
+                self._last_input.target = self._last_input.name
             self._stacked[key] = self._last_input
         return self._stacked[key]
 
