@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -139,7 +139,8 @@ def tagger_heads(widths: tuple[int, int], bottleneck: int = 0, shared: bool = Fa
         for head in heads:
             if bottleneck:
                 squeeze = nn.Linear(widths[1], bottleneck, bias=False)
-                head.classifier = nn.Sequential(squeeze, nn.Linear(bottleneck, 3862))
+                outputs = MLPTagger(1152, 3862, [bottleneck]).classifier  # which begins with every class rare
+                head.classifier = nn.Sequential(squeeze, outputs)
             if shared:
                 head.classifier = heads[0].classifier
         network = EnsembleNet(nn.Identity(), heads, task="multilabel")
@@ -232,7 +233,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             [row["probabilities"]["error"] for row in found],
             [row["probabilities"]["nll"] for row in found],
         ]
-        cells = [f"{mean(values):.4g} ± {stdev(values):.2g}" for values in columns]
+        cells = [f"{mean(values):.4g} ± {torch.tensor(values).std():.2g}" for values in columns]
         print(f"| {variant} | {' | '.join(cells)} |")
 
 

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Budget": "surgery.budget",
     "BudgetError": "errors",
+    "Capacity": "capacity",
     "CoDistillationLoss": "losses",
     "ConversionError": "errors",
     "Cost": "cost",
@@ -37,6 +38,7 @@ _HOMES = {
     "push_to_hub": "sharing",
     "register_timm": "timm_models",
     "save": "checkpoint",
+    "spare_capacity": "capacity",
     "split_points": "conversion",
     "unfuse": "heads",
 }
@@ -44,6 +46,7 @@ _HOMES = {
 __all__ = [
     "Budget",
     "BudgetError",
+    "Capacity",
     "CoDistillationLoss",
     "ConversionError",
     "Cost",
@@ -67,6 +70,7 @@ __all__ = [
     "push_to_hub",
     "register_timm",
     "save",
+    "spare_capacity",
     "split_points",
     "unfuse",
 ]
@@ -74,6 +78,7 @@ __all__ = [
 if TYPE_CHECKING:
     from ensemblenet import functional
     from ensemblenet.anytime import predict_anytime
+    from ensemblenet.capacity import Capacity, spare_capacity
     from ensemblenet.checkpoint import load, save
     from ensemblenet.conversion import convert, plans, split_points
     from ensemblenet.cost import Cost, measure_cost

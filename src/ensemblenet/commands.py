@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet import Cost, fuse, measure_cost, plans, save
+from ensemblenet import Capacity, Cost, EnsembleNet, fuse, measure_cost, plans, save, spare_capacity
 from ensemblenet import convert as convert_network
 from ensemblenet.cli import positive_integer
 from ensemblenet.errors import ConversionError
@@ -24,6 +25,7 @@ __all__ = ["benchmark", "convert", "info"]
 _MODEL_HELP = (
     "a timm name such as resnet18, torchvision:NAME, or module.path:callable, a callable that returns a network"
 )
+_EXAMPLES = 10_000
 _MACS_NOTE = "MACs are multiply-adds for one example: half of what torch.utils.flop_counter counts."
 
 
@@ -31,10 +33,16 @@ def info(arguments: Sequence[str]) -> None:
     """Print a network's cost, its split points, and the head width that a budget allows at each."""
     parser = _parser(
         "info",
-        "Show where a network can be split, and how wide heads could be. It needs no data and trains nothing.",
+        "Show where a network can be split, and how wide heads could be. It trains nothing, and needs no data unless "
+        "MODEL is the folder of a base's run of `fit`, of which it also says whether it has capacity to spare.",
     )
     options = parser.parse_args(arguments)
-    base, x = _load(options)
+    run = Path(options.model)
+    capacity = None
+    if (run / "config.yaml").is_file():
+        base, x, capacity = _trained(run)
+    else:
+        base, x = _load(options)
     cost = measure_cost(base, x)
     table = Table(title=f"{options.model}: {_describe(cost)}", caption=_MACS_NOTE)
     for column in ("split point", "tensor (N, ...)"):
@@ -61,6 +69,8 @@ def info(arguments: Sequence[str]) -> None:
         style="dim",
         highlight=False,
     )
+    if capacity is not None:
+        console.print(str(capacity), highlight=False)
 
 
 def convert(arguments: Sequence[str]) -> None:
@@ -174,6 +184,32 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         raise ConversionError(f"{options.model} does not say what inputs it takes: give --input-shape.")
     generator = torch.Generator().manual_seed(0)
     return base, torch.randn(2, *shape, generator=generator)
+
+
+def _trained(run: Path) -> tuple[nn.Module, Tensor, Capacity]:
+    """A run's base, an input for it, and its spare capacity."""
+    from ensemblenet.training.restore import data_module, restore
+
+    restored = restore(run)
+    if isinstance(restored.network, EnsembleNet):
+        raise ConversionError(f"{run} trained a conversion; spare capacity is a base's: give the run of one.")
+    data: Any = data_module(restored)
+    data.prepare_data()
+    data.setup("fit")
+    train, validation = (_some(loader) for loader in (data.train_dataloader(), data.val_dataloader()))
+    capacity = spare_capacity(restored.network, train, validation, restored.task)
+    generator = torch.Generator().manual_seed(0)
+    return restored.network, torch.randn(2, *restored.input_shape, generator=generator), capacity
+
+
+def _some(batches: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+    """Batches until there are examples enough for a mean loss."""
+    left = _EXAMPLES
+    for batch in batches:
+        if left <= 0:
+            return
+        yield batch
+        left -= len(batch[0])
 
 
 def _describe(cost: Cost) -> str:

@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor, fx, nn
 
+from ensemblenet.capacity import Capacity
 from ensemblenet.cost import Cost, count_parameters
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError
@@ -36,6 +37,8 @@ def convert(
     init: Init = "fresh",
     combine: Combine = "logits",
     task: Task = "multiclass",
+    min_width: float | None = None,
+    capacity: Capacity | None = None,
 ) -> EnsembleNet:
     """Convert a network into a shared trunk with K narrower heads, within a budget.
 
@@ -53,6 +56,11 @@ def convert(
             channels.
         combine: how evaluation turns K outputs into one, see [`ensemblenet.functional.combine_heads`][].
         task: what the outputs mean; only `combine="probabilities"` depends on it.
+        min_width: the least share of its channels that a head may keep, so that no more of the base is given up than
+            you think it can spare; "auto" passes over split points where heads would be narrower. None is 0.1 for
+            "auto", and no limit at a split point that you name.
+        capacity: what [`ensemblenet.spare_capacity`][] found of the trained base; a warning is given where it shows
+            that the conversion is likely to lose.
 
     Returns:
         The model, on the base's device and in the base's mode.
@@ -68,7 +76,7 @@ def convert(
         torch.Size([3, 4, 3])
     """
     x = _check_inputs(base, example_inputs)
-    _check_choices(num_heads, init)
+    _check_choices(num_heads, init, min_width)
     shares = check_budget(budget)
     traced = trace(base, x)
     cuts = find_cuts(traced)
@@ -76,7 +84,7 @@ def convert(
     frozen: set[fx.Node] = set()
     misfits: dict[str, Plan] = {}
     while True:
-        design, plan = choose_plan(traced, cuts, num_heads, shares, split_at, base_cost, frozen, misfits)
+        design, plan = choose_plan(traced, cuts, num_heads, shares, split_at, min_width, base_cost, frozen, misfits)
         assert plan.width is not None
         sizing = Sizing(plan.width, plan.multiple)
         if not _repair(design, sizing, frozen):
@@ -100,6 +108,8 @@ def convert(
     if init == "fresh" and _looks_trained(base):
         note = "The base has been trained, and fresh heads would begin at the scale of its trained weights; "
         traced.notes.append(note + 'pass init="inherit", or an untrained instance of the base.')
+    if capacity is not None and not capacity.is_spare:
+        traced.notes.append(str(capacity))
     for note in traced.notes:
         warnings.warn(note, stacklevel=2)
     return model.train(base.training)
@@ -178,11 +188,13 @@ def _check_inputs(base: nn.Module, example_inputs: Tensor | tuple[Tensor]) -> Te
     return x.detach()
 
 
-def _check_choices(num_heads: int, init: str) -> None:
+def _check_choices(num_heads: int, init: str, min_width: float | None) -> None:
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise ConversionError(f"num_heads must be an integer of at least 1, got {num_heads!r}.")
     if init not in get_args(Init):
         raise ConversionError(f"init must be one of {get_args(Init)}, got {init!r}.")
+    if min_width is not None and not (isinstance(min_width, int | float) and 0 <= min_width <= 1):
+        raise ConversionError(f"min_width must be a share of the base's channels, 0 to 1, got {min_width!r}.")
 
 
 def _looks_trained(base: nn.Module) -> bool:

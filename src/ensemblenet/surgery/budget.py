@@ -123,6 +123,7 @@ def choose_plan(
     num_heads: int,
     budget: Budget,
     split_at: str,
+    min_width: float | None,
     base: Cost,
     frozen: set[fx.Node],
     misfits: dict[str, Plan],
@@ -135,6 +136,7 @@ def choose_plan(
         num_heads: K.
         budget: as shares.
         split_at: the user's choice, or "auto".
+        min_width: the least share of its channels that a head keeps; None is 0.1 for "auto", and no limit elsewhere.
         base: what the base costs.
         frozen: nodes that must keep their sizes.
         misfits: plans that do not fit, by split point; what does not fit with few frozen nodes does not with more, so
@@ -153,20 +155,22 @@ def choose_plan(
             raise ConversionError(f"No parameters follow split point {split_at!r}, so all heads would be the same.")
         design = design_head(trace, cut, frozen)
         plan = plan_at(design, num_heads, limit)
-        if plan.width is None:
-            raise _no_fit(plan, num_heads, budget, base, f"at split point {split_at!r}")
+        if plan.width is None or plan.width < (min_width or 0.0):
+            raise _no_fit(plan, num_heads, budget, min_width, base, f"at split point {split_at!r}")
         return design, plan
+    min_width = _LEAST_WIDTH if min_width is None else min_width
     able = [cut for cut in reversed(cuts) if cut.has_parameters]  # of equals, the last shares most
     for cut in sorted(able, key=lambda cut: preference(cut.point, _TRUNK_SHARE)):
         if cut.point.name in misfits:
             continue
         design = design_head(trace, cut, frozen)
         plan = plan_at(design, num_heads, limit)
-        if plan.width is not None and plan.width >= _LEAST_WIDTH:
+        if plan.width is not None and plan.width >= min_width:
             return design, plan
         misfits[cut.point.name] = plan
-    least = min(misfits.values(), key=lambda plan: max(plan.cost.share_of(limit)))
-    raise _no_fit(least, num_heads, budget, base, "at any split point")
+    # the one that comes nearest: the widest heads, or where none fit, the least cost
+    least = max(misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.share_of(limit))))
+    raise _no_fit(least, num_heads, budget, min_width, base, "at any split point")
 
 
 def preference(point: SplitPoint, share: float) -> tuple[int, int, float]:
@@ -175,10 +179,15 @@ def preference(point: SplitPoint, share: float) -> tuple[int, int, float]:
     return int(distance / _NEAR), point.name.count("."), distance
 
 
-def _no_fit(plan: Plan, num_heads: int, budget: Budget, base: Cost, where: str) -> BudgetError:
+def _no_fit(plan: Plan, num_heads: int, budget: Budget, min_width: float | None, base: Cost, where: str) -> BudgetError:
+    allowed = f"a budget of {budget.parameters:g} of the base's parameters and {budget.macs:g} of its MACs"
+    if plan.width is not None:
+        return BudgetError(
+            f"{num_heads} heads that keep {min_width:g} of their channels do not fit {allowed} {where}: they could "
+            f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
+        )
     parameters, macs = plan.cost.share_of(base)
     return BudgetError(
-        f"{num_heads} heads do not fit a budget of {budget.parameters:g} of the base's parameters and "
-        f"{budget.macs:g} of its MACs {where}. The least possible is {parameters:.3f} of the parameters and "
+        f"{num_heads} heads do not fit {allowed} {where}. The least possible is {parameters:.3f} of the parameters and "
         f"{macs:.3f} of the MACs (at {plan.split.name!r}); use fewer heads or a larger budget."
     )

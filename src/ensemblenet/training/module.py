@@ -44,6 +44,7 @@ class Conversion:
     seed: int | None = None
     init: Literal["fresh", "inherit"] = "fresh"
     combine: Combine = "logits"
+    min_width: float | None = None
 
     def apply(self, base: nn.Module, example_inputs: Tensor, task: ClassifierTask = "multiclass") -> EnsembleNet:
         """Convert a base for inputs like these, of shape (N, *)."""

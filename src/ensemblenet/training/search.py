@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet import plans
+from ensemblenet import Plan, plans
 from ensemblenet.errors import TrainingError
 from ensemblenet.surgery.budget import preference
 from ensemblenet.training.module import Conversion
@@ -63,7 +63,7 @@ def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) ->
     """
     found = {"base": Candidate("base")}
     for heads in _HEADS:
-        fitting = [plan.split for plan in plans(base, example_inputs, heads, settings.budget) if plan.width is not None]
+        fitting = [plan.split for plan in plans(base, example_inputs, heads, settings.budget) if _fits(plan, settings)]
         for share in _TRUNK_SHARES if fitting else ():
             name = min(fitting, key=lambda point: preference(point, share)).name
             plan = replace(settings, num_heads=heads, split_at=name)
@@ -71,6 +71,10 @@ def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) ->
     if len(found) == 1:
         raise TrainingError(f"No conversion of the base fits a budget of {settings.budget:g}; allow more.")
     return list(found.values())
+
+
+def _fits(plan: Plan, settings: Conversion) -> bool:
+    return plan.width is not None and plan.width >= (settings.min_width or 0.0)
 
 
 def rungs(epochs: int) -> list[int]:
