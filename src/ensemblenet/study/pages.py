@@ -59,7 +59,7 @@ def summary(rows: Sequence[Row], task: str = "multiclass") -> str:
     next_best = f", before {rest[0]['method']} with {with_spread(rest[0], 'error')} %" if rest else ""
     return (
         f"{start}. {verdict} at no more than its cost: {best['method']} with {with_spread(best, 'error')} % "
-        f"({_change(best, base)} against the base, p = {_p(best)}){next_best}. "
+        f"({_change(best, base)} against the base, p {_relation(best)}){next_best}. "
         f"{len(wins)} of {len(others)} methods at no more than the base's cost have a lower mean error, "
         f"{len(sure)} of them with p < 0.05."
     )
@@ -88,8 +88,8 @@ def write_comparison(path: Path, results: Mapping[str, Any], environment: Mappin
     figures = [
         Figure(
             "error_against_cost",
-            "Error against cost, with the base as a line. Methods on the same conversion share their cost; the best, "
-            "co-distillation and those that stand apart are named.",
+            "Error against cost, with the base as a line. Methods on the same conversion share their cost; of "
+            "those that cost about the same the best is named.",
             lambda: draw_against_cost(shown, error),
         ),
         *_with_heads(shown, several, error),
@@ -173,6 +173,11 @@ def _failed(heading: str) -> str:
 
 def _change(row: Row, base: Row) -> str:
     return f"{100 * (row['error_mean'] / base['error_mean'] - 1):+.0f} %".replace("-", "−")
+
+
+def _relation(row: Row) -> str:
+    p = _p(row)
+    return p.replace("<", "< ") if p.startswith("<") else f"= {p}"
 
 
 def _p(row: Row) -> str:

@@ -269,24 +269,25 @@ def draw_heads(rows: Sequence[Row], label: str) -> Drawing:
 def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
     """Error against parameters and against MACs, as shares of the first row's, the base's, whose error is a line.
 
-    The base, the best, `kind` "ours" and whatever stands apart are named; the rest is for the table.
+    The base, and of methods that cost about the same the best, are named; the rest is for the table.
     """
-    base, best = rows[0], min(rows, key=lambda row: row["error_mean"])
+    base = rows[0]
     drawing = Drawing(figsize=(_NARROW, 6.4), layout="constrained")
     panels = drawing.subplots(2, 1)
     for panel, (key, size) in zip(panels, [("parameters", "parameters"), ("macs", "MACs")], strict=True):
         shares = [row[key] / base[key] for row in rows]
-        for row, share in zip(rows, shares, strict=True):
+        named: list[float] = []
+        for share, row in sorted(zip(shares, rows, strict=True), key=lambda pair: pair[1]["error_mean"]):
             panel.errorbar(share, row["error_mean"], yerr=row["error_std"], **_marker(row), alpha=0.8)
-            if row is best or row.get("kind") in _COLOURS or _stands_apart(share, shares):
-                side = 1 if row is base or share < 0.5 else -1
+            if row is base or not any(0.75 < other / share < 1 / 0.75 for other in named):
+                named += [] if row is base else [share]
                 panel.annotate(
                     row["method"],
-                    (share, row["error_mean"]),
-                    xytext=(8 * side, 0),
+                    (share, row["error_mean"] + (row["error_std"] if row is base else -row["error_std"])),
+                    xytext=(0, 7 if row is base else -7),
                     textcoords="offset points",
-                    ha="left" if side == 1 else "right",
-                    va="center",
+                    ha="center",
+                    va="bottom" if row is base else "top",
                     fontsize=9,
                 )
         panel.axhline(base["error_mean"], **_BASE_LINE)
@@ -294,7 +295,7 @@ def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
         ticks = [tick for tick in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16) if min(shares) / 1.5 < tick < max(shares) * 1.5]
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_xticks([], minor=True)
-        panel.margins(0.14)
+        panel.margins(0.2)
         panel.set_xlabel(f"{size}, share of the base's")
         panel.set_ylabel(label)
     return drawing
@@ -311,11 +312,6 @@ def _name_lines(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="y", alpha=0.5)
-
-
-def _stands_apart(share: float, shares: Sequence[float]) -> bool:
-    """Whether no other share is within a quarter of this one."""
-    return sum(0.75 < other / share < 1 / 0.75 for other in shares) == 1
 
 
 # -- the page
