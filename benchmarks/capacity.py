@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -204,13 +206,48 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, path.read_text().splitlines())
 
 
+def table() -> str:
+    """All bases, ordered by their spare capacity, against their conversions: means over seeds at the better setting."""
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for name in SERIES:
+        for row in read(RESULTS / f"capacity_{name}.jsonl"):
+            run = row["run"]
+            cells[name, run["epochs"], run["width"], run["method"], run["lr"], run["weight_decay"]].append(row)
+    best: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for key, found in cells.items():
+        if key[:4] not in best or _error(found) < _error(best[key[:4]]):
+            best[key[:4]] = found
+    lines = []
+    for name, epochs, width in {key[:3] for key in best}:
+        base, head, conversion = (best[name, epochs, width, method] for method in METHODS_COMPARED)
+        ratio = mean(row["train"]["nll"] for row in base) / mean(row["val"]["nll"] for row in base)
+        filled = mean(_filled(row["spectra"]) for row in base)
+        errors = " | ".join(f"{_error(rows):.2f}" for rows in (base, conversion, head))
+        lines.append((ratio, f"| {name} | {epochs} | {width} | {ratio:.3f} | {errors} | {filled:.2f} |"))
+    head = "| data | epochs | width | training / validation loss | base, % | conversion, % | one head alone, % | "
+    return "\n".join([f"{head}99 % of variance |", "|" + "---|" * 8, *(line for _, line in sorted(lines))])
+
+
+def _error(rows: list[dict[str, Any]]) -> float:
+    return mean(row["val"]["error"] for row in rows)
+
+
+def _filled(layers: dict[str, Any]) -> float:
+    """The share of channels that hold 99 % of the variance, mean over layers weighted by their weights."""
+    weights = sum(layer["weights"] for layer in layers.values())
+    return sum(layer["weights"] * layer["components_99"] / layer["channels"] for layer in layers.values()) / weights
+
+
 def main() -> None:
-    """Finish what is missing."""
+    """Finish what is missing, or print what there is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", choices=tuple(SERIES))
+    parser.add_argument("data", choices=(*SERIES, "table"))
     parser.add_argument("--data", dest="folder", help="the folder of CIFAR-10's or YouTube-8M's files", default="")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
+    if args.data == "table":
+        print(table())
+        return
     path = RESULTS / f"capacity_{args.data}.jsonl"
     done = {json.dumps(row["run"]) for row in read(path)}
     missing = [run for run in runs(args.data) if json.dumps(asdict(run)) not in done]
