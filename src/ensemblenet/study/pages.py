@@ -26,7 +26,7 @@ PAGE = "index.html"
 Row = Mapping[str, Any]
 
 _MOST_REASONS = 10
-_TERMINAL_COLUMNS = 7
+_TERMINAL_COLUMNS = 6
 _ERROR = {"multiclass": "test error", "multilabel": "100 − GAP@20"}
 
 
@@ -42,8 +42,10 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 
 
 def comparison_table(rows: Sequence[Row], title: str | None = None) -> Table:
-    """The rows for the terminal, ranked."""
-    return results_table(ranked(rows), title, _columns(rows[0])[:_TERMINAL_COLUMNS])
+    """The rows for a terminal of 80 characters, ranked."""
+    columns = _columns(rows[0])[:_TERMINAL_COLUMNS]
+    head = Column("head, %", lambda row: f"{row['head_error_mean']:.2f}" if row["num_heads"] > 1 else "")
+    return results_table(ranked(rows), title, [*columns, head])
 
 
 def summary(rows: Sequence[Row], task: str = "multiclass") -> str:
