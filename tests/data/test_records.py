@@ -53,19 +53,21 @@ def test_shares_are_disjoint_and_complete(total, batch_size, world_size, num_wor
     shares = [Share(batch_size, train, 1, 0, rank, world_size, num_workers) for rank in range(world_size)]
     taken = []
     for share in shares:
-        workers = range(max(1, num_workers))
-        ranges = [range(*share.worker_records(total, worker)) for worker in workers]
-        for own, batches in zip(ranges, share.batches(total), strict=True):
-            assert batches == -(-len(own) // batch_size)
-            assert not train or len(own) == batches * batch_size
+        borders = [share.worker_borders(total, worker) for worker in range(max(1, num_workers))]
+        sizes = [end - begin for own in borders for begin, end in itertools.pairwise(own)]
+        assert [len(own) - 1 for own in borders] == share.batches(total)
+        assert all(0 < size <= max(batch_size, 2) for size in sizes)
+        assert not train or set(sizes) <= {batch_size}
         assert max(share.batches(total)) - min(share.batches(total)) <= 1
-        taken += [number for own in ranges for number in own]
+        taken += [number for own in borders for number in range(own[0], own[-1])]
+    assert len({sum(share.batches(total)) for share in shares}) == 1  # else a reduction would wait for ever
     assert len(set(taken)) == len(taken)
     if train:
-        assert len({sum(share.batches(total)) for share in shares}) == 1
         assert total - len(taken) < batch_size * world_size
-    else:
+    elif total >= world_size:
         assert sorted(taken) == list(range(total))
+    else:
+        assert not taken  # the loader says so
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (3, 0), (2, 3)])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from shards import AUDIO, CLASSES, RGB, videos, write
 import ensemblenet
 from ensemblenet.cli import main
 from ensemblenet.data.batches import DataError
+from ensemblenet.training import evaluate
 from ensemblenet.training.cli import fit
 from ensemblenet.training.predict import predict
 
@@ -96,6 +100,22 @@ def test_a_run_of_each_level(tmp_path, level):
     for column in ("train/loss", "train/agreement", "val/gap", "val/map", "val/hit1", "val/perr", "val/head_gap_1"):
         assert column in header.split(",")
     assert ensemblenet.load(folder / "model").task == "multilabel"
+
+
+def test_two_processes_count_every_video_once_where_their_shares_differ(tmp_path):
+    arguments = make(tmp_path)
+    write(tmp_path / "validate0002.tfrecord", videos(5, frames=None, seed=20))  # 49: 24 and 25, 3 and 4 batches of 8
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false"]
+    command = [sys.executable, "-m", "ensemblenet", "fit", *arguments, *two]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    [run] = (tmp_path / "runs").iterdir()
+    together = json.loads((run / "results.json").read_text())["rows"][0]["test"]
+    alone = evaluate.test([str(run)])[0]
+    for name in ("gap", "map", "hit1"):
+        assert together[name] == pytest.approx(alone[name], abs=1e-6), name
 
 
 def weights(folder):

@@ -32,7 +32,7 @@ class Share:
     Args:
         batch_size: records in a batch.
         train: shuffle, and leave out what does not fill a batch on every process; else keep every record, in
-            order.
+            order, in as many batches on every process.
         shuffle_buffer: how many records a worker holds to choose the next from; 1 keeps the order in a shard.
         seed: of the shuffling.
         rank: which process this is.
@@ -60,19 +60,23 @@ class Share:
             return self.rank * own, (self.rank + 1) * own
         return self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size
 
+    def borders(self, total: int) -> list[int]:
+        """Where this process's batches begin and end; all processes have the same number of them."""
+        start, stop = self.records(total)
+        largest = -(-total // self.world_size) if not self.train else stop - start
+        number = min(-(-largest // self.batch_size), total // self.world_size)
+        return [start + (stop - start) * batch // number for batch in range(number + 1)] if number else [start]
+
     def batches(self, total: int) -> list[int]:
         """How many batches each worker reads."""
-        start, stop = self.records(total)
-        number, workers = -(-(stop - start) // self.batch_size), max(1, self.num_workers)
-        borders = [number * worker // workers for worker in range(workers + 1)]
-        return [end - begin for begin, end in pairwise(borders)]
+        number, workers = len(self.borders(total)) - 1, max(1, self.num_workers)
+        firsts = [number * worker // workers for worker in range(workers + 1)]
+        return [end - begin for begin, end in pairwise(firsts)]
 
-    def worker_records(self, total: int, worker: int) -> tuple[int, int]:
-        """The first and the last but one of a worker's records."""
-        start, stop = self.records(total)
-        before = sum(self.batches(total)[:worker])
-        begin = start + before * self.batch_size
-        return begin, min(stop, begin + self.batches(total)[worker] * self.batch_size)
+    def worker_borders(self, total: int, worker: int) -> list[int]:
+        """Those of a worker's batches."""
+        before, own = sum(self.batches(total)[:worker]), self.batches(total)[worker]
+        return self.borders(total)[before : before + own + 1]
 
 
 class RecordLoader:
@@ -187,11 +191,12 @@ class _Stream(IterableDataset[Any]):
         done, following = _progress(counts, self.consumed)
         worker = 0 if info is None else (info.id + following) % len(counts)
         key = f"{share.seed}/{self.epoch}/{share.rank}/{worker}"
-        records = self._records(*share.worker_records(loader.total, worker))
+        borders = share.worker_borders(loader.total, worker)
+        records = self._records(borders[0], borders[-1])
         if share.train:
             records = _shuffled(records, share.shuffle_buffer, random.Random(key))
-        for number in range(counts[worker]):
-            batch = list(islice(records, share.batch_size))
+        for number, (begin, end) in enumerate(pairwise(borders)):
+            batch = list(islice(records, end - begin))
             whole = [record for record in batch if record is not None]
             if number >= done[worker]:
                 loader._skipped[worker] += len(batch) - len(whole)
