@@ -102,7 +102,8 @@ _SCORES = {
 
 
 def _columns(rows: Sequence[Row]) -> list[Column]:
-    """Size, the scores that rows have, and inference time."""
+    """Size, the scores that rows have, and inference time where it was measured."""
+    timed = [Column("ms", _milliseconds)] if any(row.get("milliseconds") is not None for row in rows) else []
     scores = [name for name in _SCORES if any(f"{name}_mean" in row for row in rows)]
     return [
         Column("method", lambda row: row["method"]),
@@ -111,7 +112,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         Column("MACs", lambda row: f"{row['macs']:,.0f}"),
         *(Column(_SCORES[name], partial(with_spread, name=name)) for name in scores),
         Column("runs", lambda row: str(row["seeds"])),
-        Column("ms", _milliseconds),
+        *timed,
     ]
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
 __all__ = ["Progress", "Speed", "time_left"]
 
 _WINDOW = 50
+_BAR_WIDTH = 10
 
 
 class Speed(Callback):
@@ -59,6 +61,15 @@ class Progress(RichProgressBar):
         super().__init__()
         self.speed = speed
         self._began: tuple[float, int] | None = None
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """In training a short bar, and no times of the epoch: what stands beside it would not fit a terminal."""
+        columns = super().configure_columns(trainer)
+        if trainer.state.fn != TrainerFn.FITTING:
+            return columns
+        description, bar, batches, *_ = columns
+        bar.bar_width = _BAR_WIDTH
+        return [description, bar, batches]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note when it began, and at which step."""
