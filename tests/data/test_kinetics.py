@@ -272,8 +272,6 @@ def test_description_and_names(tmp_path):
     assert described["preprocessing"]["input_shape"] == [3, 4, 16, 16]
     assert described["preprocessing"]["stride"] == 2
     assert made.example_name("val", 1) == "class_1/v001.mp4"
-    thumbnail = made.thumbnail("val", 0)
-    assert (thumbnail.shape, thumbnail.dtype) == ((3, 96, 144), torch.uint8)
 
 
 # -- bad videos

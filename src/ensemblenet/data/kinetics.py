@@ -299,11 +299,6 @@ class Kinetics(LightningDataModule):
         path = self._videos(split).paths[place]
         return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
 
-    def thumbnail(self, split: str, index: int) -> Tensor:
-        """The middle frame of a video, (3, H, W), uint8."""
-        with Video(self._videos(split).paths[index], short_side=96) as video:
-            return video.frames([len(video) // 2])[0]
-
     def train_dataloader(self) -> ExampleLoader:
         """Shuffled and augmented clips, in an order that depends on the seed and the epoch."""
         if self._train_loader is None or self._train_loader.part.seed != self.seed:
