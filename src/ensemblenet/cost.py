@@ -6,9 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop
 
 __all__ = ["Cost", "count_parameters", "measure_cost"]
+
+_ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+if _ATTENTION_ON_CPU not in flop_registry:  # PyTorch before 2.15 does not count it
+    register_flop_formula(_ATTENTION_ON_CPU, get_raw=True)(sdpa_flop)  # it reads shapes already
 
 
 @dataclass(frozen=True)
