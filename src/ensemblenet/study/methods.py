@@ -116,9 +116,11 @@ class _Gated(Contender):
     """ONE: a gate on the trunk's features weighs the heads; it stays with the ensemble."""
 
     def __init__(self, network: EnsembleNet, example: Tensor, task: Task) -> None:
+        temperature = _temperature(task)
+
         def objective(outputs: Tensor, target: Tensor, progress: float) -> Tensor:
             ramp = peers.ramp_up(progress, _RAMP)
-            return peers.one(outputs, self._weights(), target, task, ramp=ramp)
+            return peers.one(outputs, self._weights(), target, task, temperature=temperature, ramp=ramp)
 
         super().__init__(network, objective)
         self._features = torch.empty(0)
@@ -145,10 +147,12 @@ class _Attentive(Contender):
     """OKDDip: projections of each peer's last features say whom it learns from; prediction drops them."""
 
     def __init__(self, network: EnsembleNet, example: Tensor, task: Task) -> None:
+        temperature = _temperature(task)
+
         def objective(outputs: Tensor, target: Tensor, progress: float) -> Tensor:
             features = torch.stack(self._features[:-1])
-            ramp = peers.ramp_up(progress, _RAMP)
-            return peers.okddip(outputs, self.query(features), self.key(features), target, task, ramp=ramp)
+            queries, keys, ramp = self.query(features), self.key(features), peers.ramp_up(progress, _RAMP)
+            return peers.okddip(outputs, queries, keys, target, task, temperature=temperature, ramp=ramp)
 
         super().__init__(network, objective, students=(network.num_heads - 1,))
         self._features = [torch.empty(0)] * network.num_heads
@@ -296,6 +300,15 @@ METHODS = {
         _deep_ensemble_of_bases,
     ),
 }
+
+
+def _temperature(task: Task) -> float:
+    """ONE's and OKDDip's, who soften softmaxes by 3.
+
+    A sigmoid softened so gives each of thousands of absent labels several percent, and matching those drowns the rest
+    of the loss; docs/compare.md has what that costs.
+    """
+    return 1.0 if task == "multilabel" else 3.0
 
 
 def _pooled(features: Tensor) -> Tensor:
