@@ -16,7 +16,7 @@ from torch import nn
 
 import ensemblenet
 from ensemblenet import EnsembleNet, ExportError, cli, convert, deployment, export, fuse
-from ensemblenet.models import MLPTagger, MNIST1DNet
+from ensemblenet.models import MLPTagger, MNIST1DNet, MoETagger
 
 CLASSES = ["cat", 'a "quoted" dog', "Ünicode"]
 
@@ -62,6 +62,15 @@ def test_networks_of_every_kind_as_onnx(tmp_path, name):
         "task": task,
     }
     assert read.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_a_mixture_of_experts_is_finite_in_the_file_where_its_probability_is_not(tmp_path):
+    network = MoETagger(4, 3).eval()
+    path = export(network, tmp_path / "m.onnx", example_inputs=torch.zeros(2, 4)).path
+    x = 1e3 * torch.randn(5, 4)
+    with torch.no_grad():
+        assert network(x).abs().max() > 200
+        torch.testing.assert_close(runs(path, x), network(x))
 
 
 PARTS = {

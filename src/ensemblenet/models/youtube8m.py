@@ -57,8 +57,8 @@ class _Experts(nn.Module):
         # (N, M, C); the gate of the one that says no is 0, which loses nothing: a softmax has one degree too many
         gates = _full_precision(self.gates(x)).unflatten(1, (-1, self.num_classes))
         experts = _full_precision(self.experts(x)).unflatten(1, (-1, self.num_classes))
-        yes = gates + F.logsigmoid(experts)
-        no = yes - experts  # as logsigmoid(-e) = logsigmoid(e) - e
+        yes = gates - F.softplus(-experts)  # not logsigmoid, which ONNX has as log(sigmoid(e)): infinite below e = -104
+        no = yes - experts  # as log sigmoid(-e) = log sigmoid(e) - e
         return yes.logsumexp(1) - F.softplus(no.logsumexp(1))
 
 
