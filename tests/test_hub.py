@@ -15,6 +15,7 @@ from torch import nn
 
 import ensemblenet
 from ensemblenet import LoadError, convert, load, push_to_hub, register_timm, save
+from ensemblenet.cli import main
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.sharing import model_card
 
@@ -243,3 +244,19 @@ def test_a_name_is_registered_once_and_from_the_hub(registered, hub):
     register_timm(f"{name}_hub", push_to_hub(folder / "saved", "someone/net"))
     assert timm.create_model(f"{name}_hub", pretrained=True).num_heads == model.num_heads
     assert ensemblenet.load("hf://someone/net").task == "multiclass"
+
+
+def test_commands_take_an_address(hub, tmp_path, capsys):
+    model = convert(MNIST1DNet(8), torch.randn(2, 40), num_heads=2).eval()
+    address = push_to_hub(model, "someone/digits", description={"classes": list("0123456789")})
+    data = ["--data.class_path", "ensemblenet.data.MNIST1D", "--data.num_test", "50"]
+    assert main(["test", address, *data]) == 0
+    assert "someone/digits, test" in capsys.readouterr().out
+    assert main(["predict", address, *data, "--output", str(tmp_path / "p.csv")]) == 0
+    assert main(["export", address, "--format", "torch", "--output", str(tmp_path / "m.pt2")]) == 0
+    assert main(["report", address, *data, "--output", str(tmp_path / "r.html")]) == 0
+    assert "someone/digits" in (tmp_path / "r.html").read_text()
+    capsys.readouterr()
+    assert main(["test", "hf://someone/nothing", *data]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "hf://someone/nothing cannot be fetched" in line

@@ -142,7 +142,8 @@ def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
 def _read_recipe(folder: Path) -> str:
     path = folder / _RECIPE
     if not path.is_file():
-        raise LoadError(f"{folder} holds no saved model: {_RECIPE} is missing.")
+        why = f"{_RECIPE} is missing" if folder.is_dir() else "there is no such folder"
+        raise LoadError(f"{folder} holds no saved model: {why}.")
     return _read_text(path)
 
 

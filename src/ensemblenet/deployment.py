@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 
 from ensemblenet.checkpoint import load, save
 from ensemblenet.ensemble import EnsembleNet
@@ -217,12 +218,21 @@ def _write(
     except Exception as error:  # whatever keeps a network from being traced
         advice = "" if batch_size else "; if it works for one size only, fix the batch size"
         raise ExportError(f"torch.export cannot write the model{advice}: {_first_line(error)}") from error
+    _forget_sources(program)
     if format == "onnx":
         return _write_onnx(program, x, path, batch_size, description)
     if format == "torch":
         torch.export.save(program, path, extra_files={_DESCRIPTION: json.dumps(description)})
         return torch.export.load(path).module()
     return _write_aot(program, path, description)
+
+
+def _forget_sources(program: ExportedProgram) -> None:
+    """Leave out of the file which lines of which folders of this machine made each node."""
+    for module in program.graph_module.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                node.meta.pop("stack_trace", None)
 
 
 def _write_directory(network: nn.Module, path: Path, description: dict[str, Any], base: nn.Module | None) -> nn.Module:

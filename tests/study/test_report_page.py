@@ -277,3 +277,10 @@ def test_runs_of_other_classes_do_not_go_on_one_page(runs, tmp_path):
     other = replace(restore(runs[0]), network=base, description={})
     with pytest.raises(LoadError, match=re.escape("does not belong on one page with")):
         run_report._check_alike([restore(runs[0]), other])
+
+
+def test_class_folders_of_imagenet_have_english_names():
+    assert run_report._readable(["n01440764", "n02102040"]) == ["tench", "English springer"]
+    assert run_report._readable(["n02012849", "n03126707"]) == ["crane, n02012849", "crane, n03126707"]
+    assert run_report._readable(["n01440764", "cat"]) == ["n01440764", "cat"]
+    assert run_report._readable(["n99999999"]) == ["n99999999"]

@@ -10,15 +10,19 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 import ensemblenet
+from ensemblenet.cli import main
 from ensemblenet.errors import TrainingError
 from ensemblenet.models import MNIST1DNet
+from ensemblenet.training import cli
 from ensemblenet.training.cli import fit
+from ensemblenet.training.run import environment
 
 CUSTOM_CODE = """
 import time
@@ -221,3 +225,56 @@ def test_a_finished_run_is_not_resumed(config):
     folder = fit(options(config, trainer__max_epochs="1"))
     with pytest.raises(TrainingError, match=r"is finished: it has results.json"):
         fit(["--resume", str(folder)])
+
+
+def test_what_a_run_says(config, capfd):
+    folder = fit(options(config, trainer__max_epochs="1"))
+    printed, errors = capfd.readouterr()
+    lines = printed.splitlines()
+    assert f"Run folder: {folder}" in lines
+    assert any(line.startswith("The heads run ") for line in lines)
+    for noise in ("GPU available", "litlogger", "Seed set", "deprecated"):
+        assert noise not in printed + errors
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "nowhere"], "folder"),
+        (["--model.conversion.num_hedas", "3"], "Option 'num_hedas' is not accepted"),
+        (["--model.conversion.num_heads", "x"], "Expected a <class 'int'>. Got value: x"),
+        (["--trainer.devices", "0"], "devices='0'"),
+    ],
+)
+def test_a_wrong_option_is_one_short_line(config, capsys, more, message):
+    assert main(["fit", *options(config), *more]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert "Union" not in line
+
+
+def test_fit_without_a_file(capsys):
+    assert main(["fit"]) == 2
+    assert "required: model.base" in capsys.readouterr().err
+
+
+def test_the_environment_names_no_folders(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["/opt/bin/ensemblenet", "fit", "--data=/home/me/photos", "--runs", "/home/me/runs"]
+    )
+    assert environment()["command"] == "ensemblenet fit --data=photos --runs runs"
+
+
+def test_a_resumed_run_goes_on_in_mlflow(tmp_path, monkeypatch):
+    asked = []
+
+    def logger(name, **options):
+        asked.append(options)
+        return SimpleNamespace(run_id="17")
+
+    monkeypatch.setattr(cli, "MLFlowLogger", logger)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for _ in range(2):
+        cli._mlflow(tmp_path)
+    assert [options["run_id"] for options in asked] == [None, "17"]
+    assert asked[0]["tracking_uri"] == f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -40,12 +40,11 @@ from ensemblenet.training.evaluate import (
     add_data_options,
     chosen_data,
     observe,
-    quiet_lightning,
     short_number,
     table_columns,
 )
-from ensemblenet.training.restore import Restored, restore
-from ensemblenet.training.run import environment
+from ensemblenet.training.restore import MODEL_HELP, Restored, restore
+from ensemblenet.training.run import environment, quiet_lightning
 
 __all__ = ["report"]
 
@@ -104,8 +103,8 @@ def _check_alike(restored: Sequence[Restored]) -> None:
 
 def _looks(restored: Sequence[Restored]) -> list[Looks]:
     """A name and a colour for each: without the time where that is clear, orange for bases."""
-    short = [re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", one.folder.resolve().name) for one in restored]
-    names = [name if short.count(name) == 1 else one.folder.name for name, one in zip(short, restored, strict=True)]
+    short = [re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", one.name) for one in restored]
+    names = [name if short.count(name) == 1 else one.name for name, one in zip(short, restored, strict=True)]
     counts = {_ORANGES: 0, _BLUES: 0}
     looks = []
     for name, one in zip(names, restored, strict=True):
@@ -132,7 +131,20 @@ class _Run:
 
     @cached_property
     def classes(self) -> list[str]:
-        return self.restored.classes or [str(label) for label in range(self.restored.num_classes())]
+        return _readable(self.restored.classes) or [str(label) for label in range(self.restored.num_classes())]
+
+
+def _readable(classes: Sequence[str] | None) -> list[str]:
+    """ImageNet's class folders by their first English word, such as tench for n01440764; other names as they are."""
+    names = list(classes or [])
+    if not names or not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    from timm.data.imagenet_info import ImageNetInfo  # slow to import
+
+    info = ImageNetInfo("imagenet-22k")
+    known = set(info.label_names())
+    words = [info.label_name_to_description(name).partition(",")[0] if name in known else name for name in names]
+    return [word if words.count(word) == 1 else f"{word}, {name}" for word, name in zip(words, names, strict=True)]
 
 
 def _examine(looks: Looks, restored: Restored, data: Any, split: Split) -> _Run:
@@ -389,9 +401,7 @@ def _parser() -> argparse.ArgumentParser:
         "heads and of the first heads; training curves, calibration, classes, how heads differ, and on what.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folders of runs of `fit`, or saved models, to show together"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{MODEL_HELP}; several are shown together")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which data (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="a new file (default: %(default)s)")
     add_data_options(parser)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,6 +22,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from ensemblenet import measure_cost
+from ensemblenet.data import __all__ as data_modules
 from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.study.report import results_table
@@ -35,6 +39,7 @@ from ensemblenet.training.run import (
     AsideCheckpointIO,
     create_run_folder,
     environment,
+    quiet_lightning,
     scores_row,
     unfinished_run,
     write_json,
@@ -43,6 +48,7 @@ from ensemblenet.training.search import Candidate, candidates, search
 
 __all__ = ["EpochSeed", "fit"]
 
+_USAGE = "ensemblenet fit --config FILE [--data FOLDER] [--KEY VALUE ...]"
 _DESCRIPTION = """Train a network, or the multi-headed model that it converts to.
 
 It needs a YAML file: `ensemblenet fit --config configs/mnist1d/ensemblenet.yaml`. Every setting of the file
@@ -51,6 +57,7 @@ is on PYTHONPATH; so does `data`, and `--data FOLDER` is short for --data.init_a
 folder of its own under --runs with the configuration, the environment, logs for TensorBoard and as CSV,
 checkpoints, and results.json.
 """
+_MLFLOW_RUN = "mlflow_run.txt"
 
 
 def fit(arguments: Sequence[str]) -> Path:
@@ -87,9 +94,12 @@ def fit(arguments: Sequence[str]) -> Path:
 
 def _opened(arguments: Sequence[str]) -> _FitCLI:
     """A run that is ready to begin, or to go on."""
+    quiet_lightning()
     try:
         return _FitCLI(args=_with_stored_config(_with_data_folder(arguments)))
     except ArgumentError as error:
+        raise TrainingError(_plain(error)) from error
+    except MisconfigurationException as error:
         raise TrainingError(str(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
         raise TrainingError(str(_innermost(error))) from error
@@ -100,6 +110,8 @@ def _train(cli: _FitCLI) -> None:
     resumed = str(checkpoint) if checkpoint.exists() else None
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+    except MisconfigurationException as error:
+        raise TrainingError(str(error)) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -136,6 +148,14 @@ def _searched(cli: _FitCLI) -> Candidate:
 def _arguments(chosen: Candidate) -> list[str]:
     conversion = None if chosen.conversion is None else asdict(chosen.conversion)
     return ["--plan", "given", "--model.conversion", json.dumps(conversion)]
+
+
+def _plain(error: ArgumentError) -> str:
+    """What jsonargparse says, without the types that an optional setting was tried as."""
+    text = " ".join(str(error).split())
+    key = re.match(r'Parser key "([\w.]+)": ', text)
+    inner = re.search(r"(Problem with given class_path '[^']*': .+?)(?= - Expected a <class| Given value type|$)", text)
+    return f"{key[1]}: {inner[1]}" if key and inner else text
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -176,6 +196,29 @@ class EpochSeed(Callback):
             torch.cuda.manual_seed_all(torch.initial_seed())
 
 
+class Announce(Callback):
+    """Says at the start of training where the run is kept, how its heads run, and where it goes on.
+
+    Args:
+        folder: the run's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print it, once for all processes."""
+        if not trainer.is_global_zero:
+            return
+        lines = [f"Run folder: {self.folder}"]
+        if isinstance(pl_module, Classifier) and pl_module.conversion is not None:
+            lines.append(f"The heads run {pl_module.choice.heads}: {pl_module.choice.reason}.")
+        if trainer.global_step:
+            lines.append(f"It goes on in epoch {trainer.current_epoch}, after {trainer.global_step:,} steps.")
+        for line in lines:
+            Console().print(line, highlight=False, soft_wrap=True)
+
+
 class _FitCLI(LightningCLI):
     """Reads the configuration and makes module, data and trainer, and the run's folder."""
 
@@ -191,7 +234,12 @@ class _FitCLI(LightningCLI):
             seed_everything_default=0,
             run=False,
             args=args,
-            parser_kwargs={"prog": "ensemblenet fit", "description": _DESCRIPTION, "exit_on_error": False},
+            parser_kwargs={
+                "prog": "ensemblenet fit",
+                "usage": _USAGE,
+                "description": _DESCRIPTION,
+                "exit_on_error": False,
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -232,7 +280,7 @@ class _FitCLI(LightningCLI):
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
         self.folder = agreed_folder(self._choose_folder)
         if is_first_process():
-            self.parser.save(self.config, self.folder / CONFIG, overwrite=True, skip_none=False)
+            self.parser.save(self.config, self.folder / CONFIG, overwrite=True, skip_unset=False)
         chosen = self.config_init["trainer"]
         steps, ema = self.config["checkpoint_steps"], self.config["ema"]
         speed = Speed()
@@ -245,6 +293,7 @@ class _FitCLI(LightningCLI):
         kwargs["plugins"] = [AsideCheckpointIO(), *_listed(chosen["plugins"])]
         kwargs["callbacks"] = [
             EpochSeed(self.config["seed_everything"]),
+            Announce(self.folder),
             speed,
             *([] if chosen["enable_progress_bar"] is False else [Progress(speed)]),
             LearningRateMonitor("step"),
@@ -277,9 +326,23 @@ def _more_loggers(name: str | None, folder: Path) -> list[Logger]:
     try:
         if name == "wandb":
             return [WandbLogger(folder.name, save_dir=folder, id=folder.name, resume="allow")]
-        return [MLFlowLogger("ensemblenet", run_name=folder.name, save_dir=str(folder / "mlflow"))]
+        return [_mlflow(folder)]
     except ModuleNotFoundError as error:
         raise TrainingError(f"--log_to {name} needs its library: pip install {name}.") from error
+
+
+def _mlflow(folder: Path) -> MLFlowLogger:
+    """A logger to MLFLOW_TRACKING_URI, or to a database in the run's folder; a resumed run goes on in its own run."""
+    known = folder / _MLFLOW_RUN
+    logger = MLFlowLogger(
+        "ensemblenet",
+        run_name=folder.name,
+        tracking_uri=os.getenv("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}",
+        run_id=known.read_text() if known.is_file() else None,
+    )
+    if is_first_process():
+        known.write_text(str(logger.run_id))
+    return logger
 
 
 def _listed(chosen: Any) -> list[Any]:
@@ -304,14 +367,20 @@ def _with_data_folder(arguments: Sequence[str]) -> list[str]:
     """The arguments with `--data FOLDER` written out."""
     written = list(arguments)
     for place, following in enumerate(written[1:], 1):
-        is_path = "/" in following or Path(following).is_dir()
-        if written[place - 1] == "--data" and is_path and Path(following).suffix not in (".yaml", ".yml", ".json"):
+        if written[place - 1] == "--data" and _is_folder(following):
             written[place - 1] = "--data.init_args.folder"
     return written
 
 
+def _is_folder(text: str) -> bool:
+    """Whether `--data` means a folder, there or not; else it is a file of settings, or the name of a class."""
+    if Path(text).suffix in (".yaml", ".yml", ".json"):
+        return False
+    return "/" in text or Path(text).is_dir() or not ("." in text or text in data_modules)
+
+
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if argument == option:
             return following
         if argument.startswith(f"{option}="):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +25,8 @@ from ensemblenet.metrics import HeadMetrics
 from ensemblenet.study.report import Column, results_table
 from ensemblenet.tagging_metrics import TaggingMetrics
 from ensemblenet.training.module import seen_outputs
-from ensemblenet.training.restore import Describes, Restored, data_module, restore
-from ensemblenet.training.run import environment, write_json
+from ensemblenet.training.restore import MODEL_HELP, Describes, Restored, data_module, restore
+from ensemblenet.training.run import environment, quiet_lightning, write_json
 
 __all__ = [
     "Saw",
@@ -39,7 +37,6 @@ __all__ = [
     "add_data_options",
     "chosen_data",
     "observe",
-    "quiet_lightning",
     "score",
     "short_number",
     "table_columns",
@@ -221,19 +218,16 @@ def observe(restored: Restored, data: LightningDataModule, split: Split, saw: Sa
     Raises:
         LoadError: the data does not fit the network.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        trainer = Trainer(
-            accelerator="auto",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            callbacks=[RichProgressBar()],
-        )
-        run = {"val": trainer.validate, "test": trainer.test}[split]
-        run(_Observer(restored, saw), data, verbose=False)
+    trainer = Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[RichProgressBar()],
+    )
+    run = {"val": trainer.validate, "test": trainer.test}[split]
+    run(_Observer(restored, saw), data, verbose=False)
 
 
 class _Observer(LightningModule):
@@ -373,17 +367,12 @@ def _command(name: str, split: Split, arguments: Sequence[str]) -> list[dict[str
     quiet_lightning()
     rows = score(restored, chosen_data(restored, options.config, changes), split)
     console = Console()
-    console.print(results_table(rows, f"{restored.folder.name}, {split}; shares in %", table_columns(rows)))
+    console.print(results_table(rows, f"{restored.name}, {split}; shares in %", table_columns(rows)))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, {"split": split, "rows": rows, "environment": environment()})
         console.print(f"Scores: {options.output}", highlight=False, soft_wrap=True)
     return rows
-
-
-def quiet_lightning() -> None:
-    """Keep Lightning from telling what hardware there is, and which of its products to install."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 _SCORES = {
@@ -444,7 +433,7 @@ def _parser(name: str, split: Split) -> argparse.ArgumentParser:
         "classes. disagree: pairs of heads whose most likely classes differ. Shares are in percent.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the folder of a run of `fit`, or a saved model")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_data_options(parser)
     parser.add_argument("--output", type=Path, help="a new JSON file for the scores")
     return parser

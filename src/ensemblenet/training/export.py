@@ -18,7 +18,7 @@ from ensemblenet.cli import positive_integer
 from ensemblenet.deployment import Exported, Format
 from ensemblenet.errors import ExportError
 from ensemblenet.models.named import create
-from ensemblenet.training.restore import restore
+from ensemblenet.training.restore import MODEL_HELP, restore
 
 __all__ = ["export"]
 
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write a trained model for other programs to run, with its class names and preprocessing. It needs "
         "a trained model. The file is checked against PyTorch before it gets its name.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the folder of a run of `fit`, or a saved model")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--output", type=Path, required=True, help="the file or directory to create")
     parser.add_argument(
         "--format",

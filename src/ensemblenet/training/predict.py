@@ -21,11 +21,11 @@ from ensemblenet.data.batches import DataError
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.functional import Combine, Task, combine_heads
-from ensemblenet.training.evaluate import Seen, Split, add_data_options, chosen_data, observe, quiet_lightning
+from ensemblenet.training.evaluate import Seen, Split, add_data_options, chosen_data, observe
 from ensemblenet.training.files import InputFiles, Reader, find_files, reader_of
 from ensemblenet.training.module import seen_outputs
-from ensemblenet.training.restore import Restored, restore
-from ensemblenet.training.run import aside
+from ensemblenet.training.restore import MODEL_HELP, Restored, restore
+from ensemblenet.training.run import aside, quiet_lightning
 from ensemblenet.training.submission import write_submission
 
 __all__ = ["Names", "PredictionFile", "predict"]
@@ -235,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         "of all classes. For files of YouTube-8M it is instead the CSV file of a submission to the challenge.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the folder of a run of `fit`, or a saved model")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--output", type=Path, required=True, help="the .csv or .parquet file to create")
     parser.add_argument(
         "--data",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ from torch import nn
 from ensemblenet import EnsembleNet, load, save
 from ensemblenet.checkpoint import read_description
 from ensemblenet.errors import LoadError
+from ensemblenet.hub import PREFIX, local_folder
 from ensemblenet.training.module import Classifier, ClassifierTask
 from ensemblenet.training.run import CONFIG, write_json
 
-__all__ = ["Describes", "Restored", "data_module", "restore", "store"]
+__all__ = ["MODEL_HELP", "Describes", "Restored", "data_module", "restore", "store"]
+
+MODEL_HELP = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
 
 _MODEL = "model"
 _DESCRIPTION = "data.json"
@@ -50,6 +54,7 @@ class Restored:
             order of the outputs, and `preprocessing`, both where known.
         config: the run's configuration; None for a saved directory.
         folder: of the run, or the saved directory.
+        address: on the hub, where it came from there.
     """
 
     network: nn.Module
@@ -58,6 +63,12 @@ class Restored:
     description: Mapping[str, Any]
     config: Mapping[str, Any] | None
     folder: Path
+    address: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in tables and figures."""
+        return self.folder.resolve().name if self.address is None else self.address.removeprefix(PREFIX)
 
     @property
     def classes(self) -> list[str] | None:
@@ -90,23 +101,24 @@ def store(module: Classifier, data: LightningDataModule, folder: Path) -> None:
     save_model(network, str(folder / _MODEL / _WEIGHTS))
 
 
-def restore(folder: Path, base: nn.Module | None = None) -> Restored:
+def restore(directory: str | os.PathLike[str], base: nn.Module | None = None) -> Restored:
     """The network of a finished run, or of a directory that [`ensemblenet.save`][] wrote.
 
     Args:
-        folder: a run's folder or a saved directory.
+        directory: a run's folder or a saved directory, or its address on the hub, `hf://owner/name`.
         base: a fresh instance of the base, for a saved directory whose base no known factory makes; a run knows its
             own.
 
     Raises:
         LoadError: there is no model, it is damaged, or its base is not known.
     """
-    folder = Path(folder)
+    folder = local_folder(directory)
+    address = None if folder == Path(directory) else str(directory)
     if not (folder / CONFIG).is_file():
         network = load(folder, base)
         assert network.recipe is not None
         described = {"task": network.task, "input_shape": network.recipe.input_shape} | read_description(folder)
-        return _restored(network, described, None, folder)
+        return _restored(network, described, None, folder, address)
     config = yaml.safe_load((folder / CONFIG).read_text())
     if not (folder / _MODEL).is_dir():
         raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
@@ -115,7 +127,7 @@ def restore(folder: Path, base: nn.Module | None = None) -> Restored:
         network = load(folder / _MODEL, network)
     else:
         _load_weights(network, folder / _MODEL / _WEIGHTS)
-    return _restored(network, read_description(folder / _MODEL), config, folder)
+    return _restored(network, read_description(folder / _MODEL), config, folder, address)
 
 
 def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) -> LightningDataModule:
@@ -135,12 +147,14 @@ def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) ->
     return _instantiate(LightningDataModule, data, restored.folder)
 
 
-def _restored(network: nn.Module, described: Mapping[str, Any], config: Any, folder: Path) -> Restored:
+def _restored(
+    network: nn.Module, described: Mapping[str, Any], config: Any, folder: Path, address: str | None
+) -> Restored:
     try:
         task, shape = described["task"], tuple(described["input_shape"])
     except (KeyError, TypeError) as error:
         raise LoadError(f"{folder}: {_DESCRIPTION} does not name task and input_shape: {error}") from error
-    return Restored(network.eval(), task, shape, described, config, folder)
+    return Restored(network.eval(), task, shape, described, config, folder, address)
 
 
 def _instantiate(kind: type, spec: Any, folder: Path) -> Any:
@@ -148,7 +162,7 @@ def _instantiate(kind: type, spec: Any, folder: Path) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--made", type=kind)
     try:
-        return parser.instantiate_classes(parser.parse_object({"made": spec}))["made"]
+        return parser.instantiate(parser.parse_object({"made": spec}))["made"]
     except (ArgumentError, ValueError) as error:
         raise LoadError(f"{folder}: {error}") from error
 

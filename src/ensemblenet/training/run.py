@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import re
 import shlex
 import statistics
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -28,6 +30,7 @@ __all__ = [
     "aside",
     "create_run_folder",
     "environment",
+    "quiet_lightning",
     "result_row",
     "scores_row",
     "unfinished_run",
@@ -113,7 +116,10 @@ class AsideCheckpointIO(TorchCheckpointIO):
 
 
 def environment() -> dict[str, Any]:
-    """What a result may depend on: versions, machine, command. No names of people, hosts or folders."""
+    """What a result may depend on: versions, machine, command.
+
+    It stands on pages that are shared, so it names no people and no hosts, and of an absolute path the last part alone.
+    """
     packages = ("ensemblenet", "torch", "lightning", "timm", "numpy")
     return {
         "python": platform.python_version(),
@@ -122,9 +128,29 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
         "started": f"{datetime.now().astimezone():%Y-%m-%dT%H:%M:%S%z}",
     }
+
+
+def _without_folders(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
+
+
+def quiet_lightning() -> None:
+    """Keep Lightning from telling what hardware there is and which of its products to install; a warning is a line."""
+    warnings.formatwarning = lambda message, *where: f"Warning: {message}\n"
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    needless = (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*when logging on epoch level in distributed setting.*",  # metrics are of all processes already
+        "Checkpoint directory .* exists and is not empty.*",  # as that of a resumed run does
+    )
+    for message in needless:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def result_row(
