@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import av
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from made_videos import frame, make_sound, make_video, turn_clockwise
 
 from ensemblenet.data.batches import DataError
-from ensemblenet.data.video import ClipSampling, Video
+from ensemblenet.data.video import ClipSampling, Video, reader
 
 KINDS = {
     "closed.mp4": {"g": 6, "bf": 3},
@@ -123,6 +124,60 @@ def test_files_do_not_stay_open(tmp_path):
         with Video(path) as video:
             video.frames([19, 3])
     assert open_files() == before
+
+
+# -- torchcodec, where it is installed
+
+
+@pytest.fixture
+def torchcodec():
+    try:
+        return reader("torchcodec")
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+# where key frames are not what a file says, as in the other kinds, torchcodec 0.17 gives wrong frames
+@pytest.mark.parametrize("name", [name for name in KINDS if name.endswith((".mp4", ".mov"))])
+def test_torchcodec_gives_the_same_frames(tmp_path, torchcodec, name):
+    path = make_video(tmp_path / name, **KINDS[name])
+    wanted = [7, 0, 19, 7, 12]
+    with Video(path) as ours, torchcodec(path) as theirs:
+        assert (theirs.times == ours.times).all()
+        assert torch.equal(theirs.frames(wanted), ours.frames(wanted))
+
+
+def test_torchcodec_names_bad_files_and_closes_all(tmp_path, torchcodec):
+    path = make_video(tmp_path / "noise.mp4")
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat")
+    size = int.from_bytes(data[start - 4 : start]) - 8
+    data[start + 4 : start + 4 + size] = np.random.default_rng(0).bytes(size)
+    good = make_video(tmp_path / "good.mp4")
+    with torchcodec(good) as video:
+        video.frames([3])
+    before = open_files()
+    path.write_bytes(data)
+    for _ in range(3):
+        with pytest.raises(DataError, match=r"noise\.mp4 is damaged"), torchcodec(path) as video:
+            video.frames(range(len(video)))
+        with torchcodec(good) as video:
+            video.frames([19, 3])
+    assert open_files() == before
+
+
+def test_torchcodec_reads_upright_and_resizes(tmp_path, torchcodec):
+    path = turn_clockwise(make_video(tmp_path / "phone.mp4"))
+    with Video(path, short_side=16) as ours, torchcodec(path, short_side=16) as theirs:
+        a, b = ours.frames([10, 3]), theirs.frames([10, 3])
+    assert a.shape == b.shape
+    assert (a.float() - b.float()).abs().mean() < 2  # they resize in different ways
+
+
+def test_without_torchcodec_one_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(DataError, match=r"decoder=torchcodec needs the package torchcodec.*decoder=pyav needs neither"):
+        reader("torchcodec")
 
 
 # -- clips

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from ensemblenet.data.batches import DataError
 from ensemblenet.data.loading import ExampleLoader, OnBroken, Part
-from ensemblenet.data.video import ClipSampling, Short, Video
+from ensemblenet.data.video import ClipSampling, Decoder, Short, Video, reader
 
 __all__ = ["Kinetics", "LabelledVideos", "find_videos"]
 
@@ -189,6 +190,7 @@ class Kinetics(LightningDataModule):
         batch_size: training clips a step, of each process; an epoch leaves out what fills no batch.
         eval_batch_size: videos of a batch in evaluation; None takes as many as in training.
         num_workers: processes that decode; 0 decodes in the main process.
+        decoder: "pyav", or "torchcodec" where that is installed.
         scale: the least and the largest share of a frame that a training crop takes.
         flip: whether half of the training clips are mirrored; not for classes such as "turning left".
         color_jitter: how far brightness, contrast and saturation of a training clip change, the same in all frames.
@@ -222,6 +224,7 @@ class Kinetics(LightningDataModule):
         batch_size: int = 16,
         eval_batch_size: int | None = None,
         num_workers: int = 2,
+        decoder: Decoder = "pyav",
         scale: tuple[float, float] = (0.4, 1.0),
         flip: bool = True,
         color_jitter: float = 0.0,
@@ -249,6 +252,7 @@ class Kinetics(LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
+        self.decoder: Decoder = decoder
         self.on_broken: OnBroken = on_broken
         self.max_broken = max_broken
         self.cache = cache
@@ -352,7 +356,7 @@ class Kinetics(LightningDataModule):
                 videos.spans if self.untrimmed else [None] * len(labels),
                 self.sampling,
                 self._views[split],
-                self.short_side,
+                partial(reader(self.decoder), short_side=self.short_side),
                 {} if self.cache else None,
             )
         processes = {}
@@ -441,7 +445,7 @@ class _Clips:
     spans: Sequence[Span | None]
     sampling: ClipSampling
     views: _Augmented | _Crops
-    short_side: int
+    open: Callable[[Path], Video]
     cache: dict[int, tuple[np.ndarray, Tensor]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -454,10 +458,10 @@ class _Clips:
     def _read(self, index: int) -> Sequence[Tensor]:
         """The frames of each clip."""
         if self.cache is None:
-            with Video(self.paths[index], self.short_side) as video:
+            with self.open(self.paths[index]) as video:
                 return self._cut(index, video.times, video.frames)
         if index not in self.cache:
-            with Video(self.paths[index], self.short_side) as video:
+            with self.open(self.paths[index]) as video:
                 self.cache[index] = video.times, video.frames(range(len(video)))
         times, frames = self.cache[index]
         return self._cut(index, times, frames.__getitem__)

@@ -1,4 +1,4 @@
-"""Frames of videos, decoded by PyAV: exactly those that were asked for, and few others.
+"""Frames of videos, decoded by PyAV or by torchcodec: exactly those that were asked for, and few others.
 
 Shapes: T frames of H x W pixels are a tensor (T, 3, H, W), uint8, RGB.
 """
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ensemblenet.data.batches import DataError
 
-__all__ = ["ClipSampling", "Short", "Video"]
+__all__ = ["ClipSampling", "Decoder", "Short", "TorchcodecVideo", "Video", "reader"]
 
+Decoder = Literal["pyav", "torchcodec"]
 Short = Literal["loop", "pad"]
 
 
@@ -168,6 +169,53 @@ class Video:
         return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
 
 
+class TorchcodecVideo(Video):
+    """The same, with frames decoded by torchcodec, which needs FFmpeg's libraries on the system.
+
+    PyAV still opens the file and lists its packets, so time stamps, the numbers of frames and what is said of files
+    that cannot be opened are the same. Frames of MP4 files are equal at the file's size; resized ones differ a little,
+    as FFmpeg and torchvision resize in different ways. With open groups of pictures, in transport streams and in old
+    AVI files torchcodec 0.17 gives wrong frames where PyAV here gives the right ones.
+    """
+
+    def __init__(self, path: Path | str, short_side: int | None = None) -> None:
+        super().__init__(path, short_side)
+        try:
+            self._decoder: Any = _torchcodec()(self.path, stream_index=self._stream.index, num_ffmpeg_threads=1)
+        except (RuntimeError, ValueError) as error:
+            self.close()
+            raise DataError(f"{self.path} is damaged: {_first_line(error)}") from error
+
+    def frames(self, indices: Sequence[int] | np.ndarray) -> Tensor:
+        """Some frames, in the order asked for; see [`Video.frames`][]."""
+        from torchvision.transforms.v2.functional import resize
+
+        try:
+            pictures = self._decoder.get_frames_at(list(map(int, indices))).data
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise DataError(f"{self.path} is damaged: {_first_line(error)}") from error
+        *_, height, width = pictures.shape
+        return resize(pictures, list(_resized(height, width, self.short_side)), antialias=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        super().close()
+        self._decoder = None
+
+
+def reader(decoder: Decoder) -> type[Video]:
+    """The class that reads videos with a decoder.
+
+    Raises:
+        DataError: what it needs is not installed; better once than for every video.
+    """
+    _pyav()
+    if decoder == "pyav":
+        return Video
+    _torchcodec()
+    return TorchcodecVideo
+
+
 @dataclass(frozen=True)
 class ClipSampling:
     """Which frames of a video make a clip.
@@ -249,3 +297,18 @@ def _pyav() -> Any:
         raise DataError('Videos need PyAV: pip install "ensemblenet[video]"') from error
     logging.set_level(logging.PANIC)  # its messages name no file; ours do
     return av
+
+
+def _torchcodec() -> Any:
+    try:
+        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
+    except (ImportError, RuntimeError) as error:  # the latter where it finds no FFmpeg
+        raise DataError(
+            "decoder=torchcodec needs the package torchcodec, made for this PyTorch, and FFmpeg's libraries: "
+            f"pip install torchcodec; decoder=pyav needs neither. {_first_line(error)}"
+        ) from error
+    return VideoDecoder
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
