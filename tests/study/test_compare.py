@@ -78,6 +78,15 @@ def test_every_method_has_the_same_trials_epochs_and_seeds(folder):
     assert len({tuple(cell["optimization"][key] for key in rest) for cell in cells}) == 1
 
 
+def test_trials_may_be_shorter_than_tests():
+    study = replace(STUDY, epochs=9, tuning=Tuning(trials=1, epochs=2))
+    settings = {"base": [Optimization()]}
+    assert [cell.epochs for cell in study.cells("tune", settings)] == [2]
+    assert [cell.epochs for cell in study.cells("test", settings)] == [9, 9, 9]
+    with pytest.raises(TrainingError, match=r"tuning\.epochs must be at least 1, got 0"):
+        Tuning(epochs=0)
+
+
 def test_tests_have_the_setting_of_the_lowest_validation_error(folder, results):
     for row in results["rows"]:
         done = [line for line in lines(folder) if line["cell"]["name"] == row["method"]]

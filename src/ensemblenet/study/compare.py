@@ -62,15 +62,19 @@ class Tuning:
         trials: how many pairs each method tries.
         lr: the least and the largest learning rate.
         weight_decay: the least and the largest weight decay.
+        epochs: of a trial, for trials that are shorter than test runs; None takes the study's.
     """
 
     trials: int = 8
     lr: tuple[float, float] = (1e-3, 1e-1)
     weight_decay: tuple[float, float] = (1e-2, 1.0)
+    epochs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise TrainingError(f"tuning.trials must be at least 1, got {self.trials}.")
+        for name in ("trials", "epochs"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise TrainingError(f"tuning.{name} must be at least 1, got {number}.")
         for name, (low, high) in (("lr", self.lr), ("weight_decay", self.weight_decay)):
             if not 0 < low <= high:
                 raise TrainingError(f"tuning.{name} must be two numbers above 0, the smaller first, got {low}, {high}.")
@@ -167,7 +171,9 @@ class Study:
 
     def cells(self, phase: Literal["tune", "test"], settings: Mapping[str, Sequence[Optimization]]) -> list[Cell]:
         """The cells of a phase: each method with each of its settings, tuned with one seed, tested with all."""
-        seeds = [_TUNING_SEED] if phase == "tune" else range(self.seeds)
+        tuned = phase == "tune"
+        seeds = [_TUNING_SEED] if tuned else range(self.seeds)
+        epochs = (tuned and self.tuning.epochs) or self.epochs
         return [
             Cell(
                 name,
@@ -178,7 +184,7 @@ class Study:
                 phase,
                 seed,
                 setting,
-                self.epochs,
+                epochs,
                 self.device,
                 self.precision,
             )
@@ -388,7 +394,7 @@ def _study(plain: Mapping[str, Any]) -> Study:
     skipped = ("config", "name", "runs", "resume", "workers")
     settings = {key: value for key, value in plain.items() if key not in skipped}
     given: dict[str, Any] = settings["tuning"]
-    tuning = Tuning(given["trials"], tuple(given["lr"]), tuple(given["weight_decay"]))
+    tuning = Tuning(given["trials"], tuple(given["lr"]), tuple(given["weight_decay"]), given["epochs"])
     methods = settings["methods"] and [_variant(item) for item in settings["methods"]]
     return Study(**settings | {"tuning": tuning, "methods": methods})
 

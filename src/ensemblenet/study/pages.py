@@ -200,7 +200,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         "says otherwise.",
         f"Learning rate ({tuning['lr'][0]:g} to {tuning['lr'][1]:g}) and weight decay "
         f"({tuning['weight_decay'][0]:g} to {tuning['weight_decay'][1]:g}) are each method's best of the same "
-        f"{tuning['trials']} pairs, by the error on validation examples after one run each. All else of a method is "
+        f"{tuning['trials']} pairs, by the error on validation examples after one run of "
+        f"{tuning['epochs'] or study['epochs']} epochs each. All else of a method is "
         "as its paper has it.",
         f"Error: {count}, on test examples that were read once. p: two-sided paired t-test against the base over "
         f"seeds, not corrected for {len(rows) - 1} comparisons. One head: mean over single heads, for OKDDip its "
