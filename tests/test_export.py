@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -118,6 +120,13 @@ def test_what_a_program_of_torch_export_says_of_itself(tmp_path, model):
         "num_heads": 3,
         "task": "multiclass",
     }
+
+
+def test_a_file_names_no_folders_of_this_machine(tmp_path, model):
+    path = export(model, tmp_path / "model.pt2", "torch").path
+    with zipfile.ZipFile(path) as archive:
+        texts = [archive.read(name) for name in archive.namelist()]
+    assert not any(str(Path(ensemblenet.__file__).parent).encode() in text for text in texts)
 
 
 def test_an_aot_package(tmp_path):
