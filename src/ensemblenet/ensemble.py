@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ensemblenet.functional import Combine, Task, combine_heads
 
@@ -42,6 +44,10 @@ class EnsembleNet(nn.Module):
         head_cost: what one head costs, if known.
         base_cost: what the base cost, if there was one.
 
+    Attributes:
+        recompute: let backward compute the activations of one head after another again instead of keeping those of
+            all. It saves memory and costs a second forward pass of the heads. Fused heads do not heed it.
+
     Shape:
         - input: whatever the trunk takes.
         - output: (K, N, C, *) in training mode or with `per_head=True`; else (N, C, *).
@@ -59,6 +65,8 @@ class EnsembleNet(nn.Module):
         >>> model.head(2)(x).shape, model.first(2).num_heads
         (torch.Size([5, 3]), 2)
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -116,7 +124,8 @@ class EnsembleNet(nn.Module):
 
     def _run_heads(self, features: Tensor) -> Tensor:
         """The outputs of all heads, (K, N, C, *)."""
-        return torch.stack([head(features) for head in self.heads])
+        run = _run_and_forget if self.recompute and torch.is_grad_enabled() else _run
+        return torch.stack([run(head, features) for head in self.heads])
 
     def head(self, k: int) -> nn.Module:
         """The plain network of the trunk and head `k` alone, sharing parameters with this model.
@@ -148,6 +157,35 @@ class EnsembleNet(nn.Module):
             base_cost=self.base_cost,
         )
         return model.train(self.training)
+
+
+def _run(head: nn.Module, features: Tensor) -> Tensor:
+    return head(features)
+
+
+def _run_and_forget(head: nn.Module, features: Tensor) -> Tensor:
+    """A head's output, whose activations backward computes again, with the same random numbers."""
+    output = checkpoint(
+        head, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsAtRest(head))
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+class _StatisticsAtRest:
+    """A context in which normalisations leave their running statistics as they are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        layers: list[Any] = [layer for layer in module.modules() if getattr(layer, "track_running_stats", False)]
+        self.states = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
+
+    def __enter__(self) -> None:
+        for layer, _, _ in self.states:  # without statistics at all, backward would find other tensors than were kept
+            layer.momentum, layer.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *error: object) -> None:
+        for layer, momentum, count in self.states:
+            layer.momentum, layer.num_batches_tracked = momentum, count
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -26,7 +26,7 @@ def slow(monkeypatch) -> set:
     """Names of what is slow; everything else takes a second."""
     names: set = set()
 
-    def measured(steps: Mapping, repeats: int = 5) -> dict:
+    def measured(steps: Mapping, repeats: int = 5, at_least: float = 0.0) -> dict:
         for run in steps.values():
             run()
         return {name: 2.0 if name in names else 1.0 for name in steps}
@@ -58,8 +58,18 @@ def test_the_user_can_force_one(slow) -> None:
         chosen, why = choose(model(), IMAGES, heads)
         assert isinstance(chosen, FusedEnsembleNet) == (heads == "fused")
         assert (why.heads, why.reason) == (heads, "as asked")
-    with pytest.raises(FusionError, match="heads must be one of 'auto', 'looped', 'fused', 'compiled'; got 'fast'"):
+    with pytest.raises(FusionError, match=r"heads must be one of 'auto', 'looped', .*, 'recomputed'; got 'fast'"):
         choose(model(), IMAGES, "fast")  # type: ignore[arg-type]
+
+
+def test_compiled_and_recomputed_are_taken_only_when_asked_for(slow, monkeypatch) -> None:
+    compiled: list = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
+    chosen, why = choose(model(), IMAGES, "compiled")
+    assert (compiled, why.heads, type(chosen)) == ([chosen], "compiled", FusedEnsembleNet)
+    chosen, why = choose(fuse(model()), IMAGES, "recomputed")
+    assert (chosen.recompute, why.heads, type(chosen)) == (True, "recomputed", EnsembleNet)
+    assert not choose(chosen, IMAGES, "looped")[0].recompute
 
 
 def test_one_head_and_unlike_heads_run_looped(slow) -> None:

@@ -552,6 +552,19 @@ def test_autocast() -> None:
     torch.testing.assert_close(got.float(), model(IMAGES, per_head=True), rtol=0.05, atol=0.05)
 
 
+def test_a_training_step_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = convert(LongSkip(), IMAGES, 3).train()
+    fused = fuse(copy.deepcopy(model))
+    gradients = []
+    for network in (model, fused):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = CoDistillationLoss(2.0)(network(IMAGES), LABELS)
+        loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in network.parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.98
+
+
 def test_channels_last() -> None:
     torch.manual_seed(0)
     model = convert(LongSkip(), IMAGES, 3).eval()

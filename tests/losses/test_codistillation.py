@@ -76,3 +76,13 @@ def test_bad_options_are_refused_before_training(options, message):
 
 def test_repr_shows_the_options():
     assert repr(CoDistillationLoss(weight=3.0)).startswith("CoDistillationLoss(weight=3.0, task='multiclass', combine")
+
+
+def test_compiles_in_one_graph_with_its_gradient():
+    criterion = CoDistillationLoss(2.0, label_smoothing=0.1)
+    gradients = []
+    for loss in (criterion, torch.compile(criterion, backend="aot_eager", fullgraph=True)):
+        z = Z.clone().requires_grad_()
+        loss(z, Y).backward()
+        gradients.append(z.grad)
+    torch.testing.assert_close(*gradients)

@@ -22,6 +22,7 @@ from torch import nn
 import ensemblenet
 from ensemblenet.cli import main
 from ensemblenet.errors import TrainingError
+from ensemblenet.heads import Choice, FusedEnsembleNet
 from ensemblenet.models import create
 from ensemblenet.training.cli import fit
 from ensemblenet.training.mixing import Mixing, soft_targets
@@ -276,7 +277,20 @@ def test_lower_layers_learn_more_slowly(converted):
     assert len(rates) == len(list(network.parameters()))
 
 
-@pytest.mark.parametrize("heads", ["auto", "looped", "fused", "compiled"])
+@pytest.mark.parametrize("heads", ["looped", "fused", "recomputed"])
+def test_a_resumed_run_goes_on_in_the_way_that_was_chosen(heads):
+    network = ensemblenet.EnsembleNet(torch.nn.Linear(4, 4), [torch.nn.Linear(4, 3) for _ in range(2)])
+    first, second = classifier(), classifier()
+    first.network, first.choice = network, Choice(heads, "as asked")
+    checkpoint = {}
+    first.on_save_checkpoint(checkpoint)
+    second.network = ensemblenet.fuse(network, torch.randn(2, 4))  # what this machine would have chosen
+    second.on_load_checkpoint(checkpoint)
+    assert isinstance(second.network, FusedEnsembleNet) == (heads == "fused")
+    assert second.network.recompute == (heads == "recomputed")
+
+
+@pytest.mark.parametrize("heads", ["auto", "looped", "fused", "compiled", "recomputed"])
 def test_synchronised_statistics_need_looped_heads(heads):
     module = classifier(heads=heads)
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(_layer_sync=object()))
@@ -298,7 +312,7 @@ def test_time_left():
 def test_the_classes_of_data_and_network_must_be_as_many(tmp_path, capsys):
     assert main(["fit", *make(tmp_path), "--model.base.init_args.num_classes", "5"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith("The data has 3 classes and the network 5 outputs: give the base num_classes=3.")
+    assert "The data has 3 classes and the network 5 outputs: give the base num_classes=3, or the data" in error
 
 
 def test_a_broken_image_ends_the_run_in_one_line(tmp_path, capsys):

@@ -247,6 +247,13 @@ def test_bad_data_is_one_line_that_names_the_file(tmp_path, capfd, spoil, messag
     assert str(tmp_path) in error[0]
 
 
+def test_a_network_of_another_number_of_classes_is_refused(tmp_path, capfd):
+    assert main(["fit", *make(tmp_path), "--model.base.init_args.num_classes", "7"]) == 2
+    error = capfd.readouterr().err
+    assert "The data has 20 classes and the network 7 outputs: give the base num_classes=20, or the data" in error
+    assert "Traceback" not in error
+
+
 def test_what_predict_cannot_load(tmp_path):
     with pytest.raises(ensemblenet.LoadError, match="nowhere"):
         predict([str(tmp_path / "nowhere"), "--data", "x", "--output", str(tmp_path / "x.csv")])

@@ -19,9 +19,9 @@ from ensemblenet.heads.rules import JoinedConvolution
 
 __all__ = ["Choice", "HeadsMode", "choose", "measure", "step", "tune"]
 
-HeadsMode = Literal["auto", "looped", "fused", "compiled"]
+HeadsMode = Literal["auto", "looped", "fused", "compiled", "recomputed"]
 
-_MARGIN = 0.05  # looped heads must be faster by this share: two measurements of one thing differ about as much
+_TURNS, _SECONDS = 5, 2.0  # of a measurement that decides: at least so many turns, and more until the time is up
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Choice:
     """How heads run, and why.
 
     Attributes:
-        heads: "looped", "fused" or "compiled".
+        heads: "looped", "fused", "compiled" or "recomputed".
         reason: in words.
         seconds: of one step, by the way the heads run; empty where nothing was measured.
         separate: names of the convolutions of fused heads that run head by head.
@@ -49,8 +49,8 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
         x: inputs of the real shape, (N, *).
         heads: "looped" runs one head after another; "fused" is [`ensemblenet.fuse`][], in which every convolution runs
             grouped or head by head as [`ensemblenet.heads.tune`][] finds faster; "compiled" is that under
-            `torch.compile`, whose first steps take a minute or more. "auto" measures the first two, and takes the
-            fused model unless the other is faster by more than 5%.
+            `torch.compile`, whose first steps take a minute or more; "recomputed" is looped with
+            `EnsembleNet.recompute`, for less memory. "auto" measures the first two, and takes the faster one.
 
     Returns:
         The model, with the very trunk and heads, and the choice.
@@ -66,8 +66,10 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
     """
     if heads not in get_args(HeadsMode):
         raise FusionError(f"heads must be one of {', '.join(map(repr, get_args(HeadsMode)))}; got {heads!r}.")
-    if heads == "looped" or (heads == "auto" and model.num_heads == 1):
-        return unfuse(model), Choice("looped", "as asked" if heads == "looped" else "there is one head")
+    if heads in ("looped", "recomputed") or (heads == "auto" and model.num_heads == 1):
+        model = unfuse(model)
+        model.recompute = heads == "recomputed"
+        return model, Choice("looped", "there is one head") if heads == "auto" else Choice(heads, "as asked")
     try:
         fused = fuse(model, x)
     except FusionError as error:
@@ -82,13 +84,12 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
         if heads == "compiled":
             fused.compile()
         return fused, Choice(heads, "as asked", separate=separate)
-    seconds = measure({"looped": step(trial, x), "fused": step(fused_trial, x)})
-    ratio = seconds["fused"] / seconds["looped"]
+    seconds = measure({"looped": step(trial, x), "fused": step(fused_trial, x)}, _TURNS, _SECONDS)
     reason = (
         f"a {'training step' if model.training else 'prediction'} of {len(x)} examples took "
         f"{1000 * seconds['fused']:.1f} ms fused and {1000 * seconds['looped']:.1f} ms looped"
     )
-    if ratio > 1 + _MARGIN:
+    if seconds["looped"] < seconds["fused"]:
         return unfuse(model), Choice("looped", reason, seconds)
     return fused, Choice("fused", reason, seconds, separate)
 
@@ -153,10 +154,19 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     return run
 
 
-def measure(steps: Mapping[Any, Callable[[], None]], repeats: int = 5) -> dict[Any, float]:
-    """The median seconds of each step, taken in turns so that a change in the machine's load meets all of them."""
+def measure(steps: Mapping[Any, Callable[[], None]], repeats: int = 5, at_least: float = 0.0) -> dict[Any, float]:
+    """The median seconds of each step, taken in turns so that a change in the machine's load meets all of them.
+
+    Args:
+        steps: by name.
+        repeats: turns, behind one that warms up.
+        at_least: more turns are taken until this many seconds are up, or ten times as many.
+    """
     seconds: dict[Any, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 1):  # the first warms up
+    end = time.perf_counter() + at_least
+    for turn in range(10 * repeats + 1):
+        if turn > repeats and time.perf_counter() > end:
+            break
         for name, run in steps.items():
             _wait()
             start = time.perf_counter()

@@ -16,7 +16,7 @@ from ensemblenet import convert
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Combine, agreement
-from ensemblenet.heads import Choice, FusedEnsembleNet, HeadsMode, choose, fuse, unfuse
+from ensemblenet.heads import Choice, HeadsMode, choose, fuse, unfuse
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.tagging_metrics import TaggingMetrics, mask_unknown
@@ -127,7 +127,7 @@ class Classifier(LightningModule):
         """Convert the base, once, for the inputs that the data module yields."""
         if len(self.metrics):
             return
-        inputs, _ = _first_batch(self.trainer.datamodule.train_dataloader())  # pyright: ignore
+        inputs, targets = _first_batch(self.trainer.datamodule.train_dataloader())  # pyright: ignore
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
         if self.conversion is not None:
@@ -136,7 +136,7 @@ class Classifier(LightningModule):
         with torch.no_grad():
             num_classes = self.network.eval()(inputs[:1]).shape[1]
         self.network.train()
-        self._compare_classes(num_classes)
+        self._compare_classes(num_classes, targets)
         self.num_classes = num_classes
         self.mix = None if self.mixing is None else self.mixing.mixer(num_classes)
         metrics = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}[self.task]
@@ -148,7 +148,8 @@ class Classifier(LightningModule):
     def _with_chosen_heads(self, network: EnsembleNet, inputs: Tensor) -> EnsembleNet:
         """The network with its heads run as asked, or as is faster on the device that will train it."""
         device = self.trainer.strategy.root_device
-        network, choice = choose(network.to(device).train(), inputs.to(device), self._allowed_heads())
+        with self.trainer.precision_plugin.forward_context():  # what is faster depends on the precision
+            network, choice = choose(network.to(device).train(), inputs.to(device), self._allowed_heads())
         if self.heads == "auto" and self.trainer.world_size > 1:  # each process measured for itself
             choice = self.trainer.strategy.broadcast(choice)
             network = _with_heads(network, choice)
@@ -160,7 +161,7 @@ class Classifier(LightningModule):
         """Fused heads do not pass through the layers that Lightning exchanges for synchronised ones."""
         if getattr(self.trainer.strategy, "_layer_sync", None) is None:
             return self.heads
-        if self.heads in ("fused", "compiled"):
+        if self.heads in ("fused", "compiled", "recomputed"):
             raise TrainingError(f"trainer.sync_batchnorm needs model.heads looped, got {self.heads}.")
         return "looped"
 
@@ -171,14 +172,15 @@ class Classifier(LightningModule):
     def _laid_out(self, x: Tensor) -> Tensor:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
-    def _compare_classes(self, num_classes: int) -> None:
+    def _compare_classes(self, num_classes: int, targets: Tensor) -> None:
         """Refuse a network whose outputs are not the classes of the data, where the data says what they are."""
         description = getattr(self.trainer.datamodule, "description", None)  # pyright: ignore
         names = description().get("classes") if description else None
-        if names is not None and len(names) != num_classes:
+        classes = targets.shape[1] if self.task == "multilabel" else names and len(names)
+        if classes is not None and classes != num_classes:
             raise TrainingError(
-                f"The data has {len(names)} classes and the network {num_classes} outputs: give the base "
-                f"num_classes={len(names)}."
+                f"The data has {classes} classes and the network {num_classes} outputs: give the base "
+                f"num_classes={classes}, or the data as many classes as the network."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -288,10 +290,13 @@ def _check(task: ClassifierTask, loss: Loss, mixing: Mixing | None, conversion: 
 
 def _with_heads(network: EnsembleNet, choice: Choice) -> EnsembleNet:
     """The network with its heads run as was chosen."""
-    network = unfuse(network) if choice.heads == "looped" else fuse(network)
-    if isinstance(network, FusedEnsembleNet):
-        network.separate(choice.separate, training=True)
-    return network
+    if choice.heads in ("looped", "recomputed"):
+        network = unfuse(network)
+        network.recompute = choice.heads == "recomputed"
+        return network
+    fused = fuse(network)
+    fused.separate(choice.separate, training=True)
+    return fused
 
 
 def seen_outputs(network: nn.Module, x: Tensor, ndim: int, task: ClassifierTask = "multiclass") -> Tensor:
