@@ -33,14 +33,12 @@ SETTINGS = ((2, 1.0), (4, 1.0))
 SMALL = (3, 8, 64, 64)
 WHOLE = (3, 16, 224, 224)
 SHAPES = {"s3d": WHOLE, "mvit_v1_b": WHOLE, "mvit_v2_s": WHOLE}  # made for one size
-LARGE = {"swin3d_s", "swin3d_b"}  # of the family of swin3d_t
 
 
 def entries() -> Iterator[tuple[str, Callable[[], nn.Module], tuple[int, ...]]]:
     for name in torchvision.models.list_models(module=torchvision.models.video):
-        if name not in LARGE:
-            make = lambda name=name: torchvision.models.get_model(name, weights=None)  # noqa: E731
-            yield name, make, SHAPES.get(name, SMALL)
+        make = lambda name=name: torchvision.models.get_model(name, weights=None)  # noqa: E731
+        yield name, make, SHAPES.get(name, SMALL)
     yield "S3D", lambda: S3D(), SMALL
     yield "S3D-G", lambda: S3D(gating=True), SMALL
 
