@@ -181,6 +181,7 @@ optimizer.step()
 for name, parameter in model.named_parameters():
     torch.testing.assert_close(parameter.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
 print("sharded step")
+dist.destroy_process_group()  # its threads must not outlive the interpreter
 """
 
 

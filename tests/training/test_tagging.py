@@ -204,6 +204,19 @@ def test_predictions_go_on_past_damaged_records_if_asked(tmp_path, capsys):
     assert "1 damaged records skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_training_goes_on_past_damaged_records_if_asked(tmp_path, capsys, workers):
+    arguments = [*make(tmp_path), "--trainer.max_epochs", "2", "--data.init_args.num_workers", workers]
+    shard = tmp_path / "train0000.tfrecord"
+    data = bytearray(shard.read_bytes())
+    data[20] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"train0000\.tfrecord: the record at byte 0 is damaged"):
+        fit(arguments)
+    fit([*arguments, "--data.init_args.on_damage", "skip"])
+    assert "Damaged records skipped in training, counted once an epoch: 2" in capsys.readouterr().out
+
+
 def other_level(folder):
     write(folder / "train0001.tfrecord", videos(22, frames=3))
 

@@ -197,7 +197,7 @@ class EpochSeed(Callback):
 
 
 class Announce(Callback):
-    """Says at the start of training where the run is kept, how its heads run, and where it goes on.
+    """Says where a run is kept, how its heads run, where it goes on; and, at its end, how many records were skipped.
 
     Args:
         folder: the run's.
@@ -217,6 +217,11 @@ class Announce(Callback):
             lines.append(f"It goes on in epoch {trainer.current_epoch}, after {trainer.global_step:,} steps.")
         for line in lines:
             Console().print(line, highlight=False, soft_wrap=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print it, where damaged records are skipped."""
+        if trainer.is_global_zero and (skipped := getattr(trainer.train_dataloader, "skipped", 0)):
+            print(f"Damaged records skipped in training, counted once an epoch: {skipped:,}")
 
 
 class _FitCLI(LightningCLI):
