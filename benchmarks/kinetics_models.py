@@ -1,6 +1,6 @@
 """Convert torchvision's video networks and this project's S3D, and check every promise of a conversion.
 
-    python benchmarks/kinetics_models.py             # all of them, an hour on one core
+    python benchmarks/kinetics_models.py             # all of them, 20 minutes on one core
     python benchmarks/kinetics_models.py r3d_18      # some
 
 Each is converted to 2 and to 4 heads at no more than its cost, and checked by `ensemblenet.testing.check_conversion`:

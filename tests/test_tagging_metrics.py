@@ -180,6 +180,25 @@ def test_reset_prefix_copy_and_bfloat16():
     assert metrics.compute()["val/gap"].item() == pytest.approx(metrics_of(z[:, :10], y[:10])["gap"])
 
 
+def test_what_is_kept_of_many_batches_lies_side_by_side(monkeypatch):
+    z, y = make()
+    expected = metrics_of(z, y)
+    blocks = {}
+    for size in (2**25, 1000):  # of which one holds all batches, the other one or two
+        monkeypatch.setattr("ensemblenet.tagging_metrics._BLOCK", size)
+        metrics = TaggingMetrics(C, K)
+        for repeat in range(2):
+            for part, target in zip(z.chunk(12, 1), y.chunk(12), strict=True):
+                metrics.update(part, target)
+            assert {key: value.item() for key, value in metrics.compute().items()} == pytest.approx(expected, rel=1e-5)
+            kept = [tensor for state in ("scores", "head_hits") for tensor in getattr(metrics["tagging"], state)]
+            assert len(kept) == 24
+            blocks[size, repeat] = len({tensor.untyped_storage().data_ptr() for tensor in kept})
+            metrics.reset()
+    assert blocks[2**25, 0] == blocks[2**25, 1] == 2
+    assert blocks[1000, 0] > 2
+
+
 def test_memory_for_each_video_is_bounded():
     z, y = make()
     metrics = TaggingMetrics(C, K)

@@ -15,6 +15,7 @@ __all__ = ["TaggingMetrics", "average_precision", "average_precision_of_classes"
 TOP = 20
 _BINS = 2048  # of a score, for the average precision of all predictions
 _LARGEST = 16.0  # logits beyond it, on either side, count as equal
+_BLOCK = 2**25 + 1  # bytes; glibc gives a block of more than 32 MiB pages of its own, which cost nothing until written
 
 
 class TaggingMetrics(MetricCollection):
@@ -143,6 +144,7 @@ class _Tagging(Metric):
         self.num_classes = num_classes
         self.num_heads = num_heads
         self.combine: Combine = combine
+        self._rooms: dict[str, Tensor] = {}  # what is free in the blocks of list states
         # the best predictions of each video, (N, 20): scores, and twice the class plus 1 if it is right
         self.add_state("scores", [], dist_reduce_fx="cat")
         self.add_state("entries", [], dist_reduce_fx="cat")
@@ -173,14 +175,28 @@ class _Tagging(Metric):
         as_many = torch.arange(found.shape[1], device=found.device) < labels[:, None]
         self.precision += ((found & as_many).sum(1) / labels.clamp(min=1).double()).sum()
         self.positives += right.sum(0)
-        self.scores.append(scores[:, :TOP])
-        self.entries.append((2 * classes + found)[:, :TOP].int())
+        self._keep("scores", scores[:, :TOP])
+        self._keep("entries", (2 * classes + found)[:, :TOP].int())
         self._count(combined, known, right)
         self._add_losses(z, target, known)
         if self.num_heads > 1:
             best, classes = z.masked_fill(~known, -torch.inf).topk(scores[:, :TOP].shape[1], dim=2)
-            self.head_scores.append(best.movedim(0, 1))
-            self.head_hits.append(right.expand(self.num_heads, -1, -1).gather(2, classes).movedim(0, 1))
+            self._keep("head_scores", best.movedim(0, 1))
+            self._keep("head_hits", right.expand(self.num_heads, -1, -1).gather(2, classes).movedim(0, 1))
+
+    def _keep(self, state: str, rows: Tensor) -> None:
+        """Append to a list state. On a CPU the rows of many batches lie in one block.
+
+        Small tensors that outlive the large ones among which they were made would leave holes that are never filled:
+        7 GB over a million videos.
+        """
+        if rows.device.type == "cpu":
+            room = self._rooms.get(state)
+            if room is None or len(room) < len(rows) or room.shape[1:] != rows.shape[1:]:
+                row_bytes = rows[0].numel() * rows.element_size()
+                room = rows.new_empty(max(len(rows), -(-_BLOCK // row_bytes)), *rows.shape[1:])
+            rows, self._rooms[state] = room[: len(rows)].copy_(rows), room[len(rows) :]
+        getattr(self, state).append(rows)
 
     def _check(self, head_outputs: Tensor, target: Tensor) -> None:
         shape = tuple(head_outputs.shape)
