@@ -67,12 +67,14 @@ def test_networks_of_every_kind_as_onnx(tmp_path, name):
 
 
 def test_a_mixture_of_experts_is_finite_in_the_file_where_its_probability_is_not(tmp_path):
+    torch.manual_seed(0)
     network = MoETagger(4, 3).eval()
     path = export(network, tmp_path / "m.onnx", example_inputs=torch.zeros(2, 4)).path
     x = 1e3 * torch.randn(5, 4)
     with torch.no_grad():
         assert network(x).abs().max() > 200
-        torch.testing.assert_close(runs(path, x), network(x))
+        # differences of terms of a thousand, in float32
+        torch.testing.assert_close(runs(path, x), network(x), rtol=1e-5, atol=1e-3)
 
 
 PARTS = {
