@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -140,6 +141,7 @@ def _searched(cli: _FitCLI) -> Candidate:
         proxy = _opened(["--config", str(cli.folder / CONFIG), *short, *_arguments(candidate)])
         _train(proxy)
         [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
+        gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
         return metrics[f"val/{'accuracy' if proxy.model.task == 'multiclass' else 'gap'}"]
 
     return search(cli.folder, entrants, epochs, score)
