@@ -1,10 +1,11 @@
 """How fast heads run: one after another, fused, by vmap; against the single network, side by side in one run.
 
-    python benchmarks/heads.py --output benchmarks/results/heads.json --figure docs/images/heads.svg --compile ResNet-18
+    python benchmarks/heads.py --output benchmarks/results/heads.json --figure docs/images/heads.svg \\
+        --compile ResNet-18 ConvNeXt-Tiny --seconds 8
 
 Every ratio is taken within one turn in which all methods run once, so that the load of the machine meets all of them;
 the median over turns and the quartiles are written down. Parts may be run one by one: each is put in its place in the
-output. Packed-Ensembles need `pip install torch-uncertainty`; without it they are left out.
+output. Packed-Ensembles need `pip install --no-deps torch-uncertainty einops`; without it they are left out.
 
 Where there is a CUDA device, its parts are ResNet-50 at 224 pixels in bfloat16 and channels_last, eager and compiled,
 and the loss at full size: one command, made for less than ten minutes.

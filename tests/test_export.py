@@ -73,8 +73,8 @@ def test_a_mixture_of_experts_is_finite_in_the_file_where_its_probability_is_not
     x = 1e3 * torch.randn(5, 4)
     with torch.no_grad():
         assert network(x).abs().max() > 200
-        # differences of terms of a thousand, in float32
-        torch.testing.assert_close(runs(path, x), network(x), rtol=1e-5, atol=1e-3)
+        # differences of terms of a thousand, whose float32 are 6e-5 apart
+        torch.testing.assert_close(runs(path, x), network(x), rtol=1.3e-6, atol=2.5e-4)
 
 
 PARTS = {

@@ -124,8 +124,9 @@ class EnsembleNet(nn.Module):
 
     def _run_heads(self, features: Tensor) -> Tensor:
         """The outputs of all heads, (K, N, C, *)."""
-        run = _run_and_forget if self.recompute and torch.is_grad_enabled() else _run
-        return torch.stack([run(head, features) for head in self.heads])
+        if self.recompute and torch.is_grad_enabled():
+            return torch.stack([_run_and_forget(head, features) for head in self.heads])
+        return torch.stack([head(features) for head in self.heads])
 
     def head(self, k: int) -> nn.Module:
         """The plain network of the trunk and head `k` alone, sharing parameters with this model.
@@ -157,10 +158,6 @@ class EnsembleNet(nn.Module):
             base_cost=self.base_cost,
         )
         return model.train(self.training)
-
-
-def _run(head: nn.Module, features: Tensor) -> Tensor:
-    return head(features)
 
 
 def _run_and_forget(head: nn.Module, features: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ class _Tagging(Metric):
         """
         if rows.device.type == "cpu":
             room = self._rooms.get(state)
-            if room is None or len(room) < len(rows) or room.shape[1:] != rows.shape[1:]:
+            if room is None or len(room) < len(rows):
                 row_bytes = rows[0].numel() * rows.element_size()
                 room = rows.new_empty(max(len(rows), -(-_BLOCK // row_bytes)), *rows.shape[1:])
             rows, self._rooms[state] = room[: len(rows)].copy_(rows), room[len(rows) :]

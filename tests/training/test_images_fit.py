@@ -312,7 +312,10 @@ def test_time_left():
 def test_the_classes_of_data_and_network_must_be_as_many(tmp_path, capsys):
     assert main(["fit", *make(tmp_path), "--model.base.init_args.num_classes", "5"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "The data has 3 classes and the network 5 outputs: give the base num_classes=3, or the data" in error
+    assert error.endswith(
+        "The data has 3 classes and the network 5 outputs: give the base num_classes=3, or the data as many classes as "
+        "the network."
+    )
 
 
 def test_a_broken_image_ends_the_run_in_one_line(tmp_path, capsys):
