@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tagging_memory import resident
 from tfrecord.reader import tfrecord_loader
 from tfrecord.writer import TFRecordWriter
 
@@ -176,17 +177,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 2), "low": round(min(values), 2), "high": round(max(values), 2)}
 
 
-def memory() -> float:
-    """Resident memory of this process, in MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def memory_over_an_epoch(shards: list[Shard], level: str, repeats: int) -> dict[str, float]:
     """Resident memory while a shuffled epoch is read, from shards repeated to make it long."""
     reader = make_level(level)  # type: ignore[arg-type]
     share = Share(BATCH[level], train=True, shuffle_buffer=100)
     loader = RecordLoader(shards * repeats, reader.decode, share)
-    samples = [memory() for _ in loader]
+    samples = [resident() for _ in loader]
     tenth = max(1, len(samples) // 10)
     return {
         "batches": len(samples),
