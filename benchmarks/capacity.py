@@ -34,9 +34,9 @@ from torch import nn
 from ensemblenet.data import MNIST1D, ParquetImages, YouTube8M
 from ensemblenet.functional import Task
 from ensemblenet.models import CifarResNet, MLPTagger, MNIST1DNet
-from ensemblenet.study.cells import Precision, train
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS, Contender, Setup, Source
+from ensemblenet.study.trials import Precision, train
 from ensemblenet.training.optimization import Optimization
 
 RESULTS = Path(__file__).parent / "results"

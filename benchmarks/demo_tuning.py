@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
-from ensemblenet.study.demo import Job, run_jobs
+from ensemblenet.cli.demo import Job, run_jobs
+from ensemblenet.storage.runs import environment, write_json
 from ensemblenet.training.optimization import Optimization
-from ensemblenet.training.run import environment, write_json
 
 VALIDATION = 1  # its index among the splits
 BASE = Job()

@@ -33,7 +33,7 @@ from torch.func import functional_call
 from ensemblenet import CoDistillationLoss, EnsembleNet, convert, fuse, measure_cost
 from ensemblenet.functional import combine_heads
 from ensemblenet.heads import choose, step
-from ensemblenet.training.run import environment, write_json
+from ensemblenet.storage.runs import environment, write_json
 
 NUM_HEADS, NUM_CLASSES = 4, 100
 CUDA = torch.cuda.is_available()

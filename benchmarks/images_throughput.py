@@ -27,10 +27,10 @@ from torch import nn
 from ensemblenet import CoDistillationLoss
 from ensemblenet.data import ImageData
 from ensemblenet.models import create
-from ensemblenet.training.cli import fit
+from ensemblenet.storage.runs import environment, write_json
+from ensemblenet.training.fit import fit
 from ensemblenet.training.module import Conversion, head_outputs
 from ensemblenet.training.optimization import Optimization, build_optimizer
-from ensemblenet.training.run import environment, write_json
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "imagenette"
 RESULTS = Path(__file__).parent / "results" / "images_throughput.json"

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from ensemblenet import EnsembleNet
 from ensemblenet.functional import codistillation
 from ensemblenet.models import MLPTagger
-from ensemblenet.study.cells import train
 from ensemblenet.study.methods import METHODS, Contender, Source
+from ensemblenet.study.trials import train
 from ensemblenet.training.optimization import Optimization
 
 SEEDS = 3

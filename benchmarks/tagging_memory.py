@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from ensemblenet.tagging_metrics import TaggingMetrics
-from ensemblenet.training.run import environment
+from ensemblenet.metrics.tagging import TaggingMetrics
+from ensemblenet.storage.runs import environment
 
 RESULTS = Path(__file__).parent / "results" / "tagging_memory.json"
 VIDEOS, CLASSES, HEADS, BATCH = 1_100_000, 3862, 2, 2000

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ensemblenet import CoDistillationLoss, EnsembleNet, convert, measure_cost
 from ensemblenet.data import YouTube8M
+from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.models import MLPTagger, MoETagger
-from ensemblenet.tagging_metrics import TaggingMetrics
 from ensemblenet.training.module import head_outputs
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
 

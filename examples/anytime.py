@@ -3,8 +3,8 @@
 import torch
 
 import ensemblenet
-from ensemblenet.anytime import confident, heads_agree, predict_anytime
 from ensemblenet.data.mnist1d import generate_mnist1d
+from ensemblenet.heads.anytime import confident, heads_agree, predict_anytime
 from ensemblenet.models import MNIST1DNet
 
 torch.manual_seed(0)

@@ -30,22 +30,15 @@ MAY_IMPORT = {
     "cost": set(),
     "losses": {"functional"},
     "metrics": {"functional"},
-    "tagging_metrics": {"functional"},
-    "ensemble": {"functional", "cost", "recipe"},
-    "capacity": {"errors", "functional"},
-    "surgery": {"errors", "cost"},
-    "recipe": {"errors", "functional", "surgery", "models"},
-    "conversion": {"errors", "functional", "capacity", "cost", "ensemble", "recipe", "surgery"},
-    "hub": {"errors"},
-    "checkpoint": {"errors", "ensemble", "recipe", "conversion", "hub"},
-    "timm_models": {"errors", "ensemble", "conversion", "checkpoint", "hub"},
-    "sharing": {"errors", "cost", "ensemble", "checkpoint", "hub", "training"},
-    "anytime": {"errors", "functional", "ensemble"},
-    "deployment": {"errors", "ensemble", "checkpoint", "heads"},
-    "testing": {"checkpoint", "conversion", "cost", "ensemble"},
-    "heads": {"errors", "ensemble"},
     "models": {"errors"},
     "data": {"errors"},
+    "ensemble": {"functional", "cost", "recipe"},
+    "operations": set(),
+    "recipe": {"errors", "functional", "conversion", "models"},
+    "conversion": {"errors", "functional", "cost", "ensemble", "recipe", "operations"},
+    "heads": {"errors", "functional", "ensemble"},
+    "deploy": {"errors", "cost", "ensemble", "conversion", "heads", "storage"},
+    "testing": {"storage", "conversion", "cost", "ensemble"},
 }
 
 
@@ -81,5 +74,5 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_the_function_is_not_hidden_by_a_module_of_its_name() -> None:
-    code = "import ensemblenet.checkpoint, ensemblenet.conversion, ensemblenet; print(callable(ensemblenet.convert))"
+    code = "import ensemblenet.conversion.convert, ensemblenet; print(callable(ensemblenet.convert))"
     assert run(code) == "True"

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ensemblenet import cli, convert, export
+from ensemblenet import convert, export
+from ensemblenet.cli import main as cli
 
 ROOT = Path(__file__).parents[1]
 

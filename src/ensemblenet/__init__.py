@@ -9,13 +9,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ensemblenet import _moved
+
 __version__ = "0.1.0"
+
+_moved.install()
 
 # Names are imported when they are first used, so that the command line answers --help without loading PyTorch.
 _HOMES = {
-    "Budget": "surgery.budget",
+    "Budget": "conversion.planning",
     "BudgetError": "errors",
-    "Capacity": "capacity",
+    "Capacity": "conversion.capacity",
     "CoDistillationLoss": "losses",
     "ConversionError": "errors",
     "Cost": "cost",
@@ -24,22 +28,22 @@ _HOMES = {
     "ExportError": "errors",
     "FusionError": "errors",
     "LoadError": "errors",
-    "Plan": "surgery.budget",
+    "Plan": "conversion.planning",
     "Recipe": "recipe",
-    "SplitPoint": "surgery.split",
+    "SplitPoint": "conversion.split",
     "TrainingError": "errors",
-    "convert": "conversion",
-    "export": "deployment",
+    "convert": "conversion.convert",
+    "export": "deploy.export",
     "fuse": "heads",
-    "load": "checkpoint",
+    "load": "storage.checkpoint",
     "measure_cost": "cost",
-    "plans": "conversion",
-    "predict_anytime": "anytime",
-    "push_to_hub": "sharing",
-    "register_timm": "timm_models",
-    "save": "checkpoint",
-    "spare_capacity": "capacity",
-    "split_points": "conversion",
+    "plans": "conversion.convert",
+    "predict_anytime": "heads.anytime",
+    "push_to_hub": "deploy.model_card",
+    "register_timm": "deploy.timm_names",
+    "save": "storage.checkpoint",
+    "spare_capacity": "conversion.capacity",
+    "split_points": "conversion.convert",
     "unfuse": "heads",
 }
 
@@ -77,12 +81,14 @@ __all__ = [
 
 if TYPE_CHECKING:
     from ensemblenet import functional
-    from ensemblenet.anytime import predict_anytime
-    from ensemblenet.capacity import Capacity, spare_capacity
-    from ensemblenet.checkpoint import load, save
-    from ensemblenet.conversion import convert, plans, split_points
+    from ensemblenet.conversion.capacity import Capacity, spare_capacity
+    from ensemblenet.conversion.convert import convert, plans, split_points
+    from ensemblenet.conversion.planning import Budget, Plan
+    from ensemblenet.conversion.split import SplitPoint
     from ensemblenet.cost import Cost, measure_cost
-    from ensemblenet.deployment import export
+    from ensemblenet.deploy.export import export
+    from ensemblenet.deploy.model_card import push_to_hub
+    from ensemblenet.deploy.timm_names import register_timm
     from ensemblenet.ensemble import EnsembleNet
     from ensemblenet.errors import (
         BudgetError,
@@ -94,12 +100,10 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from ensemblenet.heads import fuse, unfuse
+    from ensemblenet.heads.anytime import predict_anytime
     from ensemblenet.losses import CoDistillationLoss
     from ensemblenet.recipe import Recipe
-    from ensemblenet.sharing import push_to_hub
-    from ensemblenet.surgery.budget import Budget, Plan
-    from ensemblenet.surgery.split import SplitPoint
-    from ensemblenet.timm_models import register_timm
+    from ensemblenet.storage.checkpoint import load, save
 
 
 def __getattr__(name: str) -> Any:

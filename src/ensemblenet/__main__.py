@@ -2,7 +2,7 @@
 
 import sys
 
-from ensemblenet.cli import main
+from ensemblenet.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

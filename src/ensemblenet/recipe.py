@@ -8,9 +8,9 @@ from typing import Any, get_args
 
 from torch import nn
 
+from ensemblenet.conversion.initialise import Init
 from ensemblenet.errors import LoadError
 from ensemblenet.functional import Combine, Task
-from ensemblenet.surgery.initialise import Init
 
 __all__ = ["BaseSource", "Recipe", "find_source"]
 

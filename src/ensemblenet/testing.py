@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ensemblenet.checkpoint import load, save
-from ensemblenet.conversion import convert
+from ensemblenet.conversion.convert import convert
 from ensemblenet.cost import Cost, count_parameters, measure_cost
 from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.storage.checkpoint import load, save
 
 __all__ = ["ConversionReport", "check_conversion", "check_full_width"]
 

@@ -1,138 +1,257 @@
-"""Images from Parquet files made on the fly."""
+"""Images in class folders, tars, shards and libraries' data sets: the same images, and what is wrong with bad ones."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
+import shutil
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from made_images import CLASSES, encoded, make_folders, make_shards, make_tars, picture
+from torchvision.transforms.functional import pil_to_tensor
 
-from ensemblenet.data.batches import DataError
-from ensemblenet.data.images import Normalise, ParquetImages, RandomCropFlip, read_parquet_images
+from ensemblenet.data import ImageData
+from ensemblenet.data.tensors import DataError
 
-
-def encoded(shade: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (shade, 0, 255 - shade)).save(buffer, "PNG")
-    return buffer.getvalue()
+PLAIN = {"image_size": 16, "batch_size": 6, "num_workers": 0, "augmentation": {"no_aug": True}, "crop_pct": 1.0}
+RAW = {**PLAIN, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
-def write(path: Path, images: list[bytes], labels: list[int], classes: str | None = "cat,dog") -> Path:
-    table = pa.table({"image": [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(images)], "label": labels})
-    pq.write_table(table.replace_schema_metadata({"classes": classes} if classes else None), path)
-    return path
+def data(folder, **options):
+    made = ImageData(folder, **{**PLAIN, **options})
+    made.setup()
+    return made
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    write(tmp_path / "train.parquet", [encoded(i) for i in range(40)], [i % 2 for i in range(40)])
-    write(tmp_path / "test.parquet", [encoded(100 + i) for i in range(10)], [i % 2 for i in range(10)])
-    return tmp_path
+def as_parquet(folder):
+    for split, count, first in (("train", 8, 0), ("validation", 5, 100)):
+        rows = [(label, number) for label in range(3) for number in range(first, first + count)]
+        table = pa.table(
+            {
+                "image": [{"bytes": encoded(*row), "path": f"{row}.png"} for row in rows],
+                "label": [label for label, _ in rows],
+            }
+        )
+        pq.write_table(table, folder / f"{split}.parquet")
+    return {"dataset": f"hfds/{folder}", "val": "validation"}
 
 
-def test_images_are_decoded_in_order(folder):
-    images, labels, classes = read_parquet_images(folder / "train.parquet", rows=slice(5, 8))
-    assert images.shape == (3, 3, 8, 8)
-    assert images.dtype == torch.uint8
-    assert images[:, 0, 0, 0].tolist() == [5, 6, 7]
-    assert images[:, 2, 4, 4].tolist() == [250, 249, 248]
-    assert labels.tolist() == [1, 0, 1]
-    assert classes == ["cat", "dog"]
+def as_shards(folder):
+    make_shards(folder)
+    return {"dataset": "wds/", "train": "train-*.tar", "val": "val-*.tar"}
 
 
-def test_image_size_cuts_a_centred_square(tmp_path):
-    image = Image.new("RGB", (24, 8))
-    image.paste((255, 0, 0), (8, 0, 16, 8))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    images, _, _ = read_parquet_images(write(tmp_path / "x.parquet", [buffer.getvalue()], [0]), image_size=4)
-    assert images.shape == (1, 3, 4, 4)
-    assert (images[0, 0] == 255).all()
+def as_torchvision(folder):
+    make_folders(folder)
+    return {"dataset": "torch/folder"}
 
 
-def test_splits_take_their_rows(folder):
-    data = ParquetImages(folder, batch_size=4, num_val=10, limit_train=20, augment=False)
-    data.setup()
-    assert [len(split) for split in (data.train, data.val, data.test)] == [20, 10, 10]
-    assert data.val.inputs[:, 0, 0, 0].tolist() == list(range(30, 40))
-    inputs, labels = next(iter(data.train_dataloader()))
-    assert inputs.shape == (4, 3, 8, 8)
-    assert labels.dtype == torch.int64
+FORMATS = {
+    "folders": lambda folder: make_folders(folder) and {},
+    "tars": lambda folder: make_tars(folder) and {},
+    "shards": as_shards,
+    "parquet": as_parquet,
+}
 
 
-def test_training_images_are_normalised(folder):
-    data = ParquetImages(folder, batch_size=4, num_val=8, augment=False)
-    data.setup()
-    inputs = data.train.__getitems__(list(range(32)))[0]
-    assert inputs[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
-    assert inputs[:, 0].std().item() == pytest.approx(1, abs=0.01)
+def content(loader):
+    """The label and the pixels of each image."""
+    pairs = [(image, label) for images, labels in loader for image, label in zip(images, labels.tolist(), strict=True)]
+    return sorted((label, (255 * image).round().to(torch.uint8).numpy().tobytes()) for image, label in pairs)
 
 
-def test_normalise_agrees_with_the_plain_formula():
-    images = torch.randint(256, (10, 3, 5, 5), dtype=torch.uint8)
-    normalise = Normalise(images)
-    torch.testing.assert_close(normalise.mean.flatten(), images.float().mean((0, 2, 3)))
-    torch.testing.assert_close(normalise.deviation.flatten(), images.float().std((0, 2, 3), correction=0))
+def expected(first, count):
+    """The middle of each image: 20 x 16 pixels, cut to a square."""
+    numbers = [(label, number) for label in range(3) for number in range(first, first + count)]
+    return sorted((label, pil_to_tensor(picture(label, n))[:, :, 2:18].numpy().tobytes()) for label, n in numbers)
 
 
-def test_crops_are_windows_of_the_padded_image_or_of_its_mirror():
-    torch.manual_seed(0)
-    images = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
-    padded = torch.nn.functional.pad(images[0, 0], [2] * 4)
-    windows = padded.unfold(0, 8, 1).unfold(1, 8, 1).flatten(0, 1)
-    known = {tuple(window.flatten().tolist()) for window in torch.cat([windows, windows.flip(2)])}
-    crops = {tuple(crop.flatten().tolist()) for crop in RandomCropFlip(2)(images)}
-    assert crops <= known
-    assert len(crops) > 40
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_format_gives_the_same_images(tmp_path, form, workers):
+    if form == "parquet":
+        pytest.importorskip("datasets")
+    made = data(tmp_path, **{**RAW, "num_workers": workers, **FORMATS[form](tmp_path)})
+    assert made.description()["classes"] == (["0", "1", "2"] if form == "parquet" else list(CLASSES))
+    images, labels = next(iter(made.val_dataloader()))
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert content(made.val_dataloader()) == expected(100, 5)
+    batches = list(made.train_dataloader())
+    assert [len(labels) for _, labels in batches] == [6] * 4
+    assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted([0, 1, 2] * 8)
 
 
-def test_without_class_names_labels_count_from_the_largest(tmp_path):
-    path = write(tmp_path / "x.parquet", [encoded(1), encoded(2)], [0, 4], classes=None)
-    assert read_parquet_images(path)[2] == ["0", "1", "2", "3", "4"]
+def test_torchvision_sets(tmp_path):
+    folder = make_folders(tmp_path) / "train"
+    made = ImageData(folder, **{**PLAIN, "dataset": "torch/folder", "train": ".", "val": "."})
+    made.setup()
+    assert made.classes == list(CLASSES)
+    assert sorted(torch.cat([labels for _, labels in made.val_dataloader()]).tolist()) == sorted([0, 1, 2] * 8)
 
 
-def test_a_missing_folder():
-    with pytest.raises(DataError, match=r"nowhere/train.parquet does not exist; the data folder must hold"):
-        ParquetImages(Path("nowhere")).setup()
+def test_evaluation_is_timms_resize_and_crop(tmp_path):
+    made = data(make_folders(tmp_path), **RAW)
+    images, _ = next(iter(made.val_dataloader()))
+    pixels = pil_to_tensor(picture(0, 100)) / 255  # 20 x 16: the shorter side is the size already
+    torch.testing.assert_close(images[0], pixels[:, :, 2:18])
+    normalised, _ = next(iter(data(tmp_path).val_dataloader()))
+    mean, std = (torch.tensor(made_of).view(3, 1, 1) for made_of in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    torch.testing.assert_close(normalised[0], (images[0] - mean) / std)
+    described = data(tmp_path).description()["preprocessing"]
+    assert described["input_shape"] == [3, 16, 16]
+    assert described["crop_pct"] == 1.0
 
 
-def test_a_file_that_is_no_parquet(tmp_path):
-    (tmp_path / "x.parquet").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="is not a readable Parquet file"):
-        read_parquet_images(tmp_path / "x.parquet")
+def test_augmentation_is_drawn_anew_each_epoch_and_the_same_each_time(tmp_path):
+    made, again = (data(make_folders(tmp_path) if first else tmp_path, augmentation=None, seed=1) for first in (1, 0))
+
+    def epoch(loader, number):
+        loader.set_epoch(number)
+        return torch.cat([images for images, _ in loader])
+
+    first = epoch(made.train_dataloader(), 0)
+    assert not torch.equal(first, epoch(made.train_dataloader(), 1))
+    assert torch.equal(first, epoch(again.train_dataloader(), 0))
 
 
-@pytest.mark.parametrize("columns", [{"label": [1]}, {"image": [b"x"], "label": [1]}, {"image": [{"bytes": b""}]}])
-def test_wrong_columns(tmp_path, columns):
-    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"must have the columns image .* and label .*; it has "):
-        read_parquet_images(tmp_path / "x.parquet")
+def test_a_split_may_lack_a_class(tmp_path):
+    shutil.rmtree(make_folders(tmp_path) / "val" / "cat")
+    labels = torch.cat([labels for _, labels in data(tmp_path).val_dataloader()])
+    assert set(labels.tolist()) == {1, 2}
 
 
-@pytest.mark.parametrize("label", [-1, 2])
-def test_a_label_out_of_range(tmp_path, label):
-    path = write(tmp_path / "x.parquet", [encoded(0)] * 3, [0, label, 1])
-    with pytest.raises(DataError, match=rf"labels must be in \[0, 2\).*names 2 classes; got {label} in row 1"):
-        read_parquet_images(path)
+def test_test_data_alone_is_enough_to_evaluate(tmp_path):
+    shutil.rmtree(make_folders(tmp_path) / "train")
+    made = ImageData(tmp_path, **PLAIN)
+    made.setup("test")
+    assert made.classes == list(CLASSES)
+    assert len(list(made.test_dataloader())) == 2
 
 
-def test_an_image_that_cannot_be_decoded(tmp_path):
-    path = write(tmp_path / "x.parquet", [encoded(0), b"broken"], [0, 1])
-    with pytest.raises(DataError, match=r"x.parquet, row 1: the image cannot be decoded"):
-        read_parquet_images(path)
+def break_image(folder):
+    (folder / "train" / "dog" / "003.png").write_bytes(encoded(1, 3)[:60])
 
 
-def test_images_of_several_sizes(tmp_path):
-    path = write(tmp_path / "x.parquet", [encoded(0), encoded(0, (9, 9))], [0, 1])
-    with pytest.raises(DataError, match="images of 2 sizes; give image_size"):
-        read_parquet_images(path)
-    assert read_parquet_images(path, image_size=6)[0].shape == (2, 3, 6, 6)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named(tmp_path, workers):
+    break_image(make_folders(tmp_path))
+    with pytest.raises(DataError, match=r"train: the image dog/003\.png cannot be decoded: "):
+        list(data(tmp_path, num_workers=workers).train_dataloader())
+    skipping = data(tmp_path, num_workers=workers, on_broken="skip").train_dataloader()
+    with pytest.warns(UserWarning, match=r"Skipped 1 of at most 100: .*003\.png"):
+        assert sum(len(labels) for _, labels in skipping) == 23
 
 
-def test_too_few_images(folder):
-    with pytest.raises(DataError, match="has 40 rows: too few for num_val=5000"):
-        ParquetImages(folder).setup()
+def empty_class(folder):
+    (folder / "train" / "eel").mkdir()
+
+
+def empty_val_class(folder):
+    (folder / "val" / "eel").mkdir()
+
+
+def stray_class(folder):
+    shutil.copytree(folder / "val" / "owl", folder / "val" / "eel")
+
+
+def no_split(folder):
+    (folder / "train").rename(folder / "training-data")
+
+
+def flat(folder):
+    for path in (folder / "train").rglob("*.png"):
+        path.rename(folder / "train" / f"{path.parent.name}{path.name}")
+    for name in CLASSES:
+        (folder / "train" / name).rmdir()
+
+
+def no_images(folder):
+    for path in (folder / "train").rglob("*.png"):
+        path.rename(path.with_suffix(".dat"))
+
+
+def parquet(folder):
+    no_split(folder)
+    pq.write_table(pa.table({"label": [1]}), folder / "train.parquet")
+
+
+def broken_tar(folder):
+    shutil.rmtree(folder / "train")
+    (folder / "train.tar").write_bytes(b"nonsense" * 200)
+
+
+def empty_tar(folder):
+    shutil.rmtree(folder / "train")
+    tarfile.open(folder / "train.tar", "w").close()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (empty_class, r"The class .*train/eel holds no images: fill it or remove it"),
+        (empty_val_class, r"The class .*val/eel holds no images"),
+        (stray_class, r"val has the class 'eel', which the training data does not have"),
+        (no_split, r"holds neither train/ nor train\.tar"),
+        (flat, r"train has 1 class; at least 2 are needed"),
+        (no_images, r"The class .*train/cat holds no images|Found 0 images"),
+        (parquet, r"holds Parquet files .* use ensemblenet\.data\.ParquetImages"),
+        (broken_tar, r"Images of split train in .*train\.tar: "),
+        (empty_tar, r"Images of split train in .*train\.tar: "),
+    ],
+)
+def test_bad_data_is_found_before_training(tmp_path, spoil, message):
+    spoil(make_folders(tmp_path))
+    with pytest.raises(DataError, match=message):
+        data(tmp_path)
+
+
+def label(text):
+    def write(folder):
+        (folder / "classes.txt").unlink(missing_ok=True)
+        (folder / "classes.txt").write_text("\n".join(CLASSES))
+        with tarfile.open(folder / "train-0002.tar", "w") as tar:
+            for end, content in ((".png", encoded(0, 0)), (".cls", text)):
+                path = folder / f"x{end}"
+                path.write_bytes(content)
+                tar.add(path, path.name)
+
+    return write
+
+
+def no_label(folder):
+    with tarfile.open(folder / "train-0002.tar", "w") as tar:
+        path = folder / "x.png"
+        path.write_bytes(encoded(0, 0))
+        tar.add(path, path.name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (label(b"3"), r"train-\*\.tar: labels must be in \[0, 3\), got 3 for the image x\.png of train-0002\.tar"),
+        (label(b"cat"), r"train-0002\.tar: x\.cls must hold a number, got 'cat'"),
+        (no_label, r"the sample x must have one image and one label \(\.cls\); it has x\.png"),
+        (lambda folder: [path.unlink() for path in folder.glob("train-*")], r"No shards match train-\*\.tar in"),
+    ],
+)
+def test_bad_shards_are_found_before_training(tmp_path, spoil, message):
+    options = as_shards(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=message):
+        data(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "tfds/x"}, r"dataset must begin with one of '', 'wds', 'torch', 'hfds', got 'tfds/x'"),
+        ({"dataset": "torch/nosuch"}, r"torch/nosuch of split train .*Unknown torchvision dataset"),
+        ({"augmentation": {"no_such": 1}}, r"create_transform does not take .*no_such"),
+        ({"folder": "nowhere"}, r"nowhere is not a folder"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(DataError, match=message):
+        data(**{"folder": make_folders(tmp_path), **options})

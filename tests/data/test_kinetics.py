@@ -12,8 +12,8 @@ import torch
 from made_videos import make_sound, make_video
 
 from ensemblenet.data import Kinetics
-from ensemblenet.data.batches import DataError
 from ensemblenet.data.kinetics import find_videos
+from ensemblenet.data.tensors import DataError
 from ensemblenet.data.video import Video
 from ensemblenet.training.mixing import Mixing
 

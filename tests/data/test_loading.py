@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensemblenet.data.batches import DataError
 from ensemblenet.data.loading import ExampleLoader, Part
+from ensemblenet.data.tensors import DataError
 
 
 class Numbers:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ensemblenet.data import MNIST1D
-from ensemblenet.data.batches import DataError
 from ensemblenet.data.mnist1d import generate_mnist1d
+from ensemblenet.data.tensors import DataError
 
 
 def test_splits_have_their_sizes_and_share_no_example():

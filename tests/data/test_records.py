@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import write
 
-from ensemblenet.data.batches import DataError
 from ensemblenet.data.records import RecordLoader, Share
+from ensemblenet.data.tensors import DataError
 from ensemblenet.data.tfrecord import index_shards
 
 

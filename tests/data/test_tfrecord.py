@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from shards import framed, serialized, videos, write
 
-from ensemblenet.data.batches import DataError
+from ensemblenet.data.tensors import DataError
 from ensemblenet.data.tfrecord import find_shards, index_shard, index_shards
 
 RECORDS = [b"first", b"", b"the third" * 1000]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from made_videos import frame, make_sound, make_video, turn_clockwise
 
-from ensemblenet.data.batches import DataError
+from ensemblenet.data.tensors import DataError
 from ensemblenet.data.video import ClipSampling, Video, reader
 
 KINDS = {

@@ -13,8 +13,8 @@ from shards import AUDIO, CLASSES, RGB, serialized, videos, write
 from tfrecord.writer import TFRecordWriter
 
 from ensemblenet.data import YouTube8M
-from ensemblenet.data.batches import DataError
 from ensemblenet.data.records import RecordLoader, Share
+from ensemblenet.data.tensors import DataError
 from ensemblenet.data.tfrecord import Record, index_shards
 from ensemblenet.data.youtube8m import make_level
 

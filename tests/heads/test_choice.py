@@ -9,7 +9,7 @@ from networks import LongSkip
 from torch import nn
 
 from ensemblenet import EnsembleNet, convert
-from ensemblenet.cli import main
+from ensemblenet.cli.main import main
 from ensemblenet.errors import FusionError
 from ensemblenet.heads import FusedEnsembleNet, choice, choose, fuse, measure, tune
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ensemblenet.models import CifarResNet, MNIST1DNet
-from ensemblenet.models.named import ModelNameError, create, default_input_shape
+from ensemblenet.models.sources import ModelNameError, create, default_input_shape
 
 
 def test_resnet20_has_the_parameters_of_its_layers():

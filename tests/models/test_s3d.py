@@ -3,7 +3,7 @@ import torch
 
 from ensemblenet import convert, measure_cost
 from ensemblenet.models import S3D
-from ensemblenet.models.named import ModelNameError, create, default_input_shape
+from ensemblenet.models.sources import ModelNameError, create, default_input_shape
 from ensemblenet.testing import check_conversion, check_full_width
 
 CLIPS = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -14,15 +14,15 @@ import torch
 import yaml
 from scipy import stats
 
-from ensemblenet import cli
+from ensemblenet.cli import main as cli
 from ensemblenet.data import MNIST1D
 from ensemblenet.errors import TrainingError
-from ensemblenet.study import cells as cells_module
+from ensemblenet.reports.comparison import PAGE, summary
 from ensemblenet.study import compare as module
-from ensemblenet.study.cells import Cell, Workers, run_cell, train, training_memory
+from ensemblenet.study import trials as cells_module
 from ensemblenet.study.compare import Ledger, Study, Tuning, Variant, paired_test, run_study, tuning_points
 from ensemblenet.study.methods import METHODS, Contender, Setup
-from ensemblenet.study.pages import PAGE, summary
+from ensemblenet.study.trials import Cell, Workers, run_cell, train, training_memory
 from ensemblenet.training.optimization import Optimization
 
 BASE = {"class_path": "ensemblenet.models.MNIST1DNet", "init_args": {"width": 8}}

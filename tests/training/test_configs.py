@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ensemblenet.training.cli import _FitCLI
+from ensemblenet.training.fit import _FitCLI
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if path.parent.name != "compare"

@@ -17,12 +17,12 @@ import torch
 import yaml
 
 import ensemblenet
-from ensemblenet.cli import main
+from ensemblenet.cli.main import main
 from ensemblenet.errors import TrainingError
 from ensemblenet.models import MNIST1DNet
-from ensemblenet.training import cli
-from ensemblenet.training.cli import fit
-from ensemblenet.training.run import environment
+from ensemblenet.storage.runs import environment
+from ensemblenet.training import fit as cli
+from ensemblenet.training.fit import fit
 
 CUSTOM_CODE = """
 import time

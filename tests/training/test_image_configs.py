@@ -10,7 +10,7 @@ import torch
 import yaml
 from made_images import CLASSES, make_folders
 
-from ensemblenet.training.cli import fit
+from ensemblenet.training.fit import fit
 
 CONFIGS = [
     path

@@ -11,9 +11,9 @@ from made_videos import make_video
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.metrics import HeadMetrics
-from ensemblenet.training.cli import fit
+from ensemblenet.storage.restore import data_module, restore
+from ensemblenet.training.fit import fit
 from ensemblenet.training.module import head_outputs
-from ensemblenet.training.restore import data_module, restore
 
 CONFIG = Path(__file__).parents[2] / "configs" / "kinetics" / "ensemblenet.yaml"
 

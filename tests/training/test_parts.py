@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from ensemblenet.storage.runs import aside, create_run_folder, unfinished_run, write_json
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
-from ensemblenet.training.run import aside, create_run_folder, unfinished_run, write_json
 
 
 def test_decay_spares_what_has_one_dimension():

@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from ensemblenet import convert, plans
-from ensemblenet.cli import main
+from ensemblenet.cli.main import main
 from ensemblenet.errors import TrainingError
 from ensemblenet.models import MNIST1DNet
-from ensemblenet.training.cli import fit
+from ensemblenet.storage.restore import restore
+from ensemblenet.training.fit import fit
 from ensemblenet.training.module import Conversion
-from ensemblenet.training.restore import restore
 from ensemblenet.training.search import Candidate, candidates, search
 
 

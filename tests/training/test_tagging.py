@@ -16,11 +16,11 @@ from lightning.pytorch import Callback
 from shards import AUDIO, CLASSES, RGB, videos, write
 
 import ensemblenet
-from ensemblenet.cli import main
-from ensemblenet.data.batches import DataError
-from ensemblenet.training import evaluate
-from ensemblenet.training.cli import fit
-from ensemblenet.training.predict import predict
+from ensemblenet.cli.main import main
+from ensemblenet.data.tensors import DataError
+from ensemblenet.evaluation import scoring as evaluate
+from ensemblenet.evaluation.predictions import predict
+from ensemblenet.training.fit import fit
 
 BASES = {
     "video": {"class_path": "MLPTagger", "init_args": {"feature_size": RGB + AUDIO, "hidden": [16], "dropout": 0.0}},
@@ -128,7 +128,7 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_weights(tmp_path, monk
     whole = fit(arguments)
     assert len(set(whole.glob("checkpoints/*"))) == 1
 
-    monkeypatch.setattr("ensemblenet.training.cli.Progress", lambda speed: Kill(7))  # 5 batches an epoch
+    monkeypatch.setattr("ensemblenet.training.fit.Progress", lambda speed: Kill(7))  # 5 batches an epoch
     with pytest.raises(KilledError):
         fit([*arguments, "--name", "killed", "--checkpoint_steps", "1"])
     monkeypatch.undo()

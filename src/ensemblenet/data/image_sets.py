@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from ensemblenet.data.batches import DataError
+from ensemblenet.data.tensors import DataError
 
 __all__ = ["ImageSet", "open_images"]
 

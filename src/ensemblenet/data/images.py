@@ -1,250 +1,226 @@
-"""Labelled images in Parquet files, as the Hugging Face hub stores them."""
+"""Labelled images of any size, read from where they lie: class folders, tars, WebDataset, Hugging Face, torchvision."""
 
 from __future__ import annotations
 
-import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image, ImageOps, UnidentifiedImageError
-from rich.progress import track
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ensemblenet.data.batches import DataError, TensorExamples, batch_loader
+from ensemblenet.data.image_sets import ImageSet, open_images
+from ensemblenet.data.loading import ExampleLoader, OnBroken, Part
+from ensemblenet.data.tensors import DataError
 
-__all__ = ["Normalise", "ParquetImages", "RandomCropFlip", "count_rows", "read_parquet_images"]
+__all__ = ["ImageData"]
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ParquetImages(LightningDataModule):
-    """Images from `train.parquet` and `test.parquet`, decoded once into memory.
+class ImageData(LightningDataModule):
+    """Labelled images through timm's readers and transforms, decoded by workers as they are needed.
 
-    Each file has the columns `image` (a struct of `bytes`, an encoded image, and `path`) and `label`
-    (integers from 0). The schema's metadata may name the classes under `classes`, separated by commas.
-    Batches hold normalised images (N, 3, S, S), float32, and labels (N,), int64.
+    Batches hold images (N, 3, S, S), normalised, float32, and labels (N,), int64. What a batch holds depends on the
+    seed, the epoch and the number of the batch alone; several processes share a global batch of their number times
+    `batch_size`, and in evaluation no image comes twice.
 
     Args:
-        folder: where the two files lie.
-        image_size: S; images are cut to a centred square and resized to it. Without it they must all have one
-            size already.
-        batch_size: training examples a step; the last, smaller batch of an epoch is left out.
-        num_val: examples taken from the end of the training file for validation.
-        limit_train: use only the first so many training examples.
-        augment: crop at random after padding an eighth of the size, and flip half of the images.
+        folder: where the data lies.
+        dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or `train.tar` and `val.tar` that hold
+            the same; `wds/` for WebDataset shards on a local disk (an image and a `.cls` for each sample; `classes.txt`
+            may name the classes, one a line); `hfds/NAME` for what `datasets.load_dataset` knows, a folder of Parquet
+            files too; `torch/NAME` for torchvision's sets, see `timm.data.create_dataset`.
+        train: the training split: a name, or for `wds/` a pattern such as `train-*.tar`.
+        val: the validation split.
+        test: the test split; None takes the validation split.
+        image_size: S.
+        batch_size: training images a step, of each process; an epoch leaves out what fills no batch.
+        eval_batch_size: images of a batch in evaluation; None takes twice as many as in training.
+        num_workers: processes that decode; 0 decodes in the main process.
+        augmentation: arguments of `timm.data.create_transform` for training, such as `auto_augment`, `color_jitter`,
+            `scale`, `re_prob` or `no_aug`. Without any: random resized crops, flips, and timm's colour jitter.
+        crop_pct: in evaluation the shorter side is resized to S / crop_pct, and a centred square is cut out.
+        interpolation: of resizing in evaluation, and in training unless `augmentation` names another.
+        mean: of each channel, to normalise with; those of ImageNet by default.
+        std: standard deviation of each channel.
+        on_broken: whether an image that cannot be decoded is an "error", or "skip": left out, counted and named.
+        max_broken: how many images of a split may be skipped.
+        reader: arguments of timm's reader, such as `input_key` and `target_key` for `hfds/`.
+        seed: of order and augmentation; None takes the run's own.
 
     Raises:
-        DataError: a missing file, a wrong column, a label out of range or an image that cannot be decoded.
+        DataError: at setup, what is wrong with the data; while loading, which image is broken.
     """
 
     def __init__(
         self,
         folder: Path,
-        image_size: int | None = None,
-        batch_size: int = 128,
-        num_val: int = 5000,
-        limit_train: int | None = None,
-        augment: bool = True,
+        dataset: str = "",
+        train: str = "train",
+        val: str = "val",
+        test: str | None = None,
+        image_size: int = 224,
+        batch_size: int = 256,
+        eval_batch_size: int | None = None,
+        num_workers: int = 2,
+        augmentation: dict[str, Any] | None = None,
+        crop_pct: float = 0.875,
+        interpolation: Literal["bilinear", "bicubic"] = "bicubic",
+        mean: tuple[float, float, float] = _IMAGENET_MEAN,
+        std: tuple[float, float, float] = _IMAGENET_STD,
+        on_broken: OnBroken = "error",
+        max_broken: int = 100,
+        reader: dict[str, Any] | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         self.folder = Path(folder)
-        self.image_size = image_size
+        self.dataset = dataset
+        self.splits = {"train": train, "val": val, "test": test or val}
         self.batch_size = batch_size
-        self.num_val = num_val
-        self.limit_train = limit_train
-        self.augment = augment
+        self.eval_batch_size = eval_batch_size or 2 * batch_size
+        self.num_workers = num_workers
+        self.on_broken: OnBroken = on_broken
+        self.max_broken = max_broken
+        self.reader = reader or {}
+        self.seed = seed
+        self.preprocessing = {
+            "input_shape": [3, image_size, image_size],
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": interpolation,
+            "crop_pct": crop_pct,
+        }
+        self.transforms = {
+            "eval": _transform(self.preprocessing, is_training=False),
+            "train": _transform(self.preprocessing, is_training=True, **(augmentation or {})),
+        }
+        self.classes: list[str] | None = None
+        self._found: dict[str, ImageSet] = {}
+        self._train_loader: ExampleLoader | None = None
+        self._state: dict[str, Any] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Decode what has not been decoded yet."""
-        if not hasattr(self, "train"):
-            self._read()
+        """Find the images and their labels, once; the training split says what the classes are, where there is one."""
+        if self.seed is None:
+            self.seed = torch.initial_seed() % 2**32
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", tuple(self.splits))
+        if self.classes is None and "train" not in wanted:
+            self._learn_classes()
+        for split in wanted:
+            self._images(split)
 
-    def _read(self) -> None:
-        path = self.folder / "train.parquet"
-        rows = count_rows(path)
-        num_train = min(rows - self.num_val, self.limit_train or rows)
-        if num_train < self.batch_size or self.num_val < 1:
-            raise DataError(
-                f"{path} has {rows:,} rows: too few for num_val={self.num_val}, "
-                f"limit_train={self.limit_train} and batch_size={self.batch_size}."
-            )
-        images, labels, self.classes = read_parquet_images(path, self.image_size, slice(num_train))
-        normalise = Normalise(images)
-        self.preprocessing = {
-            "input_shape": list(images.shape[1:]),
-            "mean": (normalise.mean.flatten() / 255).tolist(),
-            "std": (normalise.deviation.flatten() / 255).tolist(),
-            "interpolation": "box",
-            "crop_pct": 1.0,
-        }
-        crop = RandomCropFlip(padding=images.shape[-1] // 8)
-        augmented = (lambda batch: normalise(crop(batch))) if self.augment else normalise
-        self.train = TensorExamples(images, labels, augmented)
-        val = read_parquet_images(path, self.image_size, slice(rows - self.num_val, rows))
-        test = read_parquet_images(self.folder / "test.parquet", self.image_size)
-        self.val, self.test = (TensorExamples(*split[:2], normalise) for split in (val, test))
+    def _learn_classes(self) -> None:
+        """Evaluation alone may have no training data; then the split's own classes count."""
+        try:
+            self._images("train")
+        except DataError:
+            self.classes = None
+
+    def _images(self, split: str) -> ImageSet:
+        name = self.splits[split]
+        if name not in self._found:
+            images = open_images(self.folder, self.dataset, name, self.classes, **self.reader)
+            names = images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
+            self.classes = self.classes or names
+            _compare(images, self.classes)
+            if split == "train":
+                _refuse_unseen(images, self.classes)
+            self._found[name] = images
+        return self._found[name]
 
     def description(self) -> dict[str, Any]:
-        """What a trained network needs to be told of its data; levels of pixels are shares of 255."""
+        """What a trained network needs to be told of its data."""
         return {"classes": self.classes, "preprocessing": self.preprocessing}
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled and augmented batches."""
-        return batch_loader(self.train, self.batch_size, shuffle=True)
+    def example_name(self, split: str, place: int) -> str:
+        """What to call an image of a split ("train", "val" or "test"): its file, where it has one of its own."""
+        return self._images(split).name(place)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> ExampleLoader:
+        """Shuffled and augmented batches, in an order that depends on the seed and the epoch."""
+        if self._train_loader is None:
+            self._train_loader = self._loader("train")
+            if self._state:
+                self._train_loader.load_state_dict(self._state)
+        return self._train_loader
+
+    def val_dataloader(self) -> ExampleLoader:
         """Validation batches, in order."""
-        return batch_loader(self.val, 500)
+        return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> ExampleLoader:
         """Test batches, in order."""
-        return batch_loader(self.test, 500)
+        return self._loader("test")
+
+    # Lightning restores a loader's own state only if nothing has asked for the loader before, as schedules do.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is in the data, for a checkpoint."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there, also in the middle of an epoch."""
+        self._state = state_dict
+        if self._train_loader is not None and state_dict:
+            self._train_loader.load_state_dict(state_dict)
+
+    def _loader(self, split: str) -> ExampleLoader:
+        train = split == "train"
+        images = self._images(split)
+        processes = {}
+        if self.trainer is not None:
+            processes = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        part = Part(
+            len(images), self.batch_size if train else self.eval_batch_size, train, seed=self.seed or 0, **processes
+        )
+        examples = _Transformed(images, self.transforms["train" if train else "eval"])
+        return ExampleLoader(examples, part, self.num_workers, self.on_broken, self.max_broken)
 
 
-class Normalise:
-    """Bytes to numbers of mean 0 and standard deviation 1 in each channel.
+@dataclass(frozen=True)
+class _Transformed:
+    """Images as tensors, with their labels."""
 
-    Args:
-        images: what to take mean and deviation from, (N, C, H, W), uint8.
-    """
+    images: ImageSet
+    transform: Callable[[Image.Image], Tensor] = field(repr=False)
 
-    def __init__(self, images: Tensor) -> None:
-        levels = torch.arange(256.0)
-        counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
-        share = counts / counts.sum(1, keepdim=True)
-        mean = (share * levels).sum(1)
-        deviation = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1.0)
-        self.mean, self.deviation = mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
+    def __len__(self) -> int:
+        return len(self.images)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """(N, C, H, W), uint8, to the same shape in float32."""
-        return (images - self.mean) / self.deviation
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images.image(index)), int(self.images.labels[index])
 
 
-class RandomCropFlip:
-    """Pad with black, cut out the original size at random, and flip every other image, all in one gather.
+def _transform(preprocessing: dict[str, Any], **options: Any) -> Callable[[Image.Image], Tensor]:
+    from timm.data.transforms_factory import create_transform  # slow to import
 
-    Args:
-        padding: pixels on each side.
-
-    Example:
-        >>> RandomCropFlip(padding=4)(torch.zeros(8, 3, 32, 32, dtype=torch.uint8)).shape
-        torch.Size([8, 3, 32, 32])
-    """
-
-    def __init__(self, padding: int) -> None:
-        self.padding = padding
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to the same shape; each image gets its own crop."""
-        n, channels, height, width = images.shape
-        padded = torch.nn.functional.pad(images, [self.padding] * 4)
-        top, left = torch.randint(2 * self.padding + 1, (2, n, 1))
-        rows = top + torch.arange(height)
-        columns = left + torch.arange(width)
-        columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
-        return padded[
-            torch.arange(n).view(-1, 1, 1, 1),
-            torch.arange(channels).view(1, -1, 1, 1),
-            rows.view(n, 1, height, 1),
-            columns.view(n, 1, 1, width),
-        ]
+    known = {**preprocessing, "input_size": tuple(preprocessing["input_shape"])}
+    del known["input_shape"]
+    try:
+        return create_transform(**(known | options))  # pyright: ignore[reportReturnType]  in no mode that we ask for
+    except (AssertionError, TypeError, ValueError) as error:
+        raise DataError(f"timm.data.create_transform does not take {options}: {error}") from error
 
 
-def count_rows(path: Path) -> int:
-    """The number of rows of a Parquet file, without reading them.
-
-    Raises:
-        DataError: no such file, or not a Parquet file.
-    """
-    return _open(path).metadata.num_rows
-
-
-def read_parquet_images(
-    path: Path, image_size: int | None = None, rows: slice = slice(None)
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Decode a file of images.
-
-    Args:
-        path: a Parquet file with the columns `image` and `label`.
-        image_size: S, the size to bring images to; None keeps them as they are.
-        rows: which rows to decode, without a step.
-
-    Returns:
-        Images (N, 3, S, S), uint8; labels (N,), int64; the classes' names, or their numbers if the file names
-        none.
-
-    Raises:
-        DataError: what is wrong with the file.
-    """
-    table = _read_table(path)
-    labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
-    classes = _classes(table, labels)
-    wrong = ((labels < 0) | (labels >= len(classes))).nonzero()
-    if len(wrong):
-        row = int(wrong[0])
+def _compare(images: ImageSet, classes: Sequence[str]) -> None:
+    """Labels of all splits must mean the same."""
+    strangers = sorted(set(images.classes or ()) - set(classes))
+    if strangers:
+        raise DataError(f"{images.where} has the class {strangers[0]!r}, which the training data does not have.")
+    if images.classes is not None and list(images.classes) != list(classes):
+        raise DataError(f"{images.where} does not have the classes of the training data, in their order.")
+    if int(images.labels.max()) >= len(classes):
         raise DataError(
-            f"{path}: labels must be in [0, {len(classes)}), as its metadata names {len(classes)} classes; "
-            f"got {int(labels[row])} in row {row}."
+            f"{images.where} has the label {int(images.labels.max())}; the training data has {len(classes)} classes."
         )
-    chosen = range(table.num_rows)[rows]
-    encoded = table["image"].slice(chosen.start, len(chosen)).to_pylist()
-    images = [
-        _decode(image, f"{path}, row {row}", image_size)
-        for row, image in track(
-            zip(chosen, encoded, strict=True), f"Decoding {path.name}", total=len(chosen), transient=True
-        )
-    ]
-    sizes = {image.shape for image in images}
-    if len(sizes) > 1:
-        raise DataError(f"{path}: images of {len(sizes)} sizes; give image_size to bring them to one.")
-    return torch.stack(images), labels[rows], classes
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; the data folder must hold train.parquet and test.parquet.")
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
-
-
-def _read_table(path: Path) -> pa.Table:
-    file = _open(path)
-    schema = file.schema_arrow
-    columns = {field.name: field.type for field in schema}
-    image, label = columns.get("image", pa.null()), columns.get("label", pa.null())
-    has_bytes = pa.types.is_struct(image) and "bytes" in [field.name for field in image]
-    if not has_bytes or not pa.types.is_integer(label):
-        raise DataError(
-            f"{path} must have the columns image (a struct with the field bytes) and label (integers); "
-            f"it has {', '.join(f'{name}: {kind}' for name, kind in columns.items())}."
-        )
-    try:
-        table = file.read(["image", "label"])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
-    if table.num_rows == 0 or table["label"].null_count:
-        raise DataError(f"{path} must hold at least one row, and a label in each.")
-    return table
-
-
-def _classes(table: pa.Table, labels: Tensor) -> list[str]:
-    names = (table.schema.metadata or {}).get(b"classes")
-    return names.decode().split(",") if names else [str(label) for label in range(int(labels.max()) + 1)]
-
-
-def _decode(encoded: dict[str, Any] | None, where: str, image_size: int | None) -> Tensor:
-    try:
-        with Image.open(io.BytesIO((encoded or {}).get("bytes") or b"")) as opened:
-            image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{where}: the image cannot be decoded: {error}") from error
-    if image_size is not None and image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BOX)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+def _refuse_unseen(images: ImageSet, classes: Sequence[str]) -> None:
+    unseen = sorted(set(range(len(classes))) - set(images.labels.tolist()))
+    if unseen:
+        raise DataError(f"{images.where} holds no images of the class {classes[unseen[0]]!r}.")

@@ -22,8 +22,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from ensemblenet.data.batches import DataError
 from ensemblenet.data.loading import ExampleLoader, OnBroken, Part
+from ensemblenet.data.tensors import DataError
 from ensemblenet.data.video import ClipSampling, Decoder, Short, Video, reader
 
 __all__ = ["Kinetics", "LabelledVideos", "find_videos"]

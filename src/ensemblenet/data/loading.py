@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from ensemblenet.data.batches import DataError
+from ensemblenet.data.tensors import DataError
 
 __all__ = ["ExampleLoader", "Examples", "OnBroken", "Part", "seed_generators"]
 
@@ -97,7 +97,7 @@ class ExampleLoader:
         DataError: while iterating: what is wrong with an example.
 
     Example:
-        >>> from ensemblenet.data.batches import TensorExamples
+        >>> from ensemblenet.data.tensors import TensorExamples
         >>> loader = ExampleLoader(TensorExamples(torch.zeros(10, 3), torch.arange(10)), Part(10, batch_size=4))
         >>> [targets.tolist() for inputs, targets in loader]
         [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]

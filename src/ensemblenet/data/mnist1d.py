@@ -16,7 +16,7 @@ from mnist1d.data import get_dataset_args, make_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ensemblenet.data.batches import DataError, TensorExamples, batch_loader
+from ensemblenet.data.tensors import DataError, TensorExamples, batch_loader
 
 __all__ = ["MNIST1D", "generate_mnist1d"]
 

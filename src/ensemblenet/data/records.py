@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ensemblenet.data.batches import DataError
+from ensemblenet.data.tensors import DataError
 from ensemblenet.data.tfrecord import OnDamage, Record, Shard
 
 __all__ = ["RecordLoader", "Share"]

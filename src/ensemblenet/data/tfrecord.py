@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 from fsspec.core import url_to_fs
 
-from ensemblenet.data.batches import DataError
+from ensemblenet.data.tensors import DataError
 
 __all__ = ["OnDamage", "Record", "Shard", "find_shards", "index_shard", "index_shards"]
 

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from ensemblenet.data.batches import DataError
 from ensemblenet.data.records import RecordLoader, Share
+from ensemblenet.data.tensors import DataError
 from ensemblenet.data.tfexample import Fields, bytes_of, floats_of, frames_of, integers_of, read_fields
 from ensemblenet.data.tfrecord import OnDamage, Record, Shard, find_shards, index_shards
 

@@ -1,9 +1,9 @@
 """Networks that timm lacks, as ordinary modules."""
 
 from ensemblenet.models.mnist1d import MNIST1DNet
-from ensemblenet.models.named import create
 from ensemblenet.models.resnet import CifarResNet
 from ensemblenet.models.s3d import S3D
+from ensemblenet.models.sources import create
 from ensemblenet.models.youtube8m import (
     DeepBagOfFrames,
     GatedNetVLAD,

@@ -22,11 +22,8 @@ from torch import nn
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
-from ensemblenet.study.cells import Cell, Outcome, Precision, Workers, training_memory
-from ensemblenet.study.methods import METHODS, Setup
-from ensemblenet.study.pages import PAGE, comparison_table, summary, write_comparison
-from ensemblenet.training.optimization import Optimization
-from ensemblenet.training.run import (
+from ensemblenet.reports.comparison import PAGE, comparison_table, summary, write_comparison
+from ensemblenet.storage.runs import (
     CONFIG,
     ENVIRONMENT,
     RESULTS,
@@ -36,6 +33,9 @@ from ensemblenet.training.run import (
     result_row,
     write_json,
 )
+from ensemblenet.study.methods import METHODS, Setup
+from ensemblenet.study.trials import Cell, Outcome, Precision, Workers, training_memory
+from ensemblenet.training.optimization import Optimization
 
 __all__ = ["Ledger", "Study", "Tuning", "Variant", "compare", "paired_test", "read_study", "run_study", "tuning_points"]
 

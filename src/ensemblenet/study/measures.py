@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ensemblenet.functional import Task, codistillation
-from ensemblenet.losses.peers import log_probabilities
 from ensemblenet.metrics import HeadMetrics
+from ensemblenet.study.methods.losses import log_probabilities
 
 __all__ = ["Measures", "kl_between_heads"]
 
@@ -100,6 +100,6 @@ def _error(right: Tensor) -> float:
 
 
 def _tagging_metrics() -> type[Any]:
-    from ensemblenet.tagging_metrics import TaggingMetrics
+    from ensemblenet.metrics.tagging import TaggingMetrics
 
     return TaggingMetrics

@@ -19,7 +19,7 @@ from ensemblenet.functional import Combine, agreement
 from ensemblenet.heads import Choice, HeadsMode, choose, fuse, unfuse
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
-from ensemblenet.tagging_metrics import TaggingMetrics, mask_unknown
+from ensemblenet.metrics.tagging import TaggingMetrics, mask_unknown
 from ensemblenet.training.mixing import Mix, Mixing, soft_targets
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule, layer_depths
 
@@ -60,7 +60,7 @@ class Classifier(LightningModule):
     The base goes the same way as a model of one head: for it, co-distillation is plain cross-entropy. It logs
     `train/loss`, `train/agreement` (in nats, see [`ensemblenet.functional.agreement`][]) and, with the prefix
     `val/` and `test/`, what [`ensemblenet.metrics.HeadMetrics`][] lists, or for task "multilabel"
-    [`ensemblenet.tagging_metrics.TaggingMetrics`][].
+    [`ensemblenet.metrics.tagging.TaggingMetrics`][].
 
     Args:
         base: a network from a batch of inputs to logits (N, C); it is converted for the shape of the first

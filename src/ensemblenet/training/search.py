@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ensemblenet import Plan, plans
+from ensemblenet.conversion.planning import preference
 from ensemblenet.errors import TrainingError
-from ensemblenet.surgery.budget import preference
+from ensemblenet.storage.runs import write_json
 from ensemblenet.training.module import Conversion
-from ensemblenet.training.run import write_json
 
 __all__ = ["Candidate", "candidates", "rungs", "search"]
 

@@ -1,0 +1,72 @@
+"""Modules that had another name in version 0.1: the old names import still, with a warning that names the new one."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["MOVED", "install"]
+
+MOVED = {
+    "ensemblenet.anytime": "ensemblenet.heads.anytime",
+    "ensemblenet.capacity": "ensemblenet.conversion.capacity",
+    "ensemblenet.checkpoint": "ensemblenet.storage.checkpoint",
+    "ensemblenet.commands": "ensemblenet.cli.commands",
+    "ensemblenet.data.batches": "ensemblenet.data.tensors",
+    "ensemblenet.data.folders": "ensemblenet.data.images",
+    "ensemblenet.deployment": "ensemblenet.deploy.export",
+    "ensemblenet.hub": "ensemblenet.storage.hub",
+    "ensemblenet.models.named": "ensemblenet.models.sources",
+    "ensemblenet.sharing": "ensemblenet.deploy.model_card",
+    "ensemblenet.study.cells": "ensemblenet.study.trials",
+    "ensemblenet.study.demo": "ensemblenet.cli.demo",
+    "ensemblenet.study.findings": "ensemblenet.evaluation.findings",
+    "ensemblenet.study.pages": "ensemblenet.reports.comparison",
+    "ensemblenet.study.report": "ensemblenet.reports.tables",
+    "ensemblenet.study.run_figures": "ensemblenet.reports.figures",
+    "ensemblenet.study.run_report": "ensemblenet.reports.networks",
+    "ensemblenet.study.thumbnails": "ensemblenet.reports.thumbnails",
+    "ensemblenet.surgery": "ensemblenet.conversion",
+    "ensemblenet.surgery.axes": "ensemblenet.operations.axes",
+    "ensemblenet.surgery.budget": "ensemblenet.conversion.planning",
+    "ensemblenet.surgery.initialise": "ensemblenet.conversion.initialise",
+    "ensemblenet.surgery.layers": "ensemblenet.operations.layers",
+    "ensemblenet.surgery.narrow": "ensemblenet.conversion.build",
+    "ensemblenet.surgery.rules": "ensemblenet.conversion.equations",
+    "ensemblenet.surgery.split": "ensemblenet.conversion.split",
+    "ensemblenet.surgery.trace": "ensemblenet.conversion.trace",
+    "ensemblenet.surgery.translate": "ensemblenet.operations.literals",
+    "ensemblenet.tagging_metrics": "ensemblenet.metrics.tagging",
+    "ensemblenet.timm_models": "ensemblenet.deploy.timm_names",
+    "ensemblenet.training.cli": "ensemblenet.training.fit",
+    "ensemblenet.training.evaluate": "ensemblenet.evaluation.scoring",
+    "ensemblenet.training.export": "ensemblenet.cli.export",
+    "ensemblenet.training.files": "ensemblenet.evaluation.files",
+    "ensemblenet.training.predict": "ensemblenet.evaluation.predictions",
+    "ensemblenet.training.restore": "ensemblenet.storage.restore",
+    "ensemblenet.training.run": "ensemblenet.storage.runs",
+    "ensemblenet.training.submission": "ensemblenet.evaluation.submission",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if fullname in MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__
+        warnings.warn(f"{old} is now {MOVED[old]}.", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = import_module(MOVED[old])  # the import system takes what stands there
+
+
+def install() -> None:
+    """Let the import system find the old names."""
+    # in front: an old folder's name leads to a new folder, in which another finder would load files a second time
+    sys.meta_path.insert(0, _Finder())

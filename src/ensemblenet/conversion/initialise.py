@@ -1,0 +1,96 @@
+"""First values of a head's parameters: redrawn at the base's scale, or inherited from the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ensemblenet.conversion.equations import Equations
+from ensemblenet.operations.axes import Axis
+
+__all__ = ["Init", "Initialiser"]
+
+Init = Literal["fresh", "inherit"]
+SizeOf = Callable[[Axis], int]
+
+
+class Initialiser:
+    """Makes the tensors of one part of the model.
+
+    `"fresh"` takes the base's values as a sample of its initialisation, whatever that was: every entry of a weight
+    or bias is drawn anew from the entries of the base's, and scaled with the root of the fan-in's change so that
+    signals keep their spread in narrower layers. Parameters that do not multiply features (normalisations, layer
+    scales, position embeddings) have structure rather than chance in them; they keep the values of the channels
+    that the head keeps. `"inherit"` keeps the values of those channels for all tensors.
+
+    Which channels a part keeps is its own choice by chance.
+
+    Args:
+        init: `"fresh"` or `"inherit"`.
+        generator: the source of chance, on the CPU.
+    """
+
+    def __init__(self, init: Init, generator: torch.Generator) -> None:
+        self.init: Init = init
+        self.generator = generator
+        self._choices: dict[Axis, list[int]] = {}
+
+    def tensor(self, name: str, base: Tensor, axes: list[Axis], size_of: SizeOf, equations: Equations) -> Tensor:
+        """A new parameter or buffer in the place of the base's."""
+        fan_in = equations.contracted.get(name)
+        if self.init == "fresh" and (fan_in is not None or name in equations.biases):
+            shape = [axis.value(size_of) for axis in axes]
+            shrunk = math.prod(axis.size / axis.value(size_of) for axis in fan_in or [])
+            new = self._redraw(base, shape, math.sqrt(shrunk) if fan_in else 1.0)
+        else:
+            new = base.detach().clone()
+            for dim, axis in enumerate(axes):
+                if axis.value(size_of) != axis.size:
+                    new = new.index_select(dim, self._chosen(axis, size_of).to(base.device))
+        return nn.Parameter(new, base.requires_grad) if isinstance(base, nn.Parameter) else new
+
+    def projection(self, weight: Tensor, axis: Axis, size_of: SizeOf) -> None:
+        """Fill the projection's weight, of shape (narrow, base, ...), in place."""
+        with torch.no_grad():
+            if self.init == "fresh":
+                weight.normal_(0, axis.size**-0.5, generator=self.generator)
+            else:
+                weight.zero_()
+                chosen = self._chosen(axis, size_of)
+                weight[torch.arange(len(chosen)), chosen] = 1
+
+    def finish(self, part: nn.Module) -> None:
+        """What a fresh part needs beyond its own tensors: statistics of no data, recurrent weights by their layer."""
+        if self.init != "fresh":
+            return
+        for layer in part.modules():
+            if isinstance(layer, nn.modules.batchnorm._NormBase):
+                layer.reset_running_stats()
+            elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))
+                    layer.reset_parameters()
+
+    def _redraw(self, base: Tensor, shape: list[int], scale: float) -> Tensor:
+        """Entries drawn with replacement from the base's, times a scale; a constant stays as it is."""
+        values = base.detach().flatten()
+        if (values == values[0]).all():
+            return values[0].expand(shape).clone()
+        new = torch.empty(math.prod(shape), dtype=base.dtype, device=base.device)
+        for block in new.split(1 << 22):  # in blocks: the positions take more memory than the values
+            picks = torch.randint(len(values), (len(block),), generator=self.generator)
+            block.copy_(values[picks.to(base.device)])
+        return new.mul_(scale).view(shape)
+
+    def _chosen(self, axis: Axis, size_of: SizeOf) -> Tensor:
+        return torch.tensor(axis.indices(lambda unknown: self._choice(unknown, size_of)))
+
+    def _choice(self, unknown: Axis, size_of: SizeOf) -> list[int]:
+        if unknown not in self._choices:
+            order = torch.randperm(unknown.size, generator=self.generator)
+            self._choices[unknown] = order[: size_of(unknown)].sort().values.tolist()
+        return self._choices[unknown]

@@ -1,0 +1,1 @@
+"""Trained models for others: exported files, the Hugging Face Hub, names in timm."""

@@ -1,0 +1,100 @@
+"""Saved models under names of their own in timm: timm takes the functions of a module for its models."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ensemblenet.conversion.convert import rebuild
+from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.errors import LoadError
+from ensemblenet.storage.checkpoint import load, read_description
+from ensemblenet.storage.hub import local_folder
+
+__all__ = ["register_timm"]
+
+default_cfgs: dict[str, Any] = {}  # timm reads it
+
+_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+
+def register_timm(name: str, directory: str | os.PathLike[str], base: nn.Module | None = None) -> None:
+    """Let `timm.create_model(name, pretrained=True)` load a saved model, for as long as this process runs.
+
+    What it returns is an [`ensemblenet.EnsembleNet`][]: in evaluation (N, C), as timm's models; in training (K, N, C),
+    which wants [`ensemblenet.CoDistillationLoss`][]. `timm.data.resolve_model_data_config` finds the preprocessing that
+    was saved with it, and `timm.list_models` the name. With `pretrained=False` it is the same model with the weights
+    that it began with. Its classes and channels are fixed: `num_classes` and `in_chans` may only repeat them, and
+    `forward_features`, `reset_classifier` and the like do not exist.
+
+    Args:
+        name: one that timm does not have.
+        directory: a saved directory, or an address such as `hf://owner/name`.
+        base: a fresh instance of the base, where no known factory makes it.
+
+    Raises:
+        LoadError: the directory cannot be loaded, or timm has a model of that name.
+
+    Example:
+        >>> import ensemblenet, tempfile, timm
+        >>> net = timm.create_model("test_resnet", num_classes=5)
+        >>> model = ensemblenet.convert(net, torch.randn(2, 3, 32, 32))
+        >>> register_timm("my_two_heads", ensemblenet.save(model, tempfile.mkdtemp() + "/saved"))
+        >>> timm.create_model("my_two_heads", pretrained=True).eval()(torch.randn(4, 3, 32, 32)).shape
+        torch.Size([4, 5])
+    """
+    import timm  # slow to import
+
+    module = sys.modules[__name__]
+    if not name.isidentifier() or timm.is_model(name) or hasattr(module, name):
+        raise LoadError(f"A model needs a name of its own, made of letters, digits and _; got {name!r}.")
+    folder = local_folder(directory)
+    config = _pretrained_config(load(folder, base), read_description(folder), str(folder))
+
+    def make(pretrained: bool = False, **options: Any) -> EnsembleNet:
+        _check_options(name, options, config)
+        model = load(folder, base)
+        if not pretrained:
+            assert model.recipe is not None
+            model = rebuild(base or model.recipe.base.build(), model.recipe)  # pyright: ignore[reportOptionalMemberAccess]
+        known = config | {"architecture": name}
+        attributes = {"pretrained_cfg": known, "default_cfg": known, "num_classes": config["num_classes"]}
+        for attribute, value in attributes.items():
+            setattr(model, attribute, value)  # where timm's own models have them
+        return model.train()  # as timm's models begin
+
+    make.__name__ = make.__qualname__ = name
+    default_cfgs.update(timm.models.generate_default_cfgs({name: config}))
+    setattr(module, name, timm.models.register_model(make))
+
+
+def _pretrained_config(model: EnsembleNet, description: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """What timm wants to know of a model."""
+    assert model.recipe is not None
+    shape = model.recipe.input_shape
+    with torch.no_grad():
+        outputs = model(torch.zeros(1, *shape, dtype=getattr(torch, model.recipe.input_dtype)))
+    preprocessing = description.get("preprocessing") or {}
+    known = {key: preprocessing[key] for key in _PREPROCESSING if preprocessing.get(key) is not None}
+    return {
+        "file": folder,
+        "input_size": shape,
+        "num_classes": outputs.shape[1],
+        "label_names": description.get("classes"),
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()},
+    }
+
+
+def _check_options(name: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Refuse what would change the model; timm passes its own options along."""
+    own = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+    fixed = {"num_classes": config["num_classes"], "in_chans": config["input_size"][0], "drop_rate": 0.0}
+    for key, value in options.items():
+        if key not in own and (key not in fixed or value != fixed[key]):
+            may = f"must be {fixed[key]}" if key in fixed else "is not one of its options"
+            raise LoadError(f"{name} is a saved model: {key}={value!r} {may}. Convert and train another one.")

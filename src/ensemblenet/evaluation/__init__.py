@@ -1,0 +1,1 @@
+"""What a trained network says of data, and how good that is."""

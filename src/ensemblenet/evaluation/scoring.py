@@ -1,0 +1,450 @@
+"""The commands `validate` and `test`: how good a trained network is, its heads alone, and its first heads together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from torch import Tensor, nn
+
+from ensemblenet.cost import Cost, measure_cost
+from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.errors import LoadError
+from ensemblenet.functional import Combine
+from ensemblenet.metrics import HeadMetrics
+from ensemblenet.metrics.tagging import TaggingMetrics
+from ensemblenet.reports.tables import Column, results_table
+from ensemblenet.storage.restore import MODEL_HELP, Describes, Restored, data_module, restore
+from ensemblenet.storage.runs import environment, quiet_lightning, write_json
+from ensemblenet.training.module import seen_outputs
+
+__all__ = [
+    "Saw",
+    "Scores",
+    "Seen",
+    "Split",
+    "View",
+    "add_data_options",
+    "chosen_data",
+    "observe",
+    "score",
+    "short_number",
+    "table_columns",
+    "test",
+    "validate",
+    "views",
+]
+
+Split = Literal["val", "test"]
+
+
+class Seen(NamedTuple):
+    """A batch, and what a network said of it; all on the CPU.
+
+    Attributes:
+        places: of the N examples in their split.
+        inputs: (N, *), or V views of each, (N, V, *).
+        outputs: the logits of every head, (K, N, C), float32.
+        targets: what the loss takes.
+    """
+
+    places: list[int]
+    inputs: Tensor
+    outputs: Tensor
+    targets: Tensor
+
+
+Saw = Callable[[Seen], None]
+
+_METRICS = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}
+
+
+def validate(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Score a trained network on validation examples, see [`ensemblenet.evaluation.scoring.test`][]."""
+    return _command("validate", "val", arguments)
+
+
+def test(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Score a trained network on test examples, print a table, and write a file if asked.
+
+    Args:
+        arguments: command-line arguments.
+
+    Returns:
+        The rows of the table, see [`ensemblenet.evaluation.scoring.score`][].
+
+    Raises:
+        LoadError: there is no model, no data, or the data has other classes.
+        FileExistsError: the file to write exists.
+    """
+    return _command("test", "test", arguments)
+
+
+# -- what is scored
+
+
+@dataclass(frozen=True)
+class View:
+    """Some heads of a model, which combine into one prediction.
+
+    Args:
+        name: such as "head 2".
+        heads: which ones.
+        cost: of the trunk and these heads.
+    """
+
+    name: str
+    heads: tuple[int, ...]
+    cost: Cost
+
+
+def views(network: nn.Module, input_shape: Sequence[int]) -> list[View]:
+    """The whole network, each of its heads alone, and its first heads together; a plain network is one view.
+
+    Args:
+        network: a base or a multi-headed model.
+        input_shape: of one example.
+
+    Example:
+        >>> model = EnsembleNet(nn.Linear(8, 16), [nn.Linear(16, 3) for _ in range(3)])
+        >>> [(view.name, view.cost.macs) for view in views(model, (8,))]
+        [('ensemble', 272.0), ('head 0', 176.0), ('head 1', 176.0), ('head 2', 176.0), ('first 2', 224.0)]
+    """
+    example = torch.zeros(1, *input_shape)
+    if not isinstance(network, EnsembleNet):
+        return [View("base", (0,), measure_cost(network, example))]
+    several = tuple(range(network.num_heads))
+    chosen = {"ensemble": several}
+    if len(several) > 1:
+        chosen |= {f"head {k}": (k,) for k in several}
+    chosen |= {f"first {k}": several[:k] for k in range(2, len(several))}
+    trunk, head = _part_costs(network, example)
+    return [View(name, heads, trunk + len(heads) * head) for name, heads in chosen.items()]
+
+
+def _part_costs(network: EnsembleNet, example: Tensor) -> tuple[Cost, Cost]:
+    if network.trunk_cost is not None and network.head_cost is not None:
+        return network.trunk_cost, network.head_cost
+    with torch.no_grad():
+        features = network.trunk(example)
+    return measure_cost(network.trunk, example), measure_cost(network.heads[0], features)
+
+
+class Scores:
+    """The metrics of each view of a network, streaming over batches.
+
+    Args:
+        restored: the network, and its task.
+
+    Example:
+        >>> restored = Restored(nn.Linear(4, 3).eval(), "multiclass", (4,), {}, None, Path())
+        >>> scores = Scores(restored)
+        >>> scores.update(torch.tensor([[[5.0, 0.0, 0.0]]]), torch.tensor([0]))
+        >>> [row] = scores.rows()
+        >>> row["method"], row["accuracy"], row["parameters"]
+        ('base', 1.0, 15)
+    """
+
+    def __init__(self, restored: Restored) -> None:
+        network = restored.network
+        combine: Combine = network.combine if isinstance(network, EnsembleNet) else "logits"
+        classes, kind = restored.num_classes(), _METRICS[restored.task]
+        self.views = views(network, restored.input_shape)
+        self.metrics = [kind(classes, len(view.heads), combine=combine) for view in self.views]
+
+    def update(self, head_outputs: Tensor, target: Tensor) -> None:
+        """Add a batch: logits (K, N, C), and the targets that the loss takes."""
+        for view, metrics in zip(self.views, self.metrics, strict=True):
+            metrics.update(head_outputs[list(view.heads)], target)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each view: name, heads, cost, and the scores of its prediction."""
+        return [
+            {
+                "method": view.name,
+                "num_heads": len(view.heads),
+                "parameters": view.cost.parameters,
+                "macs": view.cost.macs,
+                **{
+                    name: value.item()
+                    for name, value in metrics.compute().items()
+                    if not name.startswith(("head_", "first_"))  # these have rows of their own
+                },
+            }
+            for view, metrics in zip(self.views, self.metrics, strict=True)
+        ]
+
+
+def score(restored: Restored, data: LightningDataModule, split: Split) -> list[dict[str, Any]]:
+    """Score a network, its heads and its first heads on a split of some data.
+
+    Args:
+        restored: the network.
+        data: its examples.
+        split: "val" or "test".
+
+    Returns:
+        A row for each [`View`][ensemblenet.evaluation.scoring.View]: `method`, `num_heads`, `parameters`, `macs`, and
+        what [`ensemblenet.metrics.HeadMetrics`][] or [`ensemblenet.metrics.tagging.TaggingMetrics`][] says of its
+        prediction.
+
+    Raises:
+        LoadError: the data does not fit the network.
+    """
+    scores = Scores(restored)
+    observe(restored, data, split, lambda seen: scores.update(seen.outputs, seen.targets))
+    return scores.rows()
+
+
+def observe(restored: Restored, data: LightningDataModule, split: Split, saw: Saw) -> None:
+    """Run a network over a split of some data, by Lightning's trainer, on a GPU if there is one.
+
+    Args:
+        restored: the network.
+        data: its examples.
+        split: "val" or "test".
+        saw: called for each batch.
+
+    Raises:
+        LoadError: the data does not fit the network.
+    """
+    trainer = Trainer(
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[RichProgressBar()],
+    )
+    run = {"val": trainer.validate, "test": trainer.test}[split]
+    run(_Observer(restored, saw), data, verbose=False)
+
+
+class _Observer(LightningModule):
+    """Shows a network batches, and what it says of them."""
+
+    def __init__(self, restored: Restored, saw: Saw) -> None:
+        super().__init__()
+        self.network = restored.network
+        self.restored = restored
+        self.num_classes = restored.num_classes()
+        self.saw = saw
+        self.next_place = 0
+
+    def setup(self, stage: str) -> None:
+        """Compare the classes of data and network."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        names = data.description().get("classes") if isinstance(data, Describes) else None
+        if names is None:
+            return
+        if len(names) != self.num_classes:
+            raise LoadError(f"The data has {len(names)} classes, {self.restored.folder} has {self.num_classes}.")
+        known = self.restored.classes
+        if known is not None and list(names) != list(known):
+            mine, other = next((a, b) for a, b in zip(known, names, strict=True) if a != b)
+            raise LoadError(
+                f"The classes of the data are not those of {self.restored.folder}: {other!r} stands where it has "
+                f"{mine!r}."
+            )
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        """Show a batch."""
+        self._show(batch, self.trainer.val_dataloaders)
+
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        """Show a batch."""
+        self._show(batch, self.trainer.test_dataloaders)
+
+    def _show(self, batch: Any, loader: Any) -> None:
+        if batch is None:  # all of its examples were skipped
+            return
+        x, y = batch
+        self._check_target(y)
+        try:
+            z = seen_outputs(self.network, x, len(self.restored.input_shape) + 1, self.restored.task)
+        except RuntimeError as error:
+            if tuple(x.shape[-len(self.restored.input_shape) :]) == self.restored.input_shape:
+                raise
+            raise LoadError(
+                f"The data has inputs of shape {tuple(x.shape[1:])}, {self.restored.folder} was trained on "
+                f"{self.restored.input_shape} and cannot take them: {error}"
+            ) from error
+        self.saw(Seen(self._places(len(x), loader), x.cpu(), z.float().cpu(), y.cpu()))
+
+    def _places(self, number: int, loader: Any) -> list[int]:
+        """The places of the next examples; those that the loader could not read and skipped are not among them."""
+        skipped = getattr(loader, "broken", {})
+        places = (place for place in count(self.next_place) if place not in skipped)
+        taken = list(islice(places, number))
+        self.next_place = taken[-1] + 1
+        return taken
+
+    def _check_target(self, y: Tensor) -> None:
+        classes = self.num_classes if self.restored.task == "multiclass" else y.shape[-1]
+        if self.restored.task == "multiclass" and int(y.max()) >= classes:
+            raise LoadError(f"The data has the label {int(y.max())}; {self.restored.folder} has {classes} classes.")
+        if classes != self.num_classes:
+            raise LoadError(f"The data has {classes} classes, {self.restored.folder} has {self.num_classes}.")
+
+
+# -- what data
+
+
+def chosen_data(restored: Restored, file: Path | None, changes: Sequence[str]) -> LightningDataModule:
+    """The data that a command line names: a run's own, changed or not, or any other.
+
+    Args:
+        restored: a run or a saved directory.
+        file: a YAML file with `class_path` and `init_args`, on its own or under `data`, as in `fit`'s files.
+        changes: options `--data.KEY VALUE` or `--data.KEY=VALUE`; values are YAML. A KEY is an argument of the data
+            module, with or without `init_args.` before it, or `class_path`. `--data VALUE` is its `folder`.
+
+    Raises:
+        LoadError: an unknown option, no data, or arguments that the data module does not take.
+    """
+    spec = _read_spec(file) if file else {}
+    own = (restored.config or {}).get("data", {}) if "class_path" not in spec else {}
+    changed = _changed(changes)
+    init_args = dict(own.get("init_args") or {}) if "class_path" not in changed else {}
+    init_args |= (spec.get("init_args") or {}) | changed.get("init_args", {})
+    class_path = changed.get("class_path") or spec.get("class_path") or own.get("class_path")
+    if class_path is None:
+        raise LoadError(
+            f"{restored.folder} does not know its data: give --data.class_path ensemblenet.data.NAME with its "
+            "arguments as --data.KEY VALUE, or a YAML file with class_path and init_args as --config FILE."
+        )
+    return data_module(replace(restored, config={"data": {"class_path": class_path, "init_args": init_args}}))
+
+
+def _read_spec(file: Path) -> Mapping[str, Any]:
+    try:
+        spec = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LoadError(f"{file} is not YAML: {error}") from error
+    spec = spec.get("data", spec) if isinstance(spec, Mapping) else spec
+    if not isinstance(spec, Mapping) or not spec.keys() & {"class_path", "init_args"}:
+        raise LoadError(f"{file} must hold class_path and init_args of a data module.")
+    return spec
+
+
+def _changed(options: Sequence[str]) -> dict[str, Any]:
+    """What options `--data.KEY VALUE` say, as class_path and init_args."""
+    changed: dict[str, Any] = {"init_args": {}}
+    rest = list(options)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if name != "--data" and not name.startswith("--data."):
+            raise LoadError(f"Unknown option {name}. Options of the data begin with --data., such as --data.folder.")
+        if not equals and not rest:
+            raise LoadError(f"{name} needs a value.")
+        value = yaml.safe_load(text if equals else rest.pop(0))
+        key = "folder" if name == "--data" else name.removeprefix("--data.").removeprefix("init_args.")
+        if key == "class_path":
+            changed[key] = value
+        else:
+            changed["init_args"][key] = value
+    return changed
+
+
+# -- the command
+
+
+def _command(name: str, split: Split, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    options, changes = _parser(name, split).parse_known_args(arguments)
+    if options.output and options.output.exists():
+        raise FileExistsError(f"{options.output} exists; --output needs a new file.")
+    restored = restore(options.model)
+    quiet_lightning()
+    rows = score(restored, chosen_data(restored, options.config, changes), split)
+    console = Console()
+    console.print(results_table(rows, f"{restored.name}, {split}; shares in %", table_columns(rows)))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.output, {"split": split, "rows": rows, "environment": environment()})
+        console.print(f"Scores: {options.output}", highlight=False, soft_wrap=True)
+    return rows
+
+
+_SCORES = {
+    "accuracy": ("top-1", 100, 2),
+    "top5": ("top-5", 100, 2),
+    "gap": ("GAP@20", 100, 2),
+    "map": ("mAP", 100, 2),
+    "hit1": ("Hit@1", 100, 2),
+    "perr": ("PERR", 100, 2),
+    "nll": ("NLL", 1, 4),
+    "ece": ("ECE", 1, 4),
+    "brier": ("Brier", 1, 4),
+    "disagreement": ("disagree", 100, 2),
+}
+
+
+def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """What a table shows of views: cost, and the scores that they have."""
+    return [
+        Column("", lambda row: row["method"]),
+        Column("params", lambda row: short_number(row["parameters"])),
+        Column("MACs", lambda row: short_number(row["macs"])),
+        *(
+            Column(heading, partial(_score, name=name, scale=scale, digits=digits))
+            for name, (heading, scale, digits) in _SCORES.items()
+            if name in rows[0]
+        ),
+    ]
+
+
+def _score(row: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
+    if name == "disagreement" and row["num_heads"] == 1:
+        return ""
+    return f"{scale * row[name]:.{digits}f}"
+
+
+def short_number(number: float) -> str:
+    """A count in four digits.
+
+    Example:
+        >>> short_number(217_120), short_number(5_075_734), short_number(97)
+        ('217.1k', '5.076M', '97')
+    """
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.4g}{name}"
+    return f"{number:.0f}"
+
+
+def _parser(name: str, split: Split) -> argparse.ArgumentParser:
+    what = {"val": "validation", "test": "test"}[split]
+    parser = argparse.ArgumentParser(
+        prog=f"ensemblenet {name}",
+        description=f"Score a trained network on {what} examples: the whole model, each head alone, and the first "
+        "heads together. It needs the folder of a run of `fit`, which knows its data, or a saved model and a data "
+        "module.",
+        epilog="ECE: expected calibration error, 15 bins. Brier: squared error of the probabilities, summed over "
+        "classes. disagree: pairs of heads whose most likely classes differ. Shares are in percent.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_data_options(parser)
+    parser.add_argument("--output", type=Path, help="a new JSON file for the scores")
+    return parser
+
+
+def add_data_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add what names a data module; besides there are options `--data.KEY`, which the parser does not know."""
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML with class_path and init_args of a data module, as for `fit`; or name them as --data.class_path "
+        "NAME and --data.KEY VALUE, which also change one argument of a run's own data, such as --data.folder",
+    )

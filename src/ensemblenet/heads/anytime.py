@@ -1,0 +1,143 @@
+"""Predict with as many heads as each example needs.
+
+Shapes: N examples, K heads, C outputs, * further output dimensions; k heads have run so far, n examples go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.errors import EnsembleNetError
+from ensemblenet.functional import Task, combine_heads
+
+__all__ = ["Anytime", "AnytimeError", "StopRule", "confident", "heads_agree", "predict_anytime"]
+
+StopRule = Callable[[Tensor], Tensor]
+
+
+class AnytimeError(EnsembleNetError, ValueError):
+    """A model that cannot stop for some examples of a batch alone, or a rule that does not answer for each."""
+
+
+@dataclass(frozen=True)
+class Anytime:
+    """Predictions, and what they took.
+
+    Attributes:
+        outputs: shape (N, C, *): for each example the combination of its first heads.
+        heads_used: how many, shape (N,), integers from 1 to K.
+        macs: multiply-adds, the mean over examples; None if the costs of the model's parts are not known.
+    """
+
+    outputs: Tensor
+    heads_used: Tensor
+    macs: float | None
+
+
+def heads_agree(task: Task = "multiclass") -> StopRule:
+    """A rule: stop where two heads or more have run and all of them say the same.
+
+    Args:
+        task: "multiclass" compares their most likely classes, "multilabel" which labels have positive logits. All
+            positions of a dense output must agree.
+
+    Example:
+        >>> z = torch.tensor([[[2.0, 1.0], [0.0, 3.0]], [[4.0, 0.0], [1.0, 0.0]]])
+        >>> heads_agree()(z), heads_agree()(z[:1])
+        (tensor([ True, False]), tensor([False, False]))
+    """
+
+    def rule(head_outputs: Tensor) -> Tensor:
+        says = head_outputs > 0 if task == "multilabel" else head_outputs.argmax(2, keepdim=True)
+        same = (says == says[0]).all(0).flatten(1).all(1)
+        return same & (len(head_outputs) > 1)
+
+    return rule
+
+
+def confident(threshold: float) -> StopRule:
+    """A rule: stop where the mean of the logits so far gives one class such a probability, at every position.
+
+    Example:
+        >>> confident(0.9)(torch.tensor([[[4.0, 0.0], [1.0, 0.0]]]))
+        tensor([ True, False])
+    """
+
+    def rule(head_outputs: Tensor) -> Tensor:
+        best = head_outputs.float().mean(0).softmax(1).amax(1, keepdim=True)
+        return (best >= threshold).flatten(1).all(1)
+
+    return rule
+
+
+@torch.no_grad()
+def predict_anytime(model: EnsembleNet, x: Tensor, stop: StopRule | None = None) -> Anytime:
+    """Run the trunk once, then the heads in their order, for each example until a rule says stop.
+
+    A head runs on the examples that are left. The output of an example that stopped after k heads is that of
+    `model.first(k)`. Several heads run as one can be faster than the few that are needed: measure it on your machine.
+
+    Args:
+        model: in evaluation mode; whether its heads are fused makes no difference.
+        x: inputs, shape (N, *).
+        stop: from the outputs of the heads so far, (k, n, C, *), to booleans of shape (n,); None takes
+            [`ensemblenet.heads.anytime.heads_agree`][] for the model's task.
+            [`ensemblenet.heads.anytime.confident`][] is another.
+
+    Raises:
+        AnytimeError: the model is in training mode, its trunk does not give one row for each example, or the rule
+            does not return one boolean for each.
+
+    Example:
+        >>> from torch import nn
+        >>> model = EnsembleNet(nn.Linear(8, 16), [nn.Linear(16, 3) for _ in range(4)]).eval()
+        >>> result = predict_anytime(model, torch.randn(5, 8), confident(0.5))
+        >>> result.outputs.shape, result.heads_used.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+    """
+    if model.training:
+        raise AnytimeError("predict_anytime needs a model in evaluation mode; call model.eval().")
+    stop = stop or heads_agree(model.task)
+    features = model.trunk(x)
+    if len(features) != len(x):
+        raise AnytimeError(
+            f"The trunk gives {tuple(features.shape)} for {len(x)} examples, not a row for each; "
+            "split the base elsewhere."
+        )
+    left = torch.arange(len(x), device=x.device)  # (n,): the rows that go on
+    heads_used = torch.full_like(left, model.num_heads)
+    ended: list[tuple[Tensor, Tensor]] = []
+    so_far: list[Tensor] = []  # k outputs (n, C, *)
+    for k, head in enumerate(model.heads, start=1):
+        so_far.append(head(features))
+        outputs = torch.stack(so_far)
+        stops = _checked(stop(outputs), left) if k < model.num_heads else torch.ones_like(left, dtype=torch.bool)
+        if stops.any() or len(left) == 0:
+            heads_used[left[stops]] = k
+            ended.append((left[stops], combine_heads(outputs[:, stops], model.combine, model.task)))
+            left, features = left[~stops], features[~stops]
+            so_far = [output[~stops] for output in so_far]
+        if len(left) == 0:
+            break
+    rows, values = (torch.cat(parts) for parts in zip(*ended, strict=True))
+    return Anytime(values[rows.argsort()], heads_used, _mean_macs(model, heads_used))
+
+
+def _checked(stops: Tensor, left: Tensor) -> Tensor:
+    if stops.dtype != torch.bool or stops.shape != left.shape:
+        raise AnytimeError(
+            f"The rule must return booleans of shape {tuple(left.shape)}, got {stops.dtype} of shape "
+            f"{tuple(stops.shape)}."
+        )
+    return stops
+
+
+def _mean_macs(model: EnsembleNet, heads_used: Tensor) -> float | None:
+    if model.trunk_cost is None or model.head_cost is None or len(heads_used) == 0:
+        return None
+    return model.trunk_cost.macs + heads_used.double().mean().item() * model.head_cost.macs

@@ -1,0 +1,174 @@
+"""What a run of `fit` left, or a saved directory, as a network that is ready to use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningDataModule
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from ensemblenet import EnsembleNet, load, save
+from ensemblenet.errors import LoadError
+from ensemblenet.storage.checkpoint import read_description
+from ensemblenet.storage.hub import PREFIX, local_folder
+from ensemblenet.storage.runs import CONFIG, write_json
+from ensemblenet.training.module import Classifier, ClassifierTask
+
+__all__ = ["MODEL_HELP", "Describes", "Restored", "data_module", "restore", "store"]
+
+MODEL_HELP = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
+
+_MODEL = "model"
+_DESCRIPTION = "data.json"
+_WEIGHTS = "model.safetensors"
+
+
+@runtime_checkable
+class Describes(Protocol):
+    """A data module that can say what a trained network needs to be told of its data."""
+
+    def description(self) -> dict[str, Any]:
+        """Plain data, after `setup`: `classes`, the names in the order of the outputs, and `preprocessing`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A trained network and what is known of its data.
+
+    Args:
+        network: a base or a multi-headed model, on the CPU and in evaluation mode.
+        task: what its targets are.
+        input_shape: of one example.
+        description: what the data module said of its data when the network was trained: `classes`, the names in the
+            order of the outputs, and `preprocessing`, both where known.
+        config: the run's configuration; None for a saved directory.
+        folder: of the run, or the saved directory.
+        address: on the hub, where it came from there.
+    """
+
+    network: nn.Module
+    task: ClassifierTask
+    input_shape: tuple[int, ...]
+    description: Mapping[str, Any]
+    config: Mapping[str, Any] | None
+    folder: Path
+    address: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What to call it in tables and figures."""
+        return self.folder.resolve().name if self.address is None else self.address.removeprefix(PREFIX)
+
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the outputs, where the data named them."""
+        return self.description.get("classes")
+
+    def num_classes(self) -> int:
+        """C, by a forward pass of zeros."""
+        with torch.inference_mode():
+            return self.network(torch.zeros(1, *self.input_shape)).shape[1]
+
+
+def store(module: Classifier, data: LightningDataModule, folder: Path) -> None:
+    """Keep a trained network in its run's folder, in place of what a killed run left there.
+
+    Args:
+        module: with a base or a conversion of one.
+        data: what it was trained on.
+        folder: the run's.
+    """
+    shutil.rmtree(folder / _MODEL, ignore_errors=True)
+    network = module.network.eval()
+    description = {"task": module.task, "input_shape": list(module.example_inputs.shape[1:])}
+    description |= data.description() if isinstance(data, Describes) else {}
+    if isinstance(network, EnsembleNet):
+        save(network, folder / _MODEL, description)
+        return
+    (folder / _MODEL).mkdir()
+    write_json(folder / _MODEL / _DESCRIPTION, description)
+    save_model(network, str(folder / _MODEL / _WEIGHTS))
+
+
+def restore(directory: str | os.PathLike[str], base: nn.Module | None = None) -> Restored:
+    """The network of a finished run, or of a directory that [`ensemblenet.save`][] wrote.
+
+    Args:
+        directory: a run's folder or a saved directory, or its address on the hub, `hf://owner/name`.
+        base: a fresh instance of the base, for a saved directory whose base no known factory makes; a run knows its
+            own.
+
+    Raises:
+        LoadError: there is no model, it is damaged, or its base is not known.
+    """
+    folder = local_folder(directory)
+    address = None if folder == Path(directory) else str(directory)
+    if not (folder / CONFIG).is_file():
+        network = load(folder, base)
+        assert network.recipe is not None
+        described = {"task": network.task, "input_shape": network.recipe.input_shape} | read_description(folder)
+        return _restored(network, described, None, folder, address)
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    if not (folder / _MODEL).is_dir():
+        raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
+    network = _instantiate(nn.Module, config["model"]["base"], folder)
+    if config["model"]["conversion"] is not None:
+        network = load(folder / _MODEL, network)
+    else:
+        _load_weights(network, folder / _MODEL / _WEIGHTS)
+    return _restored(network, read_description(folder / _MODEL), config, folder, address)
+
+
+def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) -> LightningDataModule:
+    """The data module that a run was trained on, made anew.
+
+    Args:
+        restored: a run.
+        changes: arguments to make it with in place of the run's own, such as `{"folder": "elsewhere"}`.
+
+    Raises:
+        LoadError: no run's folder, which alone knows its data, or arguments that the data module does not take.
+    """
+    if restored.config is None:
+        raise LoadError(f"{restored.folder} is no run's folder and so does not know its data.")
+    data = dict(restored.config["data"])
+    data["init_args"] = {**(data.get("init_args") or {}), **(changes or {})}
+    return _instantiate(LightningDataModule, data, restored.folder)
+
+
+def _restored(
+    network: nn.Module, described: Mapping[str, Any], config: Any, folder: Path, address: str | None
+) -> Restored:
+    try:
+        task, shape = described["task"], tuple(described["input_shape"])
+    except (KeyError, TypeError) as error:
+        raise LoadError(f"{folder}: {_DESCRIPTION} does not name task and input_shape: {error}") from error
+    return Restored(network.eval(), task, shape, described, config, folder, address)
+
+
+def _instantiate(kind: type, spec: Any, folder: Path) -> Any:
+    """Make what a stored configuration names by class_path and init_args."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--made", type=kind)
+    try:
+        return parser.instantiate(parser.parse_object({"made": spec}))["made"]
+    except (ArgumentError, ValueError) as error:
+        raise LoadError(f"{folder}: {error}") from error
+
+
+def _load_weights(network: nn.Module, path: Path) -> None:
+    try:
+        load_model(network, str(path))
+    except (FileNotFoundError, RuntimeError, SafetensorError) as error:
+        raise LoadError(f"{path} does not hold the weights of the run's base: {error}") from error

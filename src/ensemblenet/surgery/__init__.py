@@ -1,1 +1,0 @@
-"""From a base network to a trunk and narrowed heads: trace, split, narrow, budget."""

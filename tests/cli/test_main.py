@@ -1,0 +1,109 @@
+"""The command line: what it prints, its exit codes, and that it starts fast."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ensemblenet
+from ensemblenet.cli import main as cli
+
+NET = "ensemblenet.models:MNIST1DNet"
+
+
+def test_help_lists_the_commands_without_loading_torch():
+    code = "import sys; from ensemblenet.cli.main import main\n"
+    code += "try: main(['--help'])\nfinally: print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for command in ("demo", "info", "convert", "compare", "fit"):
+        assert f"\n  {command} " in printed
+    assert printed.endswith("False\n")
+
+
+@pytest.mark.parametrize("command", ["demo", "info", "convert", "compare", "fit"])
+def test_each_help_says_what_the_command_needs(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    assert "need" in capsys.readouterr().out.lower()
+
+
+def test_info_shows_cost_split_points_and_widths(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["info", NET, "--num-heads", "3", "--budget", "0.9"]) == 0
+    printed = capsys.readouterr().out
+    assert "24,746 parameters, 232,320 MACs" in printed
+    assert "conv2" in printed
+    assert "(N, 32, 20)" in printed
+    assert "flop_counter" in printed
+    assert "does not fit" in printed
+
+
+def test_info_takes_timm_names_and_an_input_shape(capsys):
+    assert cli.main(["info", "test_resnet", "--input-shape", "3,64,64", "--num-classes", "5"]) == 0
+    assert "parameters" in capsys.readouterr().out
+
+
+def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path, capsys):
+    output = tmp_path / "models" / "net"
+    arguments = ["convert", NET, "--num-heads", "4", "--budget", "0.95", "--output", str(output)]
+    assert cli.main(arguments) == 0
+    assert "24,746" in capsys.readouterr().out
+    assert ensemblenet.load(output).num_heads == 4
+
+    assert cli.main(arguments) == 2
+    assert "exists already; --output needs a new folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "resnet81"], "timm has no model 'resnet81'. Did you mean"),
+        (["info", "torchvision:resnet81"], "torchvision has no classification model 'resnet81'. Did you mean"),
+        (["info", "no.such.module:Net"], "No module named 'no'"),
+        (["info", "ensemblenet.models:Nothing"], "ensemblenet.models has no callable 'Nothing'"),
+        (["info", "builtins:dict"], "builtins:dict must return an nn.Module, got dict"),
+        (["info", "torch.nn:Linear"], "torch.nn:Linear cannot be called with no arguments"),
+        (["info", "torch.nn:ReLU"], "torch.nn:ReLU does not say what inputs it takes: give --input-shape"),
+        (["info", NET, "--budget", "-1"], "budget must be a positive number"),
+        (["convert", NET, "--budget", "0.001", "--output", "never"], "do not fit a budget"),
+        (["convert", NET, "--split-at", "conv9", "--output", "never"], "conv9"),
+        (["fit", "--config", "missing.yaml"], "missing.yaml"),
+        (["fit", "--resume", "missing"], "missing is no run folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr().err
+    assert captured.startswith(f"ensemblenet {arguments[0]}: ")
+    assert captured.count("\n") == 1
+    assert message in captured
+    assert not Path("never").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["nothing"],
+        ["info"],
+        ["info", NET, "--input-shape", "3,x"],
+        ["convert", NET],
+        ["demo", "--seeds", "0"],
+        ["info", NET, "--num-heads", "0"],
+    ],
+)
+def test_wrong_usage_exits_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("ensemblenet.cli.commands.create", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info", NET])

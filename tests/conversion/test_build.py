@@ -1,0 +1,257 @@
+"""Narrowing rules, one small network for each kind of coupling."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ensemblenet import BudgetError, EnsembleNet, convert
+from ensemblenet.conversion.equations import rule
+from ensemblenet.conversion.trace import trace
+from ensemblenet.operations.layers import layer_rule
+
+
+class Between(nn.Module):
+    """A network around one operation on 64 channels."""
+
+    def __init__(self, middle: nn.Module, channels: int = 64) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 64, 3, padding=1)
+        self.middle = middle
+        self.last = nn.Conv2d(channels, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x))).mean((2, 3))
+
+
+class Function(nn.Module):
+    def __init__(self, function: object) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)  # type: ignore[operator]
+
+
+def shuffle(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+MIDDLES = {
+    "depthwise": nn.Conv2d(64, 64, 3, padding=1, groups=64),
+    "depthwise, multiplied": nn.Sequential(nn.Conv2d(64, 128, 3, padding=1, groups=64), nn.Conv2d(128, 64, 1)),
+    "grouped": nn.Conv2d(64, 64, 3, padding=1, groups=16),
+    "two groups": nn.Conv2d(64, 64, 3, padding=1, groups=2),
+    "transposed": nn.ConvTranspose2d(64, 64, 2, 2),
+    "transposed, grouped": nn.ConvTranspose2d(64, 64, 2, 2, groups=8),
+    "group normalisation": nn.GroupNorm(8, 64),
+    "instance normalisation": nn.InstanceNorm2d(64, affine=True),
+    "layer normalisation": Function(lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (64,)).permute(0, 3, 1, 2)),
+    "parametric relu": nn.PReLU(64),
+    "split": Function(lambda x: torch.cat([part.relu() for part in x.split(16, dim=1)], 1)),
+    "uneven split": Function(lambda x: torch.cat([x.split([16, 48], 1)[1], x.split([16, 48], 1)[0]], 1)),
+    "gate": nn.Sequential(nn.Conv2d(64, 128, 1), nn.GLU(dim=1)),
+    "slices": Function(lambda x: torch.cat([x[:, :24].relu(), x[:, 24:].tanh()], dim=1)),
+    "narrow": Function(lambda x: torch.cat([x.narrow(1, 24, 40), x.narrow(1, 0, 24)], dim=1)),
+    "shuffle": Function(shuffle),
+    "shuffle, as a layer": nn.ChannelShuffle(2),
+    "pixels": nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(256, 256, 1), nn.PixelShuffle(2)),
+    "unflatten": Function(lambda x: x.unflatten(1, (4, 16)).softmax(1).flatten(1, 2)),
+    "unflatten, as a layer": nn.Sequential(nn.Unflatten(1, (4, 16)), nn.Flatten(1, 2)),
+    "einsum": Function(
+        lambda x: torch.einsum("nchw,ndhw->ncd", x, x.softmax(1))[..., None] * x.mean((2, 3))[:, None, :, None]
+    ),
+    "weights": nn.utils.parametrizations.weight_norm(nn.Conv2d(64, 64, 3, padding=1)),
+    "padding": Function(lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect")),
+    "upsampling": nn.Upsample(scale_factor=2, mode="bilinear"),
+    "window": Function(lambda x: F.fold(F.unfold(x, 2, stride=2), (8, 8), 2, stride=2)),
+}
+
+
+def converted(middle: nn.Module, budget: float = 0.9) -> EnsembleNet:
+    torch.manual_seed(0)
+    return convert(Between(middle), torch.randn(2, 3, 8, 8), split_at="input", budget=budget)
+
+
+def channels_left(model: EnsembleNet) -> int:
+    last = model.heads[0].get_submodule("last")
+    assert isinstance(last, nn.Conv2d)
+    assert last.weight.shape[1] == last.in_channels
+    return last.in_channels
+
+
+@pytest.mark.parametrize("name", [name for name in MIDDLES if name != "einsum"])
+def test_channels_shrink_through(name: str) -> None:
+    model = converted(MIDDLES[name])
+    assert model.recipe is not None
+    assert model.recipe.frozen == ()
+    assert channels_left(model) < 60
+
+
+def test_channels_that_are_a_contraction_of_themselves_shrink() -> None:
+    model = converted(MIDDLES["einsum"])
+    assert model.eval()(torch.randn(3, 3, 8, 8)).shape == (3, 5)
+
+
+def test_an_operator_without_a_rule_keeps_its_sizes() -> None:
+    model = converted(Function(lambda x: torch.fft.ifft(torch.fft.fft(x, dim=1), dim=1).real), budget=2.0)
+    assert channels_left(model) == 64
+
+
+class Summary(nn.Module):
+    """A layer whose own numbers the algebra cannot see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.width = 64
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == self.width, "another width"
+        return x * self.weight[:, None, None]
+
+
+def test_what_fails_narrowed_keeps_its_width_and_users_rules_mend_it() -> None:
+    class Leaf(Summary, nn.Dropout):  # a leaf, so that its code runs as it is
+        def __init__(self) -> None:
+            nn.Dropout.__init__(self)
+            self.weight = nn.Parameter(torch.ones(64))
+            self.width = 64
+
+    with pytest.raises(BudgetError, match="do not fit"):
+        converted(Leaf())
+
+    @layer_rule(Leaf)
+    def leaf(layer: Leaf, base: Leaf, sizes: object) -> None:
+        layer.width = layer.weight.numel()
+
+    model = converted(Leaf())
+    assert model.recipe is not None
+    assert model.recipe.frozen == ()
+    assert model.heads[0].get_submodule("middle").width == channels_left(model) < 60
+
+
+def test_users_rules_for_operators() -> None:
+    sort = Function(lambda x: x.sort(dim=2).values)
+    assert channels_left(converted(sort, budget=2.0)) == 64
+
+    @rule("sort")
+    def sorted_along_a_dimension(equations, event) -> None:
+        for out in event.out:
+            equations.set(out, list(equations.axes(event.args[0])))
+
+    assert channels_left(converted(sort)) < 60
+
+
+class Stream(nn.Module):
+    """A residual stream of 64 from the first layer to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 64)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(4))
+        self.last = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def test_a_residual_stream_enters_a_head_through_a_projection() -> None:
+    x = torch.randn(4, 8)
+    model = convert(Stream(), x, split_at="add#2")
+    head = model.heads[0]
+    projection = head.get_submodule("projection")
+    assert isinstance(projection, nn.Linear)
+    assert projection.in_features == 64
+    assert projection.out_features == head.get_submodule("last").in_features < 64
+
+
+def test_a_stream_that_ends_at_the_first_layer_needs_none() -> None:
+    net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    model = convert(net, torch.randn(4, 8), split_at="1")
+    assert not hasattr(model.heads[0], "projection")
+    assert model.heads[0].get_submodule("2").in_features == 64
+
+
+def test_normaliser_free_convolutions_divide_by_the_new_fan_in() -> None:
+    from timm.layers import ScaledStdConv2d
+
+    net = nn.Sequential(
+        ScaledStdConv2d(3, 64, 3), nn.ReLU(), ScaledStdConv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 5, 1)
+    )
+    model = convert(net, torch.randn(2, 3, 8, 8), split_at="input")
+    layer = model.heads[0].get_submodule("2")
+    assert layer.scale == pytest.approx(
+        net[2].gamma_in if hasattr(net[2], "gamma_in") else layer.weight[0].numel() ** -0.5
+    )
+
+
+def test_multihead_attention_narrows_by_whole_heads() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(8, 64)
+            self.attention = nn.MultiheadAttention(64, 8, batch_first=True)
+            self.last = nn.Linear(64, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.last((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+    model = convert(Block(), torch.randn(2, 5, 8), split_at="input")
+    attention = model.heads[0].get_submodule("attention")
+    assert isinstance(attention, nn.MultiheadAttention)
+    assert attention.num_heads < 8
+    assert attention.embed_dim == attention.num_heads * 8 == attention.in_proj_weight.shape[1]
+
+
+def test_rules_never_contradict_the_tensors() -> None:
+    """Every event's axes have the sizes of its tensors."""
+    from ensemblenet.conversion.equations import Equations
+    from ensemblenet.operations.axes import kept
+
+    for middle in MIDDLES.values():
+        traced = trace(Between(middle), torch.randn(2, 3, 8, 8))
+        ref = traced.refs[traced.placeholder]
+        equations = Equations(traced, set(traced.graph.nodes), ref, [kept(size) for size in ref.shape], set())
+        for refs in traced.refs.values():
+            assert math.prod(axis.size for axis in equations.axes(refs)) == math.prod(refs.shape)
+
+
+class RecurrentHead(nn.Module):
+    """The last state of a recurrent network, classified."""
+
+    def __init__(self, bidirectional: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 16)
+        self.recurrent = nn.GRU(16, 32, 2, batch_first=True, bidirectional=bidirectional)
+        self.last = nn.Linear(64 if bidirectional else 32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.recurrent(self.first(x))
+        return self.last(states[:, -1])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gated_recurrent_units_are_narrowed(bidirectional):
+    x = torch.randn(3, 5, 6)
+    model = convert(RecurrentHead(bidirectional), x, 2, 0.9, "first").eval()
+    for head in model.heads:
+        layer = head.get_submodule("recurrent")
+        assert layer.hidden_size < 32
+        assert layer.weight_hh_l1.shape == (3 * layer.hidden_size, layer.hidden_size)
+        assert layer.input_size == layer.weight_ih_l0.shape[1] == 16
+        assert layer(torch.randn(2, 7, 16))[0].shape == (2, 7, layer.hidden_size * (1 + bidirectional))
+    assert model(x).shape == (3, 4)
+
+
+@pytest.mark.parametrize("operation", [F.logsigmoid, lambda x: x.clone().transpose_(2, 3)])
+def test_operations_that_let_channels_through(operation):
+    model = convert(Between(Function(operation)), torch.randn(2, 3, 8, 8), 2, 0.9, "input")
+    assert all(head.get_submodule("first").out_channels < 64 for head in model.heads)

@@ -1,0 +1,252 @@
+"""`predict` writes what the network says, and how far its heads agree."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+import ensemblenet
+from ensemblenet.cli.main import main
+from ensemblenet.data.kinetics import Kinetics
+from ensemblenet.evaluation.files import InputFiles, find_files, reader_of
+from ensemblenet.evaluation.predictions import predict
+from ensemblenet.models import CifarResNet, MLPTagger
+from ensemblenet.storage.restore import Restored, data_module, restore
+from ensemblenet.training.fit import fit
+
+CLASSES = ["cat", "dog, or wolf", "crane", "crane"]  # ImageNet has two of that name
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    sizes = {"num_train": 60, "num_val": 40, "num_test": 50, "batch_size": 20}
+    settings = {
+        "name": "tiny",
+        "model": {
+            "base": {"class_path": "ensemblenet.models.MNIST1DNet", "init_args": {"width": 8}},
+            "conversion": {"num_heads": 3},
+            "heads": "looped",
+        },
+        "data": {"class_path": "ensemblenet.data.MNIST1D", "init_args": sizes},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "devices": 1},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    return fit(["--config", str(folder / "tiny.yaml"), "--runs", str(folder / "runs")])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A network of 16 x 16 images."""
+    torch.manual_seed(0)
+    base = CifarResNet(8, 8, num_classes=4)
+    model = ensemblenet.convert(base, torch.randn(2, 3, 16, 16), num_heads=2).eval()
+    preprocessing = {"mean": MEAN, "std": STD, "crop_pct": 0.8, "interpolation": "bicubic"}
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    return ensemblenet.save(model, folder, {"classes": CLASSES, "preprocessing": preprocessing})
+
+
+@pytest.fixture
+def images(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    for name, size, mode in [("b.PNG", (40, 30), "RGB"), ("a.jpg", (20, 50), "L"), ("deep/c.png", (16, 16), "RGBA")]:
+        pixels = rng.integers(256, size=(*size[::-1], {"RGB": 3, "L": 1, "RGBA": 4}[mode]), dtype=np.uint8)
+        Image.fromarray(pixels.squeeze(), mode).save(tmp_path / "images" / name)
+    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    return tmp_path / "images"
+
+
+def read(path):
+    """Rows as dictionaries; probabilities as a list under `p`."""
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+        assert json.loads(table.schema.metadata[b"classes"])
+        return [{**row, "p": row["probabilities"]} for row in table.to_pylist()]
+    with path.open(newline="") as file:
+        header, *lines = csv.reader(file)
+    first = next(place for place, name in enumerate(header) if name.startswith("p_"))
+    return [dict(zip(header[:first], line, strict=False)) | {"p": line[first:]} for line in lines]
+
+
+def check(rows, z, classes):
+    """Rows against the logits of every head, (K, N, C)."""
+    p = z.mean(0).softmax(1)
+    for n, row in enumerate(rows):
+        best = int(p[n].argmax())
+        votes = z[:, n].argmax(1).tolist()
+        several = [(j, k) for j in range(len(votes)) for k in range(len(votes)) if j != k]
+        assert row["predicted"] == classes[best]
+        assert float(row["probability"]) == pytest.approx(p[n, best].item(), rel=1e-4)
+        assert float(row["spread"]) == pytest.approx(np.std(z[:, n].softmax(1)[:, best].tolist()), rel=1e-3, abs=1e-7)
+        assert float(row["disagreement"]) == pytest.approx(np.mean([votes[j] != votes[k] for j, k in several]))
+        assert [float(value) for value in row["p"]] == pytest.approx(p[n].tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize(("split", "more"), [("test", []), ("val", ["--split", "val"])])
+def test_a_split_of_the_runs_data(run, tmp_path, suffix, split, more):
+    path = predict([str(run), "--output", str(tmp_path / f"predictions{suffix}"), *more])
+    restored = restore(run)
+    data = data_module(restored)
+    data.setup()
+    x, y = getattr(data, split)
+    rows = read(path)
+    assert [row["id"] for row in rows] == [str(n) for n in range(len(x))]
+    assert [row["label"] for row in rows] == [str(digit) for digit in y.tolist()]
+    with torch.inference_mode():
+        check(rows, restored.network(x, per_head=True), list("0123456789"))
+
+
+def test_data_that_is_changed(run, tmp_path):
+    assert len(read(predict([str(run), "--output", str(tmp_path / "x.csv"), "--data.num_test", "20"]))) == 20
+
+
+def prepared(path):
+    """Resize the shorter side to 16 / 0.8 = 20 pixels, take the centre, normalise."""
+    image = Image.open(path).convert("RGB")
+    image = image.resize([20 * side // min(image.size) for side in image.size], Image.Resampling.BICUBIC)
+    left, top = (round((side - 16) / 2) for side in image.size)
+    pixels = np.asarray(image.crop((left, top, left + 16, top + 16))) / 255
+    return torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1).float()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_images_are_prepared_as_for_testing(saved, images, tmp_path, suffix, workers):
+    output = tmp_path / f"x{suffix}"
+    arguments = [str(saved), "--data", str(images), str(images / "a.jpg"), "--output", str(output)]
+    rows = read(predict([*arguments, "--batch-size", "3", "--num-workers", workers]))
+    paths = [images / "a.jpg", images / "b.PNG", images / "deep" / "c.png", images / "a.jpg"]
+    assert [row["id"] for row in rows] == [str(path) for path in paths]
+    assert "label" not in rows[0]
+    model = ensemblenet.load(saved)
+    with torch.inference_mode():
+        z = model(torch.stack([prepared(path) for path in paths]), per_head=True)
+    check(rows, z, CLASSES)
+
+
+def test_grey_images(images, tmp_path):
+    described = {"preprocessing": {"mean": [0.5], "std": [0.25], "crop_pct": 1.0}}
+    reader = reader_of(Restored(nn.Flatten(), "multiclass", (1, 20, 20), described, None, tmp_path))
+    assert reader is not None
+    with Image.open(images / "a.jpg") as image:
+        expected = (np.asarray(image)[15:35] / 255 - 0.5) / 0.25
+    assert np.allclose(reader.read(images / "a.jpg")[0], expected, atol=1e-6)
+
+
+def test_videos_are_seen_as_in_testing(tmp_path):
+    """Ten clips of the centre, as the data module has them."""
+    av = pytest.importorskip("av")
+    rng = np.random.default_rng(0)
+    for split, label in (("train", "run"), ("train", "walk"), ("val", "run"), ("val", "walk")):
+        path = tmp_path / split / label / f"{label}.mp4"
+        path.parent.mkdir(parents=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            for _ in range(20):
+                picture = np.kron(rng.integers(256, size=(4, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    settings = {"num_frames": 4, "stride": 2, "image_size": 16, "crop_pct": 0.8, "num_crops": 1, "num_workers": 0}
+    data = Kinetics(tmp_path, "train", "val", **settings)
+    data.setup()
+    views, _ = next(iter(data.test_dataloader()))
+    assert views.shape == (2, 10, 3, 4, 16, 16)
+    reader = reader_of(Restored(nn.Flatten(), "multiclass", (3, 4, 16, 16), data.description(), None, tmp_path))
+    assert reader is not None
+    files = InputFiles(find_files([str(tmp_path / "val")], reader.suffixes), reader.read)
+    [batch] = files.batches(batch_size=4, num_workers=0)
+    assert [Path(path).name for path in batch.paths] == ["run.mp4", "walk.mp4"]
+    assert torch.allclose(batch.inputs, views)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_broken_images(saved, images, tmp_path, capsys, workers):
+    (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:200])
+    (images / "empty.png").touch()
+    output = tmp_path / "x.csv"
+    arguments = ["predict", str(saved), "--data", str(images), "--output", str(output), "--num-workers", workers]
+    assert main(arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{images / 'broken.jpg'}: the image cannot be decoded" in line
+    assert not list(tmp_path.glob("*x.csv*"))
+    assert main([*arguments, "--on-damage", "skip"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Skipped {images / 'empty.png'}: the image cannot be decoded" in printed
+    assert "3 files, 2 skipped" in printed
+    assert len(read(output)) == 3
+
+
+def nothing_but_broken(images):
+    for path in images.rglob("*.*"):
+        path.unlink()
+    (images / "x.png").touch()
+
+
+@pytest.mark.parametrize(
+    ("change", "more", "message"),
+    [
+        (nothing_but_broken, ["--on-damage", "skip"], "There is no example to predict"),
+        (lambda images: [path.unlink() for path in images.rglob("*.*")], [], "holds no files that end in .bmp"),
+        (lambda images: None, ["--data", "nowhere"], "nowhere is neither a file nor a folder"),
+        (lambda images: None, ["--data.folder", "x"], "--data.folder is for the data of a run"),
+        (lambda images: None, ["--output", "x.txt"], "must end in .csv or .parquet, got x.txt"),
+        (lambda images: None, ["--output", __file__], "exists; --output needs a new file"),
+    ],
+)
+def test_what_a_user_gets_wrong(saved, images, tmp_path, capsys, change, more, message):
+    change(images)
+    arguments = ["predict", str(saved), "--output", str(tmp_path / "x.csv"), "--data", str(images), *more]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.csv").exists()
+    assert not Path("x.txt").exists()
+
+
+def test_a_submission_is_csv(tmp_path, capsys):
+    base = MLPTagger(1152, 6, [16])
+    saved = ensemblenet.save(ensemblenet.convert(base, torch.randn(2, 1152), task="multilabel"), tmp_path / "saved")
+    assert main(["predict", str(saved), "--data", "x", "--output", str(tmp_path / "x.parquet")]) == 2
+    assert "submission to the challenge is a .csv file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Class folders of noise, 16 x 16."""
+    rng = np.random.default_rng(0)
+    for split, name, number in ((split, name, n) for split in ("train", "val") for name in "ab" for n in range(4)):
+        path = tmp_path / "folders" / split / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "folders"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_names_of_images_that_follow_skipped_ones(folders, tmp_path, workers):
+    model = ensemblenet.convert(CifarResNet(8, 8, num_classes=2), torch.randn(2, 3, 16, 16)).eval()
+    saved = ensemblenet.save(model, tmp_path / "saved", {"classes": ["a", "b"]})
+    for name in ("0", "1", "3"):  # a whole batch, and one more
+        (folders / "val" / "a" / f"{name}.png").write_bytes(b"no image")
+    data = ["class_path=ensemblenet.data.ImageData", f"folder={folders}", "image_size=16", "crop_pct=1.0"]
+    data += ["batch_size=1", "on_broken=skip", f"num_workers={workers}"]
+    path = predict([str(saved), "--output", str(tmp_path / "x.csv"), *(f"--data.{option}" for option in data)])
+    rows = read(path)
+    assert [(row["id"], row["label"]) for row in rows] == [
+        (name, name[0]) for name in ("a/2.png", "b/0.png", "b/1.png", "b/2.png", "b/3.png")
+    ]
+    x = [np.asarray(Image.open(folders / "val" / row["id"])) / 255 for row in rows]
+    normalised = (np.stack(x) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    with torch.inference_mode():
+        check(rows, model(torch.from_numpy(normalised).float().permute(0, 3, 1, 2), per_head=True), "ab")

@@ -1,0 +1,286 @@
+"""The report: its figures' numbers against slow direct ones, and the page itself."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from sklearn.metrics import average_precision_score, confusion_matrix
+
+import ensemblenet
+from ensemblenet.cli.main import main
+from ensemblenet.errors import LoadError
+from ensemblenet.evaluation.findings import Findings, agreeing, pairs, reliability, stopping
+from ensemblenet.functional import agreement, combine_heads
+from ensemblenet.heads.anytime import confident, heads_agree, predict_anytime
+from ensemblenet.reports import networks as run_report
+from ensemblenet.reports.thumbnails import glimpse, thumbnail
+from ensemblenet.storage.restore import restore
+from ensemblenet.training.fit import fit
+
+K, N, C = 3, 60, 5
+Z = 2 * torch.randn(K, N, C, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(C, (N,), generator=torch.Generator().manual_seed(1))
+TAGS = (torch.rand(N, C, generator=torch.Generator().manual_seed(2)) < 0.3).to(torch.int8)
+X = torch.arange(N * 2.0).view(N, 2)
+
+
+def findings_of(z, y, combine="logits", task="multiclass", batches=1, **options):
+    findings = Findings(combine, task, **options)
+    for x_batch, z_batch, y_batch in zip(X.chunk(batches), z.chunk(batches, 1), y.chunk(batches), strict=True):
+        findings.update(x_batch, z_batch, y_batch)
+    return findings
+
+
+# -- the numbers
+
+
+@pytest.mark.parametrize("combine", ["logits", "probabilities"])
+@pytest.mark.parametrize("batches", [1, 4])
+def test_heads_and_first_heads(combine, batches):
+    findings = findings_of(Z, Y, combine, batches=batches)
+    for k in range(K):
+        for best, z in ((findings.heads, Z[k]), (findings.firsts, combine_heads(Z[: k + 1], combine))):
+            p = z.softmax(1)
+            assert torch.equal(best.classes[k], p.argmax(1))
+            assert torch.equal(best.hits[k], p.argmax(1) == Y)
+            assert torch.allclose(best.confidence[k], p.amax(1))
+    assert findings.count == N
+
+
+def test_scores_of_classes():
+    scores, counts = findings_of(Z, Y, batches=3).class_scores(C + 1)
+    table = confusion_matrix(Y, Z.mean(0).argmax(1), labels=range(C))
+    assert scores.tolist() == pytest.approx([*(table.diagonal() / table.sum(1)), 0])
+    assert counts.tolist() == [*table.sum(1), 0]
+
+
+def test_scores_of_labels():
+    scores, counts = findings_of(Z, TAGS, task="multilabel", batches=3).class_scores(C)
+    expected = [average_precision_score(TAGS[:, c], Z.mean(0)[:, c]) for c in range(C)]
+    assert scores.tolist() == pytest.approx(expected)  # of so few classes all are among the 20 best
+    assert counts.tolist() == TAGS.sum(0).tolist()
+
+
+def test_labels_that_nobody_looked_for_are_nobodys_best():
+    unknown = TAGS.clone()
+    unknown[:, 2] = -1
+    findings = findings_of(Z, unknown, task="multilabel")
+    assert not (findings.heads.classes == 2).any()
+    assert findings.class_scores(C)[1][2] == 0
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_the_examples_on_which_heads_differ_most(task):
+    y = Y if task == "multiclass" else TAGS
+    findings = findings_of(Z, y, task=task, batches=4, most=7)
+    divergence = [agreement(Z[:, n : n + 1], task).item() for n in range(N)]
+    assert [example.place for example in findings.examples] == np.argsort(divergence)[::-1][:7].tolist()
+    for example in findings.examples:
+        assert example.divergence == pytest.approx(divergence[example.place], rel=1e-4)
+        assert torch.equal(example.inputs, X[example.place])
+        assert example.labels == (
+            [Y[example.place]] if task == "multiclass" else TAGS[example.place].nonzero()[:, 0].tolist()
+        )
+        assert [best for best, _ in example.heads] == Z[:, example.place].argmax(1).tolist()
+
+
+def test_reliability():
+    confidence, hits = torch.rand(500, generator=torch.Generator().manual_seed(3)), Y.repeat(9)[:500] > 2
+    bins = reliability(confidence, hits, bins=10, fewest=45)
+    which = [[n for n in range(500) if b / 10 <= confidence[n] < (b + 1) / 10] for b in range(10)]
+    full = [some for some in which if len(some) >= 45]
+    assert 0 < len(full) < 10
+    assert bins.accuracy == pytest.approx([hits[some].float().mean().item() for some in full])
+    assert bins.confidence == pytest.approx([confidence[some].mean().item() for some in full])
+    assert bins.share == pytest.approx([len(some) / 500 for some in full])
+
+
+def test_pairs():
+    votes = Z.argmax(2)
+    expected = [[np.mean([votes[i, n] == votes[j, n] for n in range(N)]) for j in range(K)] for i in range(K)]
+    assert np.allclose(pairs(votes), expected)
+
+
+@pytest.mark.parametrize("fewest", [1, 2, 3])
+def test_agreeing(fewest):
+    votes = torch.randint(2, (4, 50), generator=torch.Generator().manual_seed(5))
+    expected = [[len(set(votes[:k, n].tolist())) == 1 and k >= fewest for n in range(50)] for k in range(1, 5)]
+    assert agreeing(votes, fewest).tolist() == expected
+
+
+@pytest.mark.parametrize("rule", ["agree", "confident"])
+def test_stopping_is_what_a_model_does_that_stops(rule):
+    """The same rules, run head by head."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, C))
+    x = torch.randn(N, 2, generator=torch.Generator().manual_seed(4))
+    model = ensemblenet.convert(base, x, num_heads=K, seed=0, init="inherit").eval()
+    with torch.no_grad():
+        findings = findings_of(model(x, per_head=True), Y)
+    threshold = float(findings.firsts.confidence.median())
+    stops = agreeing(findings.heads.classes, 2) if rule == "agree" else findings.firsts.confidence >= threshold
+    used, right = stopping(stops, findings.firsts.hits)
+    ran = predict_anytime(model, x, heads_agree() if rule == "agree" else confident(threshold))
+    assert used == pytest.approx(ran.heads_used.double().mean().item())
+    assert right == pytest.approx((ran.outputs.argmax(1) == Y).double().mean().item())
+    assert 1 < used < K
+
+
+# -- pictures of inputs
+
+
+def pixels(pictures):
+    return np.asarray(Image.open(io.BytesIO(pictures["light"])))
+
+
+def test_pictures_undo_the_preprocessing():
+    image = torch.randint(256, (3, 12, 10))
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
+    x = (image / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    shown = pixels(thumbnail(x, {"mean": mean, "std": std}, "red"))
+    assert np.array_equal(shown, image.permute(1, 2, 0))
+    stretched = pixels(thumbnail(x, None, "red"))
+    assert (stretched.min(), stretched.max()) == (0, 255)
+
+
+def test_pictures_of_other_inputs():
+    clips = torch.zeros(1, 5, 3, 7, 6, 8)
+    clips[:, 2, :, 6] = 1  # the last frame of the middle view is white
+    [clip] = glimpse(clips, ndim=4)
+    assert pixels(thumbnail(clip, None, "red"))[6:, 8:].min() == 255
+    assert pixels(thumbnail(clip, None, "red"))[:6].max() == 0
+    assert pixels(thumbnail(torch.rand(1, 900, 450), None, "red")).shape == (160, 80, 3)
+    assert sorted(thumbnail(torch.rand(40), None, "red")) == ["dark", "light"]
+    assert thumbnail(torch.rand(300, 1152), None, "red") == thumbnail(torch.rand(1152), None, "red") == {}
+
+
+# -- the page
+
+
+def train(folder, name, conversion):
+    base = {"class_path": "ensemblenet.models.MNIST1DNet", "init_args": {"width": 8}}
+    sizes = {"num_train": 60, "num_val": 40, "num_test": 50, "batch_size": 20}
+    settings = {
+        "name": name,
+        "model": {"base": base, "conversion": conversion, "heads": "looped"},
+        "data": {"class_path": "ensemblenet.data.MNIST1D", "init_args": sizes},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    return fit(["--config", str(folder / f"{name}.yaml"), "--runs", str(folder / "runs")])
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return train(folder, "plain", None), train(folder, "several", {"num_heads": 3})
+
+
+class Page(HTMLParser):
+    """What a page holds, and whether its elements close in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.sources, self.text, self.count = [], [], [], {}
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.sources += [value for name, value in attributes if name in ("src", "srcset", "href")]
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_a_page_of_two_runs(runs, tmp_path, capsys):
+    path = run_report.report([*map(str, runs), "--output", str(tmp_path / "new" / "page.html")])
+    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
+    page = Page(path.read_text())
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    text = " ".join(page.text)
+    assert "http" not in path.read_text()
+    for heading in ("Network and training", "Calibration and classes", "Heads", "Where heads disagree most"):
+        assert heading in text
+    assert page.count["tr"] == 1 + 1 + 1 + 3 + 1  # heading, base, ensemble, heads, first 2
+    assert page.count["source"] == page.count["img"] == 7 + 12  # figures, and examples: signals, drawn for each theme
+    assert "50 examples of the test split" in text
+    assert "Report:" in capsys.readouterr().out
+    assert main(["report", str(runs[0]), "--output", str(path)]) == 2
+    assert "exists; --output needs a new file" in capsys.readouterr().err
+
+
+def test_a_page_of_a_base_alone_on_validation_data(runs, tmp_path):
+    path = run_report.report([str(runs[0]), "--output", str(tmp_path / "page.html"), "--split", "val"])
+    text = " ".join(Page(path.read_text()).text)
+    assert "40 examples of the val split" in text
+    assert "Where heads disagree" not in text
+
+
+def test_stopping_goes_from_one_head_to_all(runs):
+    restored = restore(runs[1])
+    [looks] = run_report._looks([restored])
+    run = run_report._examine(looks, restored, run_report.chosen_data(restored, None, []), "test")
+    by_confidence, by_agreement, whole = run_report._stopping_lines(run)
+    rows = {row["method"]: row for row in run.rows}
+    points = {
+        name: (rows[name]["macs"], pytest.approx(100 * rows[name]["accuracy"])) for name in ("head 0", "ensemble")
+    }
+    assert by_confidence[0] == points["head 0"]
+    assert by_confidence[-1] == whole == points["ensemble"]
+    [(macs, _)] = by_agreement  # of two heads that agree
+    assert rows["first 2"]["macs"] <= macs <= whole[0]
+
+
+def test_names_from_outside_are_text(runs, tmp_path):
+    [looks] = run_report._looks([restore(runs[1])])
+    restored = restore(runs[1])
+    classes = [f"<script>{c}</script>" for c in range(10)]
+    restored = replace(restored, description=dict(restored.description) | {"classes": classes})
+    data = run_report.chosen_data(restored, None, [])
+    data.description = lambda: {"classes": classes}  # pyright: ignore
+    run_report._write(tmp_path / "page.html", [run_report._examine(looks, restored, data, "test")], "test")
+    assert "script" not in Page((tmp_path / "page.html").read_text()).count
+
+
+def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
+    for version, lines in {0: "0,5.0,\n1,4.0,\n", 1: "1,3.0,\n2,,0.5\n", 10: "2,2.0,\n"}.items():
+        folder = tmp_path / "csv" / f"version_{version}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(f"step,train/loss,val/accuracy\n{lines}")
+    curves = run_report._read_curves(tmp_path)
+    assert curves == {"train/loss": [(0, 5.0), (1, 3.0), (2, 2.0)], "val/accuracy": [(2, 0.5)]}
+
+
+def test_names_and_colours_tell_runs_apart(runs, tmp_path):
+    looks = run_report._looks([restore(runs[0]), restore(runs[1]), restore(runs[1])])
+    assert looks[0].name == "plain"
+    assert looks[1].name == looks[2].name == runs[1].name
+    assert len({one.colour for one in looks}) == 3
+
+
+def test_runs_of_other_classes_do_not_go_on_one_page(runs, tmp_path):
+    base = torch.nn.Sequential(torch.nn.Linear(40, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    other = replace(restore(runs[0]), network=base, description={})
+    with pytest.raises(LoadError, match=re.escape("does not belong on one page with")):
+        run_report._check_alike([restore(runs[0]), other])
+
+
+def test_class_folders_of_imagenet_have_english_names():
+    assert run_report._readable(["n01440764", "n02102040"]) == ["tench", "English springer"]
+    assert run_report._readable(["n02012849", "n03126707"]) == ["crane, n02012849", "crane, n03126707"]
+    assert run_report._readable(["n01440764", "cat"]) == ["n01440764", "cat"]
+    assert run_report._readable(["n99999999"]) == ["n99999999"]
