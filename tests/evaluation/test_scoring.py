@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ensemblenet
 from ensemblenet.cli.main import main
-from ensemblenet.errors import LoadError
+from ensemblenet.errors import EnsembleNetError, LoadError
 from ensemblenet.evaluation import scoring as evaluate
 from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.models import MNIST1DNet
@@ -176,13 +177,23 @@ X, Y = torch.randn(20, 40), torch.arange(20) % 10
     ("data", "message"),
     [
         (Examples(X, Y + 1), "has the label 10; .* has 10 classes"),
-        (Examples(X, Y, list("abc")), "The data has 3 classes, .* has 10"),
-        (Examples(X, Y, list("0123456798")), "not those of .*: '9' stands where it has '8'"),
+        (Examples(X, Y, list("0123456798")), "The data does not .*: class 8 is '9' and was '8'. Give the data that"),
+        (Examples(X, Y, list("01234567789")), "The data does not .*: class 8 is '7' and was '8'"),
+        (Examples(X, Y, list("0123456789a")), "The data does not .*: 1 class more: 'a'"),
+        (Examples(X, Y, list("012345678")), "The data does not .*: 1 class fewer: '9'"),
+        (Examples(X, Y, list("9876543210a")), "The data does not .*: 1 class more: 'a'"),
+        (Examples(X, Y, list("0123")), "The data does not .*: 6 classes fewer: '4', ..."),
     ],
 )
 def test_data_that_does_not_fit(run, data, message):
-    with pytest.raises(LoadError, match=message):
+    with pytest.raises(EnsembleNetError, match=message):
         evaluate.score(restore(run), data, "test")
+
+
+def test_data_of_another_number_of_classes_than_the_network_has_outputs(run):
+    restored = replace(restore(run), description={})
+    with pytest.raises(LoadError, match=r"The data has 3 classes, .* has 10"):
+        evaluate.score(restored, Examples(X, Y, list("abc")), "test")
 
 
 def test_inputs_of_a_shape_that_the_network_cannot_take(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from ensemblenet.data.classes import ClassesError, in_order, natural_key, refuse_other_classes, refuse_strange_classes
 from ensemblenet.data.tensors import DataError
 
 __all__ = ["ImageSet", "open_images"]
@@ -31,6 +32,7 @@ class ImageSet:
         classes: the names of the classes; None where the data names none.
         read: gives an encoded image, or a decoded one, by index.
         name: what to call an image in messages.
+        numbered: whether the data itself says which number a class has; if not, its name alone counts.
     """
 
     where: str
@@ -38,9 +40,36 @@ class ImageSet:
     classes: list[str] | None
     read: Callable[[int], BinaryIO | Image.Image]
     name: Callable[[int], str]
+    numbered: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def labelled(self, classes: Sequence[str], complete: bool) -> ImageSet:
+        """The same images with the labels that known classes have.
+
+        Args:
+            classes: their names in the order of their labels.
+            complete: whether none of them may be missing here.
+
+        Raises:
+            ClassesError: classes that are not among them, or that the data numbers in another way.
+        """
+        if self.classes is None:
+            if (highest := int(self.labels.max(initial=-1))) >= len(classes):
+                raise ClassesError(
+                    f"{self.where} has the label {highest}; the training data has {len(classes)} classes."
+                )
+            return replace(self, classes=list(classes))
+        if self.numbered:
+            refuse_other_classes(self.where, classes, self.classes)
+            return self
+        if complete:
+            refuse_other_classes(self.where, in_order(classes), in_order(self.classes))
+        refuse_strange_classes(self.where, classes, self.classes)
+        numbers = {name: number for number, name in enumerate(classes)}
+        labels = np.array([numbers[name] for name in self.classes])[self.labels]
+        return replace(self, classes=list(classes), labels=labels)
 
     def image(self, index: int) -> Image.Image:
         """Decode an image to RGB.
@@ -56,7 +85,9 @@ class ImageSet:
             raise DataError(f"{self.where}: the image {self.name(index)} cannot be decoded: {error}") from error
 
 
-def open_images(folder: Path, dataset: str, split: str, classes: Sequence[str] | None, **options: Any) -> ImageSet:
+def open_images(
+    folder: Path, dataset: str, split: str, classes: Sequence[str] | None, complete: bool, options: Mapping[str, Any]
+) -> ImageSet:
     """Find the images of a split, and their labels.
 
     Args:
@@ -65,16 +96,19 @@ def open_images(folder: Path, dataset: str, split: str, classes: Sequence[str] |
             [`timm.data.create_dataset`][], such as `hfds/NAME` or `torch/cifar10`.
         split: its name, a folder or tar in `folder`; for `wds/` a pattern, such as `train-*.tar`.
         classes: the names in the order of their labels; None takes them from the data.
+        complete: whether the split must have all of these.
         options: for timm's reader.
 
     Raises:
+        ClassesError: the data has others.
         DataError: no such data, an empty class, or a label out of range.
     """
     kind, _, _ = dataset.partition("/")
     openers = {"": _class_folders, "wds": _shards, "torch": _torchvision, "hfds": _hugging_face}
     if kind not in openers:
         raise DataError(f"dataset must begin with one of {', '.join(map(repr, openers))}, got {dataset!r}.")
-    images = openers[kind](folder, dataset, split, classes, options)
+    images = openers[kind](folder, dataset, split, options)
+    images = images if classes is None else images.labelled(classes, complete)
     _check(images)
     return images
 
@@ -97,29 +131,22 @@ def _check(images: ImageSet) -> None:
 # -- class folders, in a folder or in a tar
 
 
-def _class_folders(
-    folder: Path, dataset: str, split: str, classes: Sequence[str] | None, options: Mapping[str, Any]
-) -> ImageSet:
+def _class_folders(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
+    """Images by timm's reader, in an order of ours: timm leaves names of one natural key to chance."""
     path = _find_split(folder, split)
     is_tar = path.suffix == ".tar"
     in_tar = {"cache_tarinfo": False, "cache_tarfiles": False}  # no pickles; open files must not pass to workers
     reader = _timm_dataset(path, dataset, split, **(in_tar if is_tar else {}), **options).reader
+    if not is_tar:
+        reader.samples.sort(key=lambda sample: natural_key(sample[0]))
     found = reader.class_name_to_idx if is_tar else reader.class_to_idx
     names = sorted(found, key=found.get)
     if not is_tar:
         _refuse_empty_classes(path, names)
     labels = np.asarray(reader.targets if is_tar else [label for _, label in reader.samples])
-    if classes is not None:
-        labels, names = _as_known(labels, names, classes, path), list(classes)
-    return ImageSet(str(path), labels, names, lambda index: reader[index][0], reader.filename)
-
-
-def _as_known(labels: np.ndarray, names: Sequence[str], classes: Sequence[str], path: Path) -> np.ndarray:
-    """Labels that count the names in the order of the known classes, of which a split may lack some."""
-    strangers = sorted(set(names) - set(classes))
-    if strangers:
-        raise DataError(f"{path} has the class {strangers[0]!r}, which the training data does not have.")
-    return np.array([classes.index(name) for name in names])[labels]
+    mapped = bool(options.get("class_map"))
+    images = ImageSet(str(path), labels, names, lambda index: reader[index][0], reader.filename, numbered=mapped)
+    return images if mapped else images.labelled(in_order(names), complete=True)
 
 
 def _find_split(folder: Path, split: str) -> Path:
@@ -162,20 +189,18 @@ def _timm_dataset(root: Path | None, dataset: str, split: str, **options: Any) -
 # -- data sets of libraries
 
 
-def _torchvision(
-    folder: Path, dataset: str, split: str, classes: Sequence[str] | None, options: Mapping[str, Any]
-) -> ImageSet:
+def _torchvision(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     images = _timm_dataset(folder, dataset, split, **options)
     labels = getattr(images, "targets", getattr(images, "labels", None))
     if labels is None:
         raise DataError(f"{dataset} does not say its labels; it is none of torchvision's sets for classification.")
-    where = f"{dataset} in {folder}, {split}"
-    return ImageSet(where, np.asarray(labels), getattr(images, "classes", None), lambda i: images[i][0], str)
+    names = getattr(images, "classes", None)
+    if names is not None:  # ImageNet's are tuples of synonyms
+        names = [name if isinstance(name, str) else ", ".join(name) for name in names]
+    return ImageSet(f"{dataset} in {folder}, {split}", np.asarray(labels), names, lambda i: images[i][0], str)
 
 
-def _hugging_face(
-    folder: Path | None, dataset: str, split: str, classes: Sequence[str] | None, options: Mapping[str, Any]
-) -> ImageSet:
+def _hugging_face(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     reader = _timm_dataset(None, dataset, split, **options).reader
     labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.get) or None
@@ -196,16 +221,14 @@ class _Sample:
     label: int
 
 
-def _shards(
-    folder: Path, dataset: str, split: str, classes: Sequence[str] | None, options: Mapping[str, Any]
-) -> ImageSet:
+def _shards(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     """Tars in which files of one stem are one sample: an image, and its label in `.cls`."""
     shards = sorted(Path(folder).glob(split))
     if not shards:
         raise DataError(f"No shards match {split} in {folder}; dataset=wds/ takes a pattern such as train-*.tar.")
     samples = [sample for shard in shards for sample in _index(shard)]
     names = folder / _CLASSES
-    classes = names.read_text(encoding="utf-8").split() if names.is_file() else classes
+    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
 
     def read(index: int) -> BinaryIO:
         sample = samples[index]
@@ -215,8 +238,8 @@ def _shards(
 
     return ImageSet(
         f"{folder}/{split}",
-        np.array([sample.label for sample in samples]),
-        None if classes is None else list(classes),
+        np.array([sample.label for sample in samples], np.int64),
+        [line.strip() for line in lines if line.strip()] or None,
         read,
         lambda i: f"{samples[i].name} of {samples[i].shard.name}",
     )

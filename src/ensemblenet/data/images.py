@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
 
+from ensemblenet.data.classes import KnownClasses, training_data_if_any
 from ensemblenet.data.image_sets import ImageSet, open_images
 from ensemblenet.data.loading import ExampleLoader, OnBroken, Part
 from ensemblenet.data.tensors import DataError
@@ -21,7 +22,7 @@ __all__ = ["ImageData"]
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImageData(LightningDataModule):
+class ImageData(KnownClasses, LightningDataModule):
     """Labelled images through timm's readers and transforms, decoded by workers as they are needed.
 
     Batches hold images (N, 3, S, S), normalised, float32, and labels (N,), int64. What a batch holds depends on the
@@ -99,38 +100,29 @@ class ImageData(LightningDataModule):
             "eval": _transform(self.preprocessing, is_training=False),
             "train": _transform(self.preprocessing, is_training=True, **(augmentation or {})),
         }
-        self.classes: list[str] | None = None
         self._found: dict[str, ImageSet] = {}
         self._train_loader: ExampleLoader | None = None
         self._state: dict[str, Any] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the images and their labels, once; the training split says what the classes are, where there is one."""
+        """Find the images and their labels, once, by the expected classes, or else those of the training split."""
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**32
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", tuple(self.splits))
-        if self.classes is None and "train" not in wanted:
-            self._learn_classes()
+        if "train" not in wanted:
+            with training_data_if_any():
+                self._images("train")
         for split in wanted:
             self._images(split)
-
-    def _learn_classes(self) -> None:
-        """Evaluation alone may have no training data; then the split's own classes count."""
-        try:
-            self._images("train")
-        except DataError:
-            self.classes = None
 
     def _images(self, split: str) -> ImageSet:
         name = self.splits[split]
         if name not in self._found:
-            images = open_images(self.folder, self.dataset, name, self.classes, **self.reader)
-            names = images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
-            self.classes = self.classes or names
-            _compare(images, self.classes)
+            images = open_images(self.folder, self.dataset, name, self.classes, split == "train", self.reader)
+            classes = images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
             if split == "train":
-                _refuse_unseen(images, self.classes)
-            self._found[name] = images
+                _refuse_unseen(images, classes)
+            self.classes, self._found[name] = classes, images
         return self._found[name]
 
     def description(self) -> dict[str, Any]:
@@ -205,19 +197,6 @@ def _transform(preprocessing: dict[str, Any], **options: Any) -> Callable[[Image
         return create_transform(**(known | options))  # pyright: ignore[reportReturnType]  in no mode that we ask for
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"timm.data.create_transform does not take {options}: {error}") from error
-
-
-def _compare(images: ImageSet, classes: Sequence[str]) -> None:
-    """Labels of all splits must mean the same."""
-    strangers = sorted(set(images.classes or ()) - set(classes))
-    if strangers:
-        raise DataError(f"{images.where} has the class {strangers[0]!r}, which the training data does not have.")
-    if images.classes is not None and list(images.classes) != list(classes):
-        raise DataError(f"{images.where} does not have the classes of the training data, in their order.")
-    if int(images.labels.max()) >= len(classes):
-        raise DataError(
-            f"{images.where} has the label {int(images.labels.max())}; the training data has {len(classes)} classes."
-        )
 
 
 def _refuse_unseen(images: ImageSet, classes: Sequence[str]) -> None:

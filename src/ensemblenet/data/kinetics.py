@@ -10,7 +10,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,13 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from ensemblenet.data.classes import (
+    KnownClasses,
+    in_order,
+    refuse_other_classes,
+    refuse_strange_classes,
+    training_data_if_any,
+)
 from ensemblenet.data.loading import ExampleLoader, OnBroken, Part
 from ensemblenet.data.tensors import DataError
 from ensemblenet.data.video import ClipSampling, Decoder, Short, Video, reader
@@ -161,12 +167,12 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w\s-]", "", _class_name(name)).lower()
 
 
-def _in_order(names: set[str]) -> list[str]:
-    """By number if all are numbers, else by name."""
-    return sorted(names, key=int if all(name.isdecimal() for name in names) else str)
+def _in_order(names: Sequence[str]) -> list[str]:
+    """By number if all are numbers, else by name as it is written, which is the usual order of Kinetics."""
+    return in_order(names) if all(name.isdecimal() for name in names) else sorted(set(names))
 
 
-class Kinetics(LightningDataModule):
+class Kinetics(KnownClasses, LightningDataModule):
     """Clips of labelled videos (Kay et al. 2017, arXiv 1705.06950), decoded by workers as they are needed.
 
     Training batches hold a random clip of each video, cut out at random, and in validation the clip in the middle:
@@ -273,26 +279,21 @@ class Kinetics(LightningDataModule):
             "val": _Crops(look, 1, 1),
             "test": _Crops(look, num_clips, num_crops),
         }
-        self.classes: list[str] | None = None
         self._found: dict[str, LabelledVideos] = {}
         self._examples: dict[str, _Clips] = {}
         self._train_loader: ExampleLoader | None = None
         self._state: dict[str, Any] = {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the videos and their classes, once; the classes are those of the training split."""
+        """Find the videos and their labels, once, by the expected classes, or else those of the training split."""
         if self.seed is None:
             self.seed = torch.initial_seed() % 2**32
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", tuple(self.names))
-        if self.classes is None and "train" not in wanted:
-            self._learn_classes()
+        if "train" not in wanted:
+            with training_data_if_any():
+                self._videos("train")
         for split in wanted:
             self._videos(split)
-
-    def _learn_classes(self) -> None:
-        """Evaluation alone may have no training data; then the split's own classes count."""
-        with suppress(DataError):
-            self._videos("train")
 
     def description(self) -> dict[str, Any]:
         """What a trained network needs to be told of its data."""
@@ -334,12 +335,10 @@ class Kinetics(LightningDataModule):
     def _videos(self, split: str) -> LabelledVideos:
         if split not in self._found:
             videos = find_videos(self.folder, self.names[split])
-            self.classes = self.classes or _in_order(set(videos.labels))
-            strangers = sorted(set(videos.labels) - set(self.classes))
-            if strangers:
-                raise DataError(
-                    f"{videos.where} has the class {strangers[0]!r}, which the training data does not have."
-                )
+            self.classes = self.classes or _in_order(videos.labels)
+            if split == "train":
+                refuse_other_classes(videos.where, _in_order(self.classes), _in_order(videos.labels))
+            refuse_strange_classes(videos.where, self.classes, videos.labels)
             if videos.missing:
                 total = videos.missing + len(videos.paths)
                 rank_zero_info(f"{videos.missing:,} of the {total:,} videos of {videos.where} are not there.")
@@ -349,7 +348,8 @@ class Kinetics(LightningDataModule):
     def _loader(self, split: str) -> ExampleLoader:
         if split not in self._examples:
             videos = self._videos(split)
-            labels = [(self.classes or []).index(label) for label in videos.labels]
+            numbers = {name: number for number, name in enumerate(self.classes or [])}
+            labels = [numbers[label] for label in videos.labels]
             self._examples[split] = _Clips(
                 videos.paths,
                 labels,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ensemblenet.data.classes import KnownClasses, refuse_other_classes
 from ensemblenet.data.tensors import DataError, TensorExamples, batch_loader
 
 __all__ = ["Normalise", "ParquetImages", "RandomCropFlip", "count_rows", "read_parquet_images"]
 
 
-class ParquetImages(LightningDataModule):
+class ParquetImages(KnownClasses, LightningDataModule):
     """Images from `train.parquet` and `test.parquet`, decoded once into memory.
 
     Each file has the columns `image` (a struct of `bytes`, an encoded image, and `path`) and `label`
@@ -71,7 +73,7 @@ class ParquetImages(LightningDataModule):
                 f"{path} has {rows:,} rows: too few for num_val={self.num_val}, "
                 f"limit_train={self.limit_train} and batch_size={self.batch_size}."
             )
-        images, labels, self.classes = read_parquet_images(path, self.image_size, slice(num_train))
+        images, labels, self.classes = read_parquet_images(path, self.image_size, slice(num_train), self.classes)
         normalise = Normalise(images)
         self.preprocessing = {
             "input_shape": list(images.shape[1:]),
@@ -84,7 +86,7 @@ class ParquetImages(LightningDataModule):
         augmented = (lambda batch: normalise(crop(batch))) if self.augment else normalise
         self.train = TensorExamples(images, labels, augmented)
         val = read_parquet_images(path, self.image_size, slice(rows - self.num_val, rows))
-        test = read_parquet_images(self.folder / "test.parquet", self.image_size)
+        test = read_parquet_images(self.folder / "test.parquet", self.image_size, classes=self.classes)
         self.val, self.test = (TensorExamples(*split[:2], normalise) for split in (val, test))
 
     def description(self) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def count_rows(path: Path) -> int:
 
 
 def read_parquet_images(
-    path: Path, image_size: int | None = None, rows: slice = slice(None)
+    path: Path, image_size: int | None = None, rows: slice = slice(None), classes: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Decode a file of images.
 
@@ -172,23 +174,28 @@ def read_parquet_images(
         path: a Parquet file with the columns `image` and `label`.
         image_size: S, the size to bring images to; None keeps them as they are.
         rows: which rows to decode, without a step.
+        classes: of the training data, where they are known: the names that the file must have, if it has any.
 
     Returns:
-        Images (N, 3, S, S), uint8; labels (N,), int64; the classes' names, or their numbers if the file names
-        none.
+        Images (N, 3, S, S), uint8; labels (N,), int64; the classes' names, or their numbers if neither the file nor
+        `classes` names any.
 
     Raises:
+        ClassesError: the file names other classes.
         DataError: what is wrong with the file.
     """
     table = _read_table(path)
     labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
-    classes = _classes(table, labels)
+    named = _class_names(table)
+    if named is not None and classes is not None:
+        refuse_other_classes(str(path), classes, named)
+    classes = list(named or classes or map(str, range(int(labels.max()) + 1)))
     wrong = ((labels < 0) | (labels >= len(classes))).nonzero()
     if len(wrong):
         row = int(wrong[0])
         raise DataError(
-            f"{path}: labels must be in [0, {len(classes)}), as its metadata names {len(classes)} classes; "
-            f"got {int(labels[row])} in row {row}."
+            f"{path}: labels must be in [0, {len(classes)}), as its metadata or the training data names "
+            f"{len(classes)} classes; got {int(labels[row])} in row {row}."
         )
     chosen = range(table.num_rows)[rows]
     encoded = table["image"].slice(chosen.start, len(chosen)).to_pylist()
@@ -233,9 +240,9 @@ def _read_table(path: Path) -> pa.Table:
     return table
 
 
-def _classes(table: pa.Table, labels: Tensor) -> list[str]:
+def _class_names(table: pa.Table) -> list[str] | None:
     names = (table.schema.metadata or {}).get(b"classes")
-    return names.decode().split(",") if names else [str(label) for label in range(int(labels.max()) + 1)]
+    return names.decode().split(",") if names else None
 
 
 def _decode(encoded: dict[str, Any] | None, where: str, image_size: int | None) -> Tensor:

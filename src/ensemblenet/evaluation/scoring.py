@@ -24,7 +24,7 @@ from ensemblenet.functional import Combine
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.reports.tables import Column, results_table
-from ensemblenet.storage.restore import MODEL_HELP, Describes, Restored, data_module, restore
+from ensemblenet.storage.restore import MODEL_HELP, Describes, Restored, compare_classes, data_module, restore
 from ensemblenet.storage.runs import environment, quiet_lightning, write_json
 from ensemblenet.training.module import seen_outputs
 
@@ -244,18 +244,10 @@ class _Observer(LightningModule):
     def setup(self, stage: str) -> None:
         """Compare the classes of data and network."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        compare_classes(self.restored.classes, data)
         names = data.description().get("classes") if isinstance(data, Describes) else None
-        if names is None:
-            return
-        if len(names) != self.num_classes:
+        if names is not None and len(names) != self.num_classes:
             raise LoadError(f"The data has {len(names)} classes, {self.restored.folder} has {self.num_classes}.")
-        known = self.restored.classes
-        if known is not None and list(names) != list(known):
-            mine, other = next((a, b) for a, b in zip(known, names, strict=True) if a != b)
-            raise LoadError(
-                f"The classes of the data are not those of {self.restored.folder}: {other!r} stands where it has "
-                f"{mine!r}."
-            )
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         """Show a batch."""

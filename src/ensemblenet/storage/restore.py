@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,18 +18,30 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ensemblenet import EnsembleNet, load, save
+from ensemblenet.data.classes import KnownClasses, refuse_other_classes
 from ensemblenet.errors import LoadError
 from ensemblenet.storage.checkpoint import read_description
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.runs import CONFIG, write_json
 from ensemblenet.training.module import Classifier, ClassifierTask
 
-__all__ = ["MODEL_HELP", "Describes", "Restored", "data_module", "restore", "store"]
+__all__ = [
+    "DESCRIPTION",
+    "MODEL_HELP",
+    "Describes",
+    "Restored",
+    "compare_classes",
+    "data_module",
+    "expect_classes",
+    "restore",
+    "store",
+    "stored_classes",
+]
 
 MODEL_HELP = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
 
+DESCRIPTION = "data.json"  # in a run's folder as in that of a model
 _MODEL = "model"
-_DESCRIPTION = "data.json"
 _WEIGHTS = "model.safetensors"
 
 
@@ -97,7 +109,7 @@ def store(module: Classifier, data: LightningDataModule, folder: Path) -> None:
         save(network, folder / _MODEL, description)
         return
     (folder / _MODEL).mkdir()
-    write_json(folder / _MODEL / _DESCRIPTION, description)
+    write_json(folder / _MODEL / DESCRIPTION, description)
     save_model(network, str(folder / _MODEL / _WEIGHTS))
 
 
@@ -144,7 +156,35 @@ def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) ->
         raise LoadError(f"{restored.folder} is no run's folder and so does not know its data.")
     data = dict(restored.config["data"])
     data["init_args"] = {**(data.get("init_args") or {}), **(changes or {})}
-    return _instantiate(LightningDataModule, data, restored.folder)
+    made = _instantiate(LightningDataModule, data, restored.folder)
+    expect_classes(restored.classes, made)
+    return made
+
+
+def stored_classes(folder: Path) -> list[str] | None:
+    """The classes that a run began its training with, in the order of the outputs, where its data named them.
+
+    Raises:
+        LoadError: the file that keeps them is damaged.
+    """
+    return _classes(read_description(folder), folder)
+
+
+def expect_classes(known: Sequence[str] | None, data: LightningDataModule) -> None:
+    """Have data label its examples as a network was trained, where the classes are known and the data can."""
+    if known is not None and isinstance(data, KnownClasses):
+        data.expect_classes(known)
+
+
+def compare_classes(known: Sequence[str] | None, data: LightningDataModule) -> None:
+    """Compare the classes that a network was trained on with those of data, after its `setup`, where both have names.
+
+    Raises:
+        ClassesError: the first difference.
+    """
+    found = data.description().get("classes") if isinstance(data, Describes) else None
+    if known is not None and found is not None:
+        refuse_other_classes("The data", known, found)
 
 
 def _restored(
@@ -153,8 +193,16 @@ def _restored(
     try:
         task, shape = described["task"], tuple(described["input_shape"])
     except (KeyError, TypeError) as error:
-        raise LoadError(f"{folder}: {_DESCRIPTION} does not name task and input_shape: {error}") from error
+        raise LoadError(f"{folder}: {DESCRIPTION} does not name task and input_shape: {error}") from error
+    _classes(described, folder)
     return Restored(network.eval(), task, shape, described, config, folder, address)
+
+
+def _classes(described: Mapping[str, Any], folder: Path) -> list[str] | None:
+    classes = described.get("classes")
+    if classes is None or (isinstance(classes, list) and all(isinstance(name, str | int) for name in classes)):
+        return classes
+    raise LoadError(f"{folder}: the classes in {DESCRIPTION} must be a list of names, got {str(classes)[:40]}.")
 
 
 def _instantiate(kind: type, spec: Any, folder: Path) -> Any:

@@ -27,7 +27,7 @@ from ensemblenet.data import __all__ as data_modules
 from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.reports.tables import results_table
-from ensemblenet.storage.restore import store
+from ensemblenet.storage.restore import expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CHECKPOINT,
     CONFIG,
@@ -42,6 +42,7 @@ from ensemblenet.storage.runs import (
     write_json,
 )
 from ensemblenet.training.averaging import AveragedWeights
+from ensemblenet.training.classes import KeepClasses
 from ensemblenet.training.module import Classifier, Conversion
 from ensemblenet.training.processes import agreed_folder, is_first_process
 from ensemblenet.training.progress import Progress, Speed
@@ -109,6 +110,7 @@ def _opened(arguments: Sequence[str]) -> _FitCLI:
 def _train(cli: _FitCLI) -> None:
     checkpoint = cli.folder / CHECKPOINT
     resumed = str(checkpoint) if checkpoint.exists() else None
+    expect_classes(stored_classes(cli.folder), cli.datamodule)
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
     except MisconfigurationException as error:
@@ -301,6 +303,7 @@ class _FitCLI(LightningCLI):
         kwargs["callbacks"] = [
             EpochSeed(self.config["seed_everything"]),
             Announce(self.folder),
+            KeepClasses(self.folder),
             speed,
             *([] if chosen["enable_progress_bar"] is False else [Progress(speed)]),
             LearningRateMonitor("step"),

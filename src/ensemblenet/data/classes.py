@@ -1,0 +1,123 @@
+"""The order of classes, which gives them their labels; and whether it is still that of the training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ensemblenet.data.tensors import DataError
+
+__all__ = [
+    "ClassesError",
+    "KnownClasses",
+    "in_order",
+    "natural_key",
+    "refuse_other_classes",
+    "refuse_strange_classes",
+    "training_data_if_any",
+]
+
+
+class ClassesError(DataError):
+    """Data whose classes are not those of the training."""
+
+
+class KnownClasses:
+    """Of a data module: its classes, which a network may have been trained on before.
+
+    Attributes:
+        classes: their names in the order of their labels; None until `setup` finds them.
+    """
+
+    classes: list[str] | None = None
+
+    def expect_classes(self, classes: Sequence[str]) -> None:
+        """Give examples the labels that a network was trained on; `setup` then refuses data with other classes.
+
+        Args:
+            classes: the names in the order of the network's outputs.
+        """
+        self.classes = list(classes)
+
+
+@contextmanager
+def training_data_if_any() -> Iterator[None]:
+    """Evaluation alone may have no training data, so its errors pass, unless it has other classes than expected."""
+    try:
+        yield
+    except ClassesError:
+        raise
+    except DataError:
+        pass
+
+
+def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
+    """What to sort names by: numbers in them count as numbers and capitals as small letters, as timm has it.
+
+    Names that are alike in this, such as `1` and `01`, follow each other by their characters. Without that their order
+    would be the one in which they came: from a set or the listing of a folder, another in every process.
+    """
+    parts = re.split(r"(\d+)", name.lower())
+    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The names of classes, each once, in the order of their labels.
+
+    Example:
+        >>> in_order(["dog", "10", "cat", "1", "2", "Cat", "01", "cat"])
+        ['01', '1', '2', '10', 'Cat', 'cat', 'dog']
+    """
+    return sorted(set(names), key=natural_key)
+
+
+def refuse_other_classes(where: str, known: Sequence[str], found: Sequence[str]) -> None:
+    """Compare the classes of data with those that a network was trained on.
+
+    Args:
+        where: the data.
+        known: the names that the network was trained on, in the order of its outputs.
+        found: those that the data has now.
+
+    Raises:
+        ClassesError: they are not the same, in the same order; it names the first difference.
+
+    Example:
+        >>> refuse_other_classes("data/train", ["cat", "dog"], ["cat", "cow", "dog"])  # doctest: +NORMALIZE_WHITESPACE
+        Traceback (most recent call last):
+            ...
+        ensemblenet.data.classes.ClassesError: data/train does not have the classes of the training data: 1 class more:
+        'cow'. Give the data that was trained on, or train a new network.
+    """
+    if list(known) != list(found):
+        raise ClassesError(
+            f"{where} does not have the classes of the training data: {_difference(known, found)}. Give the data that "
+            "was trained on, or train a new network."
+        )
+
+
+def refuse_strange_classes(where: str, known: Sequence[str], found: Sequence[str]) -> None:
+    """Compare the classes of a split, which may lack some, with those that a network was trained on.
+
+    Raises:
+        ClassesError: a class that is not among them.
+    """
+    if strangers := set(found) - set(known):
+        raise ClassesError(
+            f"{where} has the class {min(strangers)!r}, which the training data does not have: remove it, or train on "
+            "it too."
+        )
+
+
+def _difference(known: Sequence[str], found: Sequence[str]) -> str:
+    before, now = set(known), set(found)
+    more, fewer = ([name for name in names if name not in others] for names, others in ((found, before), (known, now)))
+    if bool(more) != bool(fewer):
+        names = more or fewer
+        count, etc = ("1 class", "") if len(names) == 1 else (f"{len(names)} classes", ", ...")
+        return f"{count} {'more' if more else 'fewer'}: {names[0]!r}{etc}"
+    for place, (was, name) in enumerate(zip(known, found, strict=False)):
+        if was != name:
+            return f"class {place} is {name!r} and was {was!r}"
+    return f"{len(found)} names in place of {len(known)}, some of them twice"
