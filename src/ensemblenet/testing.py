@@ -74,7 +74,7 @@ def check_conversion(
     _check_round_trips(model, base, x)
     _check_gradients(model, x)
     assert model.recipe is not None
-    return ConversionReport(model.recipe.split_at, model.recipe.width, *shares, spread, seconds)
+    return ConversionReport(model.recipe.split_at, model.recipe.head.width, *shares, spread, seconds)
 
 
 def _check_cost(model: EnsembleNet, base: nn.Module, x: Tensor, budget: float) -> tuple[float, float]:

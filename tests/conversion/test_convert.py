@@ -112,7 +112,7 @@ def test_plans_agree_with_conversions() -> None:
             model = convert(base, X, 3, 0.95, plan.split.name)
             assert model.cost == plan.cost
             assert model.recipe is not None
-            assert model.recipe.width == plan.width
+            assert model.recipe.head.width == plan.width
 
 
 def test_a_budget_for_each_cost() -> None:
@@ -214,7 +214,7 @@ BAD = [
     ("no tensor", lambda: Lambda(lambda x: None), X, {}, "must return one tensor of shape .*, got NoneType"),
     ("several", lambda: Lambda(lambda x: (x, x)), X, {}, "must return one tensor of shape .*, got tuple of 2"),
     ("dictionary", lambda: Lambda(lambda x: {"out": x}), X, {}, "must return one tensor of shape .*, got dict"),
-    ("values", Wrapped, X, {}, r"block \(Branching\) at test_conversion.py:\d+ reads the values of a tensor"),
+    ("values", Wrapped, X, {}, r"block \(Branching\) at test_convert.py:\d+ reads the values of a tensor"),
     ("by hand", Wrapped, X, {}, r"given by hand: ensemblenet\.EnsembleNet\(trunk, heads\)"),
     ("numpy", lambda: Lambda(lambda x: torch.from_numpy(x.numpy() * 2)), X, {}, "reads the values of a tensor"),
     ("split", make, X, {"split_at": "layer1"}, "Unknown split point 'layer1': did you mean"),

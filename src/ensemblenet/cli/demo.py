@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ensemblenet import CoDistillationLoss, Cost, convert, measure_cost
 from ensemblenet.cli.main import positive_integer
 from ensemblenet.data.mnist1d import generate_mnist1d
-from ensemblenet.functional import agreement, combine_heads
+from ensemblenet.functional import combine_heads, divergence
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.reports.tables import Figure, draw_costs, draw_pairs, draw_weights, results_table, write_page
 from ensemblenet.storage.runs import (
@@ -130,7 +130,7 @@ def evaluate(network: nn.Module, examples: tuple[Tensor, Tensor]) -> dict[str, A
     return {
         "error": 100 * (combine_heads(outputs).argmax(1) != targets).float().mean().item(),
         "head_errors": heads.tolist(),
-        "agreement": agreement(outputs).item(),
+        "agreement": divergence(outputs).item(),
         "pairs": pairs.tolist(),
     }
 

@@ -117,7 +117,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None) ->
     if not (folder / CONFIG).is_file():
         network = load(folder, base)
         assert network.recipe is not None
-        described = {"task": network.task, "input_shape": network.recipe.input_shape} | read_description(folder)
+        described = {"task": network.task, "input_shape": network.recipe.inputs.shape} | read_description(folder)
         return _restored(network, described, None, folder, address)
     config = yaml.safe_load((folder / CONFIG).read_text())
     if not (folder / _MODEL).is_dir():

@@ -1,6 +1,6 @@
-"""Models whose saved folders stand in `saved/`, one folder for each format of recipes that there has been.
+"""Models whose saved folders stand in `storage/saved/`, one folder for each format of recipes that there has been.
 
-Run this file to save the models in the format of today: `python tests/storage/saved_models.py`.
+Run this file to save the models in the format of today: `python tests/saved_models.py`.
 
 All weights and inputs are small multiples of 1/4, and every sum in these networks is exact in float32. So the outputs
 are the same to the bit on every machine, whatever order it adds in.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ensemblenet import EnsembleNet, convert, save
 from ensemblenet.models import MNIST1DNet
 
-SAVED = Path(__file__).parent / "saved"
+SAVED = Path(__file__).parent / "storage" / "saved"
 
 
 class PinnedNet(nn.Module):
