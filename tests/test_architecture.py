@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "operations": set(),
     "conversion": {"errors", "functional", "inputs", "cost", "ensemble", "recipe", "operations", "models"},
     "heads": {"errors", "functional", "timing", "ensemble", "operations"},
-    "deploy": {"errors", "cost", "ensemble", "conversion", "heads", "storage"},
+    "deploy": {"errors", "cost", "ensemble", "conversion", "heads", "storage", "timing"},
     "testing": {"storage", "conversion", "cost", "ensemble", "recipe"},
 }
 

@@ -25,6 +25,7 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError
 from ensemblenet.heads import FusedEnsembleNet, fuse
 from ensemblenet.storage.checkpoint import load, save
+from ensemblenet.timing import measure
 
 __all__ = ["Exported", "Format", "export"]
 
