@@ -99,7 +99,12 @@ class Budget:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of parameter elements, each shared parameter counted once."""
+    """The number of parameter elements, each shared parameter counted once.
+
+    Example:
+        >>> count_parameters(nn.Linear(8, 4))
+        36
+    """
     return sum(parameter.numel() for parameter in module.parameters())
 
 

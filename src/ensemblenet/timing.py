@@ -14,7 +14,18 @@ __all__ = ["cuda_devices", "measure", "step"]
 
 
 def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One training step without its optimizer, or one prediction, as the model's mode says."""
+    """One training step without its optimizer, or one prediction, as the model's mode says.
+
+    Args:
+        model: in training mode, or in evaluation mode.
+        x: inputs, (N, *).
+
+    Returns:
+        A function that takes the step; the random state stays as it was.
+
+    Example:
+        >>> step(nn.Linear(8, 4).eval(), torch.randn(2, 8))()
+    """
 
     def run() -> None:
         with torch.random.fork_rng(cuda_devices(x)), torch.set_grad_enabled(model.training):
@@ -32,7 +43,15 @@ def measure(steps: Mapping[Any, Callable[[], None]], repeats: int = 5, at_least:
     Args:
         steps: by name.
         repeats: turns, behind one that warms up.
-        at_least: more turns are taken until this many seconds are up, or ten times as many.
+        at_least: more turns are taken until this many seconds are up, or ten times as many turns.
+
+    Returns:
+        The median seconds, by name.
+
+    Example:
+        >>> seconds = measure({"base": step(nn.Linear(8, 4), torch.randn(2, 8))}, repeats=3)
+        >>> 0 < seconds["base"] < 1
+        True
     """
     seconds: dict[Any, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + at_least

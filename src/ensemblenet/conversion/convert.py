@@ -139,8 +139,18 @@ def convert_as(
 def rebuild(base: nn.Module, recipe: Recipe) -> EnsembleNet:
     """Make the model of a recipe again, with the weights that it began with.
 
+    Args:
+        base: a fresh instance of the base.
+        recipe: of the model.
+
     Raises:
         ConversionError: the base is not the one that the recipe was made from.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> recipe = convert(base, torch.randn(4, 8), num_heads=3, split_at="input").recipe
+        >>> rebuild(base, recipe).num_heads
+        3
     """
     traced = trace(base, recipe.inputs.random())
     cut = named_cut(find_cuts(traced), recipe.split_at)

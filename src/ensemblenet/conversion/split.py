@@ -25,9 +25,16 @@ class SplitPoint:
     Attributes:
         name: the outermost module whose output the tensor is, or the operation in its module.
         aliases: the inner modules that end at the same place; `split_at` takes these names too.
-        shape: the tensor's shape, (N, *), for the example inputs.
+        shape: the tensor's shape, (N, *), for two examples.
         parameters_share: the trunk's share of the base's parameters.
         macs_share: the trunk's share of the base's MACs.
+
+    Example:
+        >>> import torch, ensemblenet
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+        >>> point = ensemblenet.split_points(base, torch.randn(4, 8))[1]
+        >>> point.name, point.shape[1:], round(point.macs_share, 2)
+        ('0', (64,), 0.73)
     """
 
     name: str
@@ -92,7 +99,7 @@ def find_cuts(trace: Trace) -> list[Cut]:
 
 
 def named_cut(cuts: list[Cut], name: str) -> Cut:
-    """The cut of that name.
+    """The cut whose split point has that name, or has it among its aliases.
 
     Raises:
         ConversionError: there is none; the message suggests near names.

@@ -33,6 +33,10 @@ class Choice:
         reason: in words.
         seconds: of one step, by the way the heads run; empty where nothing was measured.
         separate: names of the convolutions of fused heads that run head by head.
+
+    Example:
+        >>> Choice("looped", "there is one head").separate
+        ()
     """
 
     heads: str
@@ -127,6 +131,13 @@ def tune(model: FusedEnsembleNet, x: Tensor, repeats: int = 5) -> set[str]:
 
     Returns:
         Names of the convolutions that run head by head.
+
+    Example:
+        >>> from torch import nn
+        >>> model = EnsembleNet(nn.Identity(), [nn.Conv1d(8, 8, 3) for _ in range(2)]).eval()
+        >>> x = torch.randn(2, 8, 16)
+        >>> tune(fuse(model, x), x, repeats=1)  # the trunk's output is read once: nothing to choose
+        set()
     """
     inputs: dict[FusedConvolution, tuple[Any, ...]] = {}
 

@@ -106,6 +106,11 @@ class FusedEnsembleNet(EnsembleNet):
 
     Attributes:
         fusion: how the heads run; None before the first forward pass of a model that was made by hand.
+
+    Example:
+        >>> model = fuse(EnsembleNet(nn.Identity(), [nn.Linear(8, 3) for _ in range(2)]), torch.randn(4, 8))
+        >>> type(model).__name__, len(model.fusion.stacks), model.fusion.looped
+        ('FusedEnsembleNet', 2, [])
     """
 
     graph_of_head: fx.Graph

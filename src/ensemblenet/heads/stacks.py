@@ -85,7 +85,7 @@ class Stack:
 
 
 def _on_own_storage(view: Tensor) -> Tensor:
-    """The same memory, as a tensor whose storage ends where it ends: saving it saves no more than it."""
+    """A view with its own storage, so that `torch.save` does not write the whole stack."""
     start, size = view.storage_offset() * view.element_size(), view.numel() * view.element_size()
     storage = view.untyped_storage()[start : start + size]
     return view.new_empty(0).set_(storage, 0, view.size(), view.stride())  # pyright: ignore[reportArgumentType]

@@ -48,7 +48,13 @@ class Event(NamedTuple):
 
 
 def refs(value: Any) -> list[TensorRef]:
-    """All tensors in what an event holds."""
+    """All tensors in what an event holds.
+
+    Example:
+        >>> tensor = TensorRef(0, (4, 8), None)
+        >>> refs(([tensor, 3], {"dim": tensor})) == [tensor, tensor]
+        True
+    """
     if isinstance(value, TensorRef):
         return [value]
     if isinstance(value, dict):

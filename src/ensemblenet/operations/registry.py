@@ -133,19 +133,33 @@ def operation_of(kind: type[nn.Module], but: Operation | None = None) -> Operati
     Args:
         kind: the layer type.
         but: an operation to pass over.
+
+    Example:
+        >>> type(operation_of(nn.GRU)).__name__, operation_of(nn.ModuleList).is_whole
+        ('GRU', False)
     """
     return _registered(kind, but)[0]
 
 
 def fusing_operation(layer: nn.Module) -> Operation | None:
-    """The operation that can write such layers for all heads: it says how, and the layer has the type's `forward`."""
+    """The operation that can write such layers for all heads: it says how, and the layer has the type's `forward`.
+
+    Example:
+        >>> fusing_operation(nn.Linear(2, 2)) is operation_of(nn.Linear), fusing_operation(nn.LSTM(2, 2))
+        (True, None)
+    """
     operation, kind = _registered(type(layer))
     fuses = type(operation).fuse is not Operation.fuse and kind.forward is type(layer).forward
     return operation if fuses else None
 
 
 def operation_named(name: str) -> Operation | None:
-    """The operation of a function, a method or an ATen operator."""
+    """The operation of a function, a method or an ATen operator; None where there is none.
+
+    Example:
+        >>> type(operation_named("view")).__name__
+        'Reshape'
+    """
     return _OPERATIONS.get(name)
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ensemblenet import EnsembleNet, load, save
 from ensemblenet.errors import LoadError
+from ensemblenet.inputs import InputSpec
 from ensemblenet.storage.checkpoint import read_description
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.runs import CONFIG, write_json
@@ -78,7 +79,7 @@ class Restored:
     def num_classes(self) -> int:
         """C, by a forward pass of zeros."""
         with torch.inference_mode():
-            return self.network(torch.zeros(1, *self.input_shape)).shape[1]
+            return self.network(InputSpec(self.input_shape).zeros()).shape[1]
 
 
 def store(module: Classifier, data: LightningDataModule, folder: Path) -> None:
