@@ -183,7 +183,7 @@ def _warn_of_recompute() -> None:
 
 
 def _checkpointed(head: nn.Module, features: Tensor) -> Tensor:
-    """A head's output, whose activations backward computes again, with the same random numbers."""
+    """A head's output under activation checkpointing; backward draws the same random numbers again."""
     output = checkpoint(
         head, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsAtRest(head))
     )

@@ -279,7 +279,7 @@ class _MeanAndGap(torch.autograd.Function):
 
 
 def _gradient_of_a(z: Tensor, task: Task, classes: int) -> Tensor:
-    """What is predicted: probabilities, or the values themselves."""
+    """The gradient of A, which is the prediction: probabilities, or the values themselves."""
     if task == "regression":
         return z
     return z.softmax(classes) if task == "multiclass" else z.sigmoid()
@@ -309,7 +309,7 @@ def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 def _target_scale(
     target: Tensor, task: Task, class_weight: Tensor, label_smoothing: float, ignore_index: int
 ) -> Tensor:
-    """What weights multiply A(z) by, and so the divergence: (N, 1, *) for multiclass, else (1, C, *)."""
+    """The factor of A(z) in a weighted loss, and so of the divergence: (N, 1, *) for multiclass, else (1, C, *)."""
     if task != "multiclass":
         return _along(1, class_weight, target.ndim)
     if target.is_floating_point():

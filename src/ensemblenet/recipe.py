@@ -101,7 +101,7 @@ _RENAMED = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Plain data from which a base becomes the model again.
+    """How a model was made from its base, as plain data: enough to make it again.
 
     Attributes:
         base: where the base comes from, or None if the user must bring it.
@@ -151,7 +151,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Read a recipe of this format or of an older one, believing nothing.
+        """Read a recipe of this format or of an older one; every field is checked.
 
         Raises:
             LoadError: it is not a recipe, or one of a newer format.
@@ -203,7 +203,7 @@ def _check_fields(kind: type, data: Any, what: str) -> None:
 
 
 def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
-    """Every field, what it must be, what it is, and whether that will do."""
+    """Each field: its name, what it must be, its value, and whether that is valid."""
     base, inputs, head = data["base"], data["inputs"], data["head"]
     shape, width, pinned = inputs["shape"], head["width"], head["pinned"]
     found = [

@@ -23,7 +23,7 @@ __all__ = ["ConversionReport", "check_conversion", "check_full_width"]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a checked conversion came to.
+    """What [`ensemblenet.testing.check_conversion`][] found.
 
     Attributes:
         split_at: the split point.

@@ -74,5 +74,5 @@ def _wait() -> None:
 
 
 def cuda_devices(x: Tensor) -> list[torch.device]:
-    """The devices whose random state a run on such inputs changes, beside the CPU's."""
+    """The CUDA device of the inputs, if any; its random state must be restored beside the CPU's."""
     return [x.device] if x.device.type == "cuda" else []

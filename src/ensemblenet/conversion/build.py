@@ -30,7 +30,7 @@ Sizes = list[Axis]
 
 @dataclass(frozen=True)
 class HeadDesign:
-    """A head of any width.
+    """The solved sizes of a head, from which a head of any width can be built.
 
     Attributes:
         trace: the traced base.
@@ -147,7 +147,7 @@ class _Narrowed:
         return tuple(self.size(axis) for axis in self.axes(node))
 
     def changes(self, size_node: fx.Node) -> bool:
-        """Whether a size that the graph reads is narrowed, so that it must be written as the base's number."""
+        """Whether narrowing changes a size that the graph reads; such a size is written as the base's number."""
         source, dim = size_node.args
         assert isinstance(source, fx.Node)
         axes = self.axes(source)
@@ -205,7 +205,7 @@ def _never(node: fx.Node) -> bool:
 
 
 def _new_tensors(design: HeadDesign, shape: HeadShape, initialiser: Initialiser) -> dict[int, Tensor]:
-    """New parameters and buffers for a head, by the identity of the base's."""
+    """New parameters and buffers for a head, by the ids of the base's tensors."""
     new: dict[int, Tensor] = {}
     for name, tensor in _read_tensors(design):
         if id(tensor) not in new:
@@ -260,7 +260,7 @@ def _insert_projection(graph: fx.Graph, design: HeadDesign, shape: HeadShape, in
 
 
 class _ShapeChecker(GraphRunner):
-    """Runs a head and compares every tensor's shape with the one that the algebra says."""
+    """Runs a head and compares every tensor's shape with the one that the equations give."""
 
     def __init__(self, head: fx.GraphModule, copies: _Copies, narrowed: _Narrowed) -> None:
         super().__init__(head)
@@ -281,7 +281,7 @@ class _ShapeChecker(GraphRunner):
 def check_head(
     design: HeadDesign, shape: HeadShape, head: fx.GraphModule, copies: _Copies, features: Tensor
 ) -> tuple[fx.Node, str] | None:
-    """Run a head in evaluation mode; the node of the base where it goes wrong and how, or None."""
+    """Run a head in evaluation mode; return the base's node that fails, and why, or None."""
     checker = _ShapeChecker(head.eval(), copies, _Narrowed(design, shape))
     try:
         with torch.no_grad():

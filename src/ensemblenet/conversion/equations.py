@@ -164,7 +164,7 @@ class Equations:
 
 
 def _operation_of_operator(event: Event) -> Operation:
-    """The operation of an ATen operator, or of the one that it is in place; else a pointwise or an unknown one."""
+    """The operation of an ATen operator, in place or not; else the pointwise one, or one that knows nothing."""
     names = [event.name, event.name.removesuffix("_")]
     if torch.Tag.pointwise in event.op.tags:
         names.append("pointwise")

@@ -64,7 +64,7 @@ class Initialiser:
                 weight[torch.arange(len(chosen)), chosen] = 1
 
     def finish(self, part: nn.Module) -> None:
-        """What a fresh part needs beyond its own tensors: statistics of no data, recurrent weights by their layer."""
+        """Reset what new weights do not: running statistics, and recurrent layers, which draw their own weights."""
         if self.init != "fresh":
             return
         for layer in part.modules():

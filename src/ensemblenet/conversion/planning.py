@@ -89,7 +89,7 @@ def _fits(cost: Cost, limit: Cost) -> bool:
 
 
 def _widest(fits: Callable[[float], bool]) -> float | None:
-    """The largest width that fits, to three decimals; a cost never falls when the width grows."""
+    """The largest width that fits, to three decimals, by bisection: a cost never falls when the width grows."""
     if fits(1.0):
         return 1.0
     low, high = 0, 1000
@@ -147,7 +147,7 @@ def choose_plan(
 
 
 def preference(point: SplitPoint, share: float) -> tuple[int, int, float]:
-    """A key that sorts split points: near a share of the MACs first, and there the ends of the largest modules."""
+    """A sort key: split points near a share of the MACs first; of those that are near, the ends of large modules."""
     distance = abs(point.macs_share - share)
     return int(distance / _NEAR), point.name.count("."), distance
 

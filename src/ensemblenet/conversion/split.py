@@ -20,7 +20,7 @@ __all__ = ["Cut", "SplitPoint", "cut_graph", "find_cuts", "named_cut"]
 
 @dataclass(frozen=True)
 class SplitPoint:
-    """A place where one tensor alone is alive, so that all that follows depends on it alone.
+    """A place in a network where one tensor alone is alive: all later layers depend on it alone.
 
     Attributes:
         name: the outermost module whose output the tensor is, or the operation in its module.
@@ -114,7 +114,7 @@ def named_cut(cuts: list[Cut], name: str) -> Cut:
 
 
 def _bottlenecks(trace: Trace, order: dict[fx.Node, int]) -> list[tuple[fx.Node, int]]:
-    """Tensors that are at some time the only ones alive, each with that time."""
+    """Tensors that are the only one alive after some node, each with the position of that node."""
     last_use: dict[fx.Node, int] = {}
     for node in order:
         if depends_on_input(node) and "scalar" not in node.meta:
@@ -134,7 +134,7 @@ def _bottlenecks(trace: Trace, order: dict[fx.Node, int]) -> list[tuple[fx.Node,
 
 
 def _last_overwritten(trace: Trace, order: dict[fx.Node, int]) -> dict[int, int]:
-    """By tensor: the last node that writes into its memory."""
+    """For each tensor, the position of the last node that writes into its memory."""
     memory: dict[int, int] = {}
     writes: dict[int, int] = {}
     for event in trace.events:

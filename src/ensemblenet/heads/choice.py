@@ -46,7 +46,7 @@ class Choice:
 
 
 def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[EnsembleNet, Choice]:
-    """The model with its heads run in the way that is asked for, or else in the faster one.
+    """The model with its heads run as asked, or else in the faster of two ways.
 
     Args:
         model: in training mode to measure a step of forward and backward, else the forward pass alone.
@@ -100,7 +100,7 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
 
 
 def current_mode(heads: HeadsMode) -> HeadsMode:
-    """Today's name of a way to run heads, which a stored configuration may call by an older one.
+    """Translate the name of a way to run heads; stored configurations may have an old one.
 
     Raises:
         FusionError: there is no such way.
@@ -119,7 +119,7 @@ def current_mode(heads: HeadsMode) -> HeadsMode:
 
 
 def tune(model: FusedEnsembleNet, x: Tensor, repeats: int = 5) -> set[str]:
-    """Find the convolutions that are faster head by head than grouped, and let them run so.
+    """Find the convolutions that run faster head by head than grouped, and switch them.
 
     Which is faster depends on the library, the threads and the shapes; so it is measured on the tensors that each
     convolution meets, with its backward pass if the model is in training mode.

@@ -130,7 +130,7 @@ class FusedEnsembleNet(EnsembleNet):
 
     @property
     def convolutions(self) -> dict[str, FusedConvolution]:
-        """By name: those that can run grouped or head by head."""
+        """The convolutions that can run grouped or head by head, by name."""
         modules = self.fusion.program.named_modules() if self.fusion else ()
         return {name: part for name, part in modules if isinstance(part, FusedConvolution) and part.can_separate}
 
@@ -163,7 +163,7 @@ class FusedEnsembleNet(EnsembleNet):
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As every module's; with `assign=True` too."""
+        """As `nn.Module.load_state_dict`, with `assign=True` too."""
         result = super().load_state_dict(*args, **kwargs)
         self._join()
         return result
@@ -182,7 +182,7 @@ def _fused_again(model: EnsembleNet, separate: dict[bool, list[str]]) -> FusedEn
 
 
 def _examples(head: nn.Module, graph: fx.Graph, features: Tensor) -> dict[fx.Node, Any]:
-    """What the nodes of a head give for such features, in fake tensors: nothing is computed."""
+    """The outputs of a head's nodes for such features, as fake tensors: nothing is computed."""
     examples: dict[fx.Node, Any] = {}
 
     class Keeping(fx.Interpreter):
@@ -205,7 +205,7 @@ def _fake(tensor: Tensor) -> FakeTensor:
 
 @contextmanager
 def _probing(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, in which nothing in a module changes."""
+    """Set evaluation mode for a while, so that nothing in a module changes."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -241,7 +241,7 @@ def _common_graph(heads: Sequence[nn.Module]) -> fx.Graph:
 
 
 def _structure(head: nn.Module) -> list[str]:
-    """All of a head but the values of its tensors, line by line."""
+    """All of a head except its tensors' values, as lines of text."""
     layers = [
         (name or "head", f"{type(layer).__qualname__}({layer.extra_repr()})") for name, layer in head.named_modules()
     ]
@@ -254,7 +254,7 @@ def _structure(head: nn.Module) -> list[str]:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps layers that have a rule whole."""
+    """Keeps layers whole that can be fused."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return fusing_operation(m) is not None or super().is_leaf_module(m, module_qualified_name)

@@ -204,7 +204,7 @@ class Program:
     # -- operations without a rule
 
     def _map(self, node: fx.Node) -> Value | None:
-        """Run an operation by `torch.vmap`, if that goes well for examples, of which nothing is computed."""
+        """Run an operation by `torch.vmap`, if a trial on fake tensors succeeds."""
         function, names, tensors = as_function(node), [], []
         if node.op == "call_module":
             function = self.module(node)
@@ -237,7 +237,7 @@ class Program:
         return Value(self.run(f"loop_{node.name}", looped, *self._inputs(inputs, stacked)), FIRST)
 
     def _template(self, node: fx.Node) -> tuple[Any, list[fx.Node], list[bool]]:
-        """A node's arguments with slots in them, what goes there, and whether that has heads."""
+        """A node's arguments with slots for values, the nodes whose values go there, and which of these have heads."""
         inputs = node.all_input_nodes
         template = fx.map_arg((node.args, node.kwargs), lambda argument: Slot(inputs.index(argument)))  # type: ignore
         return template, inputs, [self._values[argument].layout is not SHARED for argument in inputs]
@@ -254,7 +254,7 @@ class Program:
 
 
 class _Constant(nn.Module):
-    """A buffer that all heads have the same."""
+    """A buffer that is the same in all heads."""
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class _Constant(nn.Module):
 
 
 def as_function(node: fx.Node) -> Callable[..., Any]:
-    """What calls the function or method of a node."""
+    """The function of a node, or one that calls its method."""
     if node.op != "call_method":
         return node.target  # type: ignore[return-value]
     name = str(node.target)
@@ -279,6 +279,6 @@ def _has_state(layer: nn.Module) -> bool:
 
 
 def has_hooks(layer: nn.Module, recurse: bool = True) -> bool:
-    """Whether a layer, or a part of it, has hooks, which only a call of the very module runs."""
+    """Whether a layer or a part of it has hooks; only a call of the module itself runs them."""
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, table) for module in (layer.modules() if recurse else [layer]) for table in tables)

@@ -122,7 +122,7 @@ def _record(module: nn.Module, x: Tensor, leaves: set[type[nn.Module]], *, train
 
 @contextmanager
 def keeping_state(module: nn.Module, x: Tensor) -> Iterator[None]:
-    """Put buffers and the random state back after a run in training mode."""
+    """Restore buffers and the random state after a run in training mode."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -133,7 +133,7 @@ def keeping_state(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 class _SizeReader(GraphRunner):
-    """Notes the sizes that a graph reads."""
+    """Runs a graph and notes the sizes that it reads."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__(graph_module)
@@ -148,7 +148,7 @@ class _SizeReader(GraphRunner):
 
 
 def _check_batch_size(traced: Trace, expected: Tensor) -> None:
-    """Run the graph on one example: it must say what the base said of it, and tells which sizes follow the batch."""
+    """Run the graph on one example: it must give the base's output; sizes that change follow the batch."""
     if not torch.isfinite(expected).all():
         raise ConversionError(
             "The base's outputs are not finite on the example inputs; check its weights and the inputs' range."

@@ -1,4 +1,4 @@
-"""A traced network: its graph, and what ran behind every node."""
+"""A traced network: its graph, and the ATen calls behind every node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BY_HAND = "A network that cannot be traced can be given by hand: ensemblenet.Ens
 
 @dataclass
 class Trace:
-    """What a traced network is: its graph, and what ran behind every node.
+    """A traced network: its graph, and the ATen calls behind every node.
 
     Attributes:
         module: a private copy of the base, whose modules the graph names.
@@ -41,7 +41,7 @@ class Trace:
 
     @cached_property
     def macs(self) -> dict[fx.Node, float]:
-        """By node: its multiply-adds for one example."""
+        """The multiply-adds of each node, for one example."""
         macs: dict[fx.Node, float] = {}
         for event in self.events:
             macs[event.node] = macs.get(event.node, 0.0) + event.macs / len(self.input)
@@ -49,7 +49,7 @@ class Trace:
 
     @cached_property
     def parameters(self) -> dict[fx.Node, dict[str, nn.Parameter]]:
-        """By node: the parameters that it reads, by their names in the base."""
+        """The parameters that each node reads, by their names in the base."""
         found: dict[fx.Node, dict[str, nn.Parameter]] = {}
         for node in self.graph.nodes:
             name = str(node.target)
@@ -94,7 +94,7 @@ def depends_on_input(node: fx.Node) -> bool:
 
 
 def drop_unused(graph: fx.Graph) -> None:
-    """Erase nodes that nobody reads, except for what they change."""
+    """Erase nodes whose values nobody reads, unless they write in place."""
     for node in reversed(list(graph.nodes)):
         if not node.users and node.op not in ("placeholder", "output") and "effect" not in node.meta:
             graph.erase_node(node)

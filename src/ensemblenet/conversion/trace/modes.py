@@ -27,7 +27,7 @@ class _MismatchError(Exception):
 
 
 def merge_modes(evaluation: Recorder, training: Recorder) -> str | None:
-    """Make the evaluation graph serve both modes; return the innermost module where that cannot be, if any.
+    """Make the evaluation graph serve both modes; return the innermost module where that fails, if any.
 
     Where only a constant differs, the graph chooses it by the mode.
     """

@@ -22,7 +22,7 @@ __all__ = ["Observer"]
 
 
 class Observer(TorchDispatchMode):
-    """Writes the ATen calls of one run."""
+    """Records the ATen calls of one run."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Observer(TorchDispatchMode):
         self.alive: list[Tensor] = []
 
     def ref(self, tensor: Tensor) -> TensorRef:
-        """The name of a tensor."""
+        """The reference to a tensor."""
         if tensor not in self.ids:
             self.ids[tensor] = self.num_ids
             self.num_ids += 1
@@ -71,7 +71,7 @@ def _count_macs(op: Any, args: Any, kwargs: Any, out: Any) -> float:
 
 
 def _shapes(value: Any) -> Any:
-    """What an event holds, with shapes for tensors."""
+    """An event's arguments, with shapes in the place of tensors."""
     if isinstance(value, TensorRef):
         return torch.Size(value.shape)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The recorder of one run of a network: it writes the graph."""
+"""Record the graph of one run of a network."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class _OpaqueError(Exception):
 
 
 class Recorder(TorchFunctionMode):
-    """Writes the graph of one run."""
+    """Records the graph of one run."""
 
     def __init__(self, root: nn.Module, x: Tensor, leaves: set[type[nn.Module]]) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Recorder(TorchFunctionMode):
         return torch.Size(sizes)
 
     def _device_node(self) -> fx.Node:
-        """The node of the input's device, wherever the network names the device that it was traced on."""
+        """A node that reads the input's device, in the place of the device that the network was traced on."""
         placeholder = next(iter(self.graph.nodes))
         node = self.graph.call_function(getattr, (placeholder, "device"))
         node.meta["scalar"] = self.device
@@ -313,12 +313,12 @@ def _is_atom(value: Any) -> bool:
 
 
 def _works_in_place(op: str, target: Any) -> bool:
-    """Whether an operation changes its argument, so that it stays although nobody reads its result."""
+    """Whether an operation writes in place; it then stays although nobody reads its result."""
     return op == "call_method" and target.endswith("_") and not target.endswith("__")
 
 
 def _fx_target(func: Any, name: str) -> tuple[str, Any]:
-    """How a graph calls a torch function."""
+    """The kind and the target of the graph node that calls a torch function."""
     if name == "__getitem__":
         return "call_function", operator.getitem
     if name == "__setitem__":
