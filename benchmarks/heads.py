@@ -32,8 +32,9 @@ from torch.func import functional_call
 
 from ensemblenet import CoDistillationLoss, EnsembleNet, convert, fuse, measure_cost
 from ensemblenet.functional import combine_heads
-from ensemblenet.heads import choose, step
+from ensemblenet.heads import choose
 from ensemblenet.storage.runs import environment, write_json
+from ensemblenet.timing import step
 
 NUM_HEADS, NUM_CLASSES = 4, 100
 CUDA = torch.cuda.is_available()
@@ -283,7 +284,7 @@ def benchmark(name: str, with_compiled: bool, seconds: float) -> list[dict[str, 
                 _, choice = choose(copy.deepcopy(own[key]).train(training), inputs_of(key, x[:batch]))
             chosen[key.replace("looped", "chosen")] = choice.heads
         if training:
-            own["recomputed"] = choose(copy.deepcopy(looped).train(), x, "recomputed")[0]
+            own["recomputed"] = choose(copy.deepcopy(looped).train(), x, "checkpointed")[0]
         if with_compiled:
             own |= compiled(own)
         steps = {key: lowered(step(model.train(training), inputs_of(key, x[:batch]))) for key, model in own.items()}

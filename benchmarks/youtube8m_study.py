@@ -103,7 +103,7 @@ def run(model: str, heads: int, settings: Settings, seed: int, train: Split, tes
             metrics.update(head_outputs(network, x), y)
     cost = measure_cost(network, train[0][:1])
     split = network.recipe.split_at if isinstance(network, EnsembleNet) and network.recipe else None
-    width = network.recipe.width if isinstance(network, EnsembleNet) and network.recipe else None
+    width = network.recipe.head.width if isinstance(network, EnsembleNet) and network.recipe else None
     return {
         "metrics": {name: round(value.item(), 6) for name, value in metrics.compute().items()},
         "train_loss": loss.item(),

@@ -126,7 +126,7 @@ def kept_for_backward(model: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_recomputed_heads_train_alike_in_less_memory() -> None:
+def test_checkpointed_heads_train_alike_in_less_memory() -> None:
     torch.manual_seed(0)
 
     def layers() -> list[nn.Module]:
@@ -135,20 +135,20 @@ def test_recomputed_heads_train_alike_in_less_memory() -> None:
     heads = [nn.Sequential(*layers(), *layers(), nn.Flatten(), nn.Linear(256, 3)) for _ in range(3)]
     plain = EnsembleNet(nn.Conv2d(1, 4, 1), heads).double().train()
     plain.heads[1][1].momentum = None  # a cumulative average: how many updates there were counts
-    recomputed = copy.deepcopy(plain)
-    recomputed.recompute = True
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.checkpoint_activations = True
     for _ in range(3):
         x = torch.randn(5, 1, 8, 8).double()
         gradients = []
-        for model in (plain, recomputed):
+        for model in (plain, checkpointed):
             torch.manual_seed(1)
             own = x.clone().requires_grad_()
             model.zero_grad()
             model(own).square().sum().backward()
             gradients.append([own.grad, *(parameter.grad for parameter in model.parameters())])
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
-    for left, right in zip(plain.buffers(), recomputed.buffers(), strict=True):
+    for left, right in zip(plain.buffers(), checkpointed.buffers(), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
-    assert recomputed.state_dict().keys() == plain.state_dict().keys()
-    torch.testing.assert_close(recomputed.eval()(x), plain.eval()(x))
-    assert kept_for_backward(recomputed.train(), x) < kept_for_backward(plain.train(), x) / 4
+    assert checkpointed.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(checkpointed.eval()(x), plain.eval()(x))
+    assert kept_for_backward(checkpointed.train(), x) < kept_for_backward(plain.train(), x) / 4

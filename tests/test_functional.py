@@ -13,7 +13,7 @@ from scipy.stats import entropy
 from sklearn.metrics import log_loss
 from torch.autograd import gradcheck
 
-from ensemblenet.functional import agreement, codistillation, combine_heads
+from ensemblenet.functional import codistillation, combine_heads, divergence
 
 TASKS = ["multiclass", "multilabel", "regression"]
 COMBINES = ["logits", "probabilities"]
@@ -128,18 +128,18 @@ def test_weights_zero_and_one_are_plain_losses(task, weight):
 def test_multiclass_against_scipy_and_scikit_learn():
     z, y = heads(), targets("multiclass")
     p, pbar = z.softmax(2).numpy(), z.mean(0).softmax(1).numpy()
-    divergence = np.mean([entropy(pbar, p_k, axis=1) for p_k in p])
-    assert agreement(z).item() == pytest.approx(divergence, rel=1e-10)
-    expected = log_loss(y, pbar, labels=range(C)) + 2 * divergence
+    apart = np.mean([entropy(pbar, p_k, axis=1) for p_k in p])
+    assert divergence(z).item() == pytest.approx(apart, rel=1e-10)
+    expected = log_loss(y, pbar, labels=range(C)) + 2 * apart
     assert codistillation(z, y, 2.0).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_probabilities_against_scipy_and_scikit_learn():
     z, y = heads(), targets("multiclass")
     p = z.softmax(2).numpy()
-    divergence = np.mean([entropy(p.mean(0), p_k, axis=1) for p_k in p])
-    assert agreement(z, combine="probabilities").item() == pytest.approx(divergence, rel=1e-10)
-    expected = log_loss(y, p.mean(0), labels=range(C)) + 2 * divergence
+    apart = np.mean([entropy(p.mean(0), p_k, axis=1) for p_k in p])
+    assert divergence(z, combine="probabilities").item() == pytest.approx(apart, rel=1e-10)
+    expected = log_loss(y, p.mean(0), labels=range(C)) + 2 * apart
     assert codistillation(z, y, 2.0, combine="probabilities").item() == pytest.approx(expected, rel=1e-10)
 
 
@@ -149,10 +149,10 @@ def test_multilabel_against_scipy_and_scikit_learn(combine):
     p = z.sigmoid()
     ensemble = z.mean(0).sigmoid() if combine == "logits" else p.mean(0)
     p, q = (torch.stack([x, 1 - x]).numpy() for x in (p, ensemble))
-    divergence = np.mean([entropy(q, p[:, k], axis=0).sum(1) for k in range(K)])
-    assert agreement(z, "multilabel", combine=combine).item() == pytest.approx(divergence, rel=1e-10)
+    apart = np.mean([entropy(q, p[:, k], axis=0).sum(1) for k in range(K)])
+    assert divergence(z, "multilabel", combine=combine).item() == pytest.approx(apart, rel=1e-10)
     label_losses = [log_loss(y[:, c], q[0, :, c], labels=[0, 1]) for c in range(C)]
-    expected = sum(label_losses) + 2 * divergence
+    expected = sum(label_losses) + 2 * apart
     assert codistillation(z, y, 2.0, "multilabel", combine=combine).item() == pytest.approx(expected, rel=1e-10)
 
 
@@ -160,7 +160,7 @@ def test_multilabel_against_scipy_and_scikit_learn(combine):
 def test_regression_is_the_ambiguity_decomposition(combine):
     z, y = heads(), targets("regression")
     ambiguity = z.var(0, correction=0).sum(1).mean() / 2
-    torch.testing.assert_close(agreement(z, "regression", combine=combine), ambiguity)
+    torch.testing.assert_close(divergence(z, "regression", combine=combine), ambiguity)
     expected = F.mse_loss(z.mean(0), y) * C / 2 + 2 * ambiguity
     torch.testing.assert_close(codistillation(z, y, 2.0, "regression", combine=combine), expected)
 
@@ -186,7 +186,7 @@ def test_gradcheck(task, combine, weight):
     example_weight = torch.tensor([1.0, 0.5, 2.0])
 
     assert gradcheck(lambda z: codistillation(z, y, weight, task, example_weight=example_weight, **options), z)
-    assert gradcheck(lambda z: agreement(z, task, combine=combine), z)
+    assert gradcheck(lambda z: divergence(z, task, combine=combine), z)
 
 
 def test_the_ensemble_is_no_fixed_teacher():
@@ -194,7 +194,7 @@ def test_the_ensemble_is_no_fixed_teacher():
     log_p = z.log_softmax(2)
     teacher = log_p.detach().exp().mean(0)
     fixed_teacher = F.kl_div(log_p, teacher.expand_as(log_p), reduction="sum") / K / N
-    (actual,) = torch.autograd.grad(agreement(z, combine="probabilities"), z, retain_graph=True)
+    (actual,) = torch.autograd.grad(divergence(z, combine="probabilities"), z, retain_graph=True)
     (stopped,) = torch.autograd.grad(fixed_teacher, z)
     assert not torch.allclose(actual, stopped, rtol=0.1)
 
@@ -211,7 +211,7 @@ def test_never_negative(task, combine):
     )
     def check(seed, spread, offset, weight):
         z = heads(1, 3, 4, seed=seed, dtype=torch.float32) + spread * heads(3, 3, 4, seed=seed + 1).float() + offset
-        assert agreement(z, task, combine=combine) >= 0
+        assert divergence(z, task, combine=combine) >= 0
         y = targets(task, 3, 4, seed=seed)
         assert (codistillation(z, y, weight, task, combine=combine, reduction="none") >= 0).all()
 
@@ -234,14 +234,14 @@ def test_extreme_logits_give_finite_values_and_gradients(task, combine):
 def test_large_logits_keep_their_digits(task):
     """In float32 both terms of a gap may be 1e4, and the gap 1e-2."""
     z = 1e4 + (heads(4, N, C) * 8).round() / 8  # eighths, so float32 rounds neither them nor their mean
-    torch.testing.assert_close(agreement(z.float(), task).double(), agreement(z, task), rtol=1e-5, atol=0)
+    torch.testing.assert_close(divergence(z.float(), task).double(), divergence(z, task), rtol=1e-5, atol=0)
 
 
 def test_confident_labels_keep_their_digits():
     z = 12 + (heads(4, N, C) * 8).round() / 8
     for sign in (1, -1):
-        in_float32 = agreement(sign * z.float(), "multilabel").double()
-        torch.testing.assert_close(in_float32, agreement(z, "multilabel"), rtol=1e-5, atol=0)
+        in_float32 = divergence(sign * z.float(), "multilabel").double()
+        torch.testing.assert_close(in_float32, divergence(z, "multilabel"), rtol=1e-5, atol=0)
 
 
 def test_classes_masked_in_every_head_are_left_out():
@@ -272,7 +272,7 @@ def test_one_head_is_the_plain_loss_bit_by_bit(task, options, combine):
             torch.testing.assert_close(actual, expected)
         else:
             assert torch.equal(actual, expected)
-    assert agreement(z, task, combine=combine) == 0
+    assert divergence(z, task, combine=combine) == 0
 
 
 def test_where_nothing_counts_the_mean_is_nan_as_in_cross_entropy():
@@ -289,11 +289,11 @@ def test_autocast_and_low_precision_are_computed_in_float32(task, combine):
     expected = codistillation(z.float(), y, 2.0, task, combine=combine)
     with torch.autocast("cpu", torch.bfloat16):
         actual = codistillation(z, y, 2.0, task, combine=combine)
-        term = agreement(z, task, combine=combine)
+        term = divergence(z, task, combine=combine)
         prediction = combine_heads(z, combine, task)
     assert actual.dtype == term.dtype == torch.float32
     assert torch.equal(actual, expected)
-    assert torch.equal(term, agreement(z.float(), task, combine=combine))
+    assert torch.equal(term, divergence(z.float(), task, combine=combine))
     assert prediction.dtype == torch.bfloat16
     torch.testing.assert_close(prediction.float(), combine_heads(z.float(), combine, task), rtol=0.01, atol=0.01)
     assert codistillation(z.double(), y, 2.0, task, combine=combine).dtype == torch.float64
@@ -462,6 +462,6 @@ def test_bad_input(case):
         codistillation(*args, **options)
 
 
-def test_agreement_asks_for_heads():
+def test_divergence_asks_for_heads():
     with pytest.raises(ValueError, match="ask the model for all heads"):
-        agreement(Z[0])
+        divergence(Z[0])

@@ -17,7 +17,7 @@ _moved.install()
 
 # Names are imported when they are first used, so that the command line answers --help without loading PyTorch.
 _HOMES = {
-    "Budget": "conversion.planning",
+    "Budget": "cost",
     "BudgetError": "errors",
     "Capacity": "conversion.capacity",
     "CoDistillationLoss": "losses",
@@ -83,9 +83,9 @@ if TYPE_CHECKING:
     from ensemblenet import functional
     from ensemblenet.conversion.capacity import Capacity, spare_capacity
     from ensemblenet.conversion.convert import convert, plans, split_points
-    from ensemblenet.conversion.planning import Budget, Plan
+    from ensemblenet.conversion.planning import Plan
     from ensemblenet.conversion.split import SplitPoint
-    from ensemblenet.cost import Cost, measure_cost
+    from ensemblenet.cost import Budget, Cost, measure_cost
     from ensemblenet.deploy.export import export
     from ensemblenet.deploy.model_card import push_to_hub
     from ensemblenet.deploy.timm_names import register_timm

@@ -1,16 +1,17 @@
-"""Modules that had another name in version 0.1: the old names import still, with a warning that names the new one."""
+"""Names of version 0.1 that are others now: the old ones import still, with a warning that names the new one."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "install", "renamed"]
 
 MOVED = {
     "ensemblenet.anytime": "ensemblenet.heads.anytime",
@@ -20,6 +21,7 @@ MOVED = {
     "ensemblenet.data.batches": "ensemblenet.data.tensors",
     "ensemblenet.data.folders": "ensemblenet.data.images",
     "ensemblenet.deployment": "ensemblenet.deploy.export",
+    "ensemblenet.heads.rules": "ensemblenet.operations",
     "ensemblenet.hub": "ensemblenet.storage.hub",
     "ensemblenet.models.named": "ensemblenet.models.sources",
     "ensemblenet.sharing": "ensemblenet.deploy.model_card",
@@ -35,12 +37,12 @@ MOVED = {
     "ensemblenet.surgery.axes": "ensemblenet.operations.axes",
     "ensemblenet.surgery.budget": "ensemblenet.conversion.planning",
     "ensemblenet.surgery.initialise": "ensemblenet.conversion.initialise",
-    "ensemblenet.surgery.layers": "ensemblenet.operations.layers",
+    "ensemblenet.surgery.layers": "ensemblenet.operations.deprecated",
     "ensemblenet.surgery.narrow": "ensemblenet.conversion.build",
     "ensemblenet.surgery.rules": "ensemblenet.conversion.equations",
     "ensemblenet.surgery.split": "ensemblenet.conversion.split",
+    "ensemblenet.surgery.translate": "ensemblenet.operations",
     "ensemblenet.surgery.trace": "ensemblenet.conversion.trace",
-    "ensemblenet.surgery.translate": "ensemblenet.operations.literals",
     "ensemblenet.tagging_metrics": "ensemblenet.metrics.tagging",
     "ensemblenet.timm_models": "ensemblenet.deploy.timm_names",
     "ensemblenet.training.cli": "ensemblenet.training.fit",
@@ -70,3 +72,21 @@ def install() -> None:
     """Let the import system find the old names."""
     # in front: an old folder's name leads to a new folder, in which another finder would load files a second time
     sys.meta_path.insert(0, _Finder())
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's `__getattr__` that finds names which are elsewhere now.
+
+    Args:
+        module: the module's name.
+        names: by old name, where it is now, as "module:name".
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, new = names[name].partition(":")
+        warnings.warn(f"{module}.{name} is now {home}.{new}.", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(home), new)
+
+    return find

@@ -1,14 +1,18 @@
-"""What a model costs: parameters and multiply-adds."""
+"""What a model costs, and may cost: parameters and multiply-adds."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop
 
-__all__ = ["Cost", "count_parameters", "measure_cost"]
+from ensemblenet.errors import BudgetError
+
+__all__ = ["Budget", "Cost", "count_parameters", "measure_cost"]
 
 _ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 if _ATTENTION_ON_CPU not in flop_registry:  # PyTorch before 2.15 does not count it
@@ -25,6 +29,8 @@ class Cost:
     Example:
         >>> Cost(parameters=10, macs=100.0) + 2 * Cost(parameters=1, macs=5.0)
         Cost(parameters=12, macs=110.0)
+        >>> Cost(parameters=5, macs=25.0).share_of(Cost(parameters=10, macs=100.0))
+        (0.5, 0.25)
     """
 
     parameters: int
@@ -45,8 +51,60 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else float(part > 0)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The most that a multi-headed model may cost, as shares of its base.
+
+    Attributes:
+        parameters: share of the base's parameters.
+        macs: share of the base's MACs.
+
+    Example:
+        >>> budget = Budget(parameters=0.5)
+        >>> budget.limit(Cost(parameters=101, macs=20.0))
+        Cost(parameters=50, macs=20.0)
+        >>> print(budget)
+        0.5 of the base's parameters and 1 of its MACs
+    """
+
+    parameters: float = 1.0
+    macs: float = 1.0
+
+    @classmethod
+    def of(cls, budget: float | Budget) -> Budget:
+        """A budget as a user gives it: one share for parameters and MACs, or one for each.
+
+        Raises:
+            BudgetError: a share is not a positive number.
+
+        Example:
+            >>> Budget.of(0.5)
+            Budget(parameters=0.5, macs=0.5)
+        """
+        shares = (budget.parameters, budget.macs) if isinstance(budget, Budget) else (budget, budget)
+        for share in shares:
+            if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < math.inf:
+                raise BudgetError(
+                    f"budget must be a positive number (a share of the base's cost) or "
+                    f"ensemblenet.Budget(parameters=, macs=), got {share!r}."
+                )
+        return cls(*map(float, shares))
+
+    def limit(self, base: Cost) -> Cost:
+        """The most that may be spent."""
+        return Cost(math.floor(self.parameters * base.parameters), self.macs * base.macs)
+
+    def __str__(self) -> str:
+        return f"{self.parameters:g} of the base's parameters and {self.macs:g} of its MACs"
+
+
 def count_parameters(module: nn.Module) -> int:
-    """The number of parameter elements, each shared parameter counted once."""
+    """The number of parameter elements, each shared parameter counted once.
+
+    Example:
+        >>> count_parameters(nn.Linear(8, 4))
+        36
+    """
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -5,6 +5,7 @@ Shapes: N examples, K heads, C outputs (classes, labels or regression targets), 
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -45,8 +46,9 @@ class EnsembleNet(nn.Module):
         base_cost: what the base cost, if there was one.
 
     Attributes:
-        recompute: let backward compute the activations of one head after another again instead of keeping those of
-            all. It saves memory and costs a second forward pass of the heads. Fused heads do not heed it.
+        checkpoint_activations: activation checkpointing: backward computes the activations of one head after another
+            again instead of keeping those of all. It saves memory and costs a second forward pass of the heads. Fused
+            heads do not heed it.
 
     Shape:
         - input: whatever the trunk takes.
@@ -66,7 +68,7 @@ class EnsembleNet(nn.Module):
         (torch.Size([5, 3]), 2)
     """
 
-    recompute = False
+    checkpoint_activations = False
 
     def __init__(
         self,
@@ -100,6 +102,17 @@ class EnsembleNet(nn.Module):
         self.base_cost = base_cost
 
     @property
+    def recompute(self) -> bool:
+        """The old name of `checkpoint_activations`."""
+        _warn_of_recompute()
+        return self.checkpoint_activations
+
+    @recompute.setter
+    def recompute(self, value: bool) -> None:
+        _warn_of_recompute()
+        self.checkpoint_activations = value
+
+    @property
     def num_heads(self) -> int:
         """K, the number of heads."""
         return len(self.heads)
@@ -124,8 +137,8 @@ class EnsembleNet(nn.Module):
 
     def _run_heads(self, features: Tensor) -> Tensor:
         """The outputs of all heads, (K, N, C, *)."""
-        if self.recompute and torch.is_grad_enabled():
-            return torch.stack([_run_and_forget(head, features) for head in self.heads])
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return torch.stack([_checkpointed(head, features) for head in self.heads])
         return torch.stack([head(features) for head in self.heads])
 
     def head(self, k: int) -> nn.Module:
@@ -146,22 +159,31 @@ class EnsembleNet(nn.Module):
         """
         if not 1 <= k <= self.num_heads:
             raise ValueError(f"first(k) needs k in [1, {self.num_heads}], got {k}.")
-        model = EnsembleNet(
-            self.trunk,
-            list(self.heads)[:k],
-            self.combine,
-            task=self.task,
-            balance_gradients=self.balance_gradients,
-            recipe=self.recipe.with_heads(k) if self.recipe else None,
-            trunk_cost=self.trunk_cost,
-            head_cost=self.head_cost,
-            base_cost=self.base_cost,
-        )
+        model = self.with_heads(list(self.heads)[:k])
+        model.recipe = self.recipe.with_heads(k) if self.recipe else None
         return model.train(self.training)
 
+    def with_heads(self, heads: Iterable[nn.Module], kind: type[EnsembleNet] | None = None) -> EnsembleNet:
+        """A model of the same trunk and options with other heads, or of another class.
 
-def _run_and_forget(head: nn.Module, features: Tensor) -> Tensor:
-    """A head's output, whose activations backward computes again, with the same random numbers."""
+        Args:
+            heads: its heads.
+            kind: its class; None makes an `EnsembleNet`.
+        """
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return (kind or EnsembleNet)(self.trunk, heads, **options)
+
+
+_OPTIONS = ("combine", "task", "balance_gradients", "recipe", "trunk_cost", "head_cost", "base_cost")
+
+
+def _warn_of_recompute() -> None:
+    text = "EnsembleNet.recompute is now EnsembleNet.checkpoint_activations."
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+
+
+def _checkpointed(head: nn.Module, features: Tensor) -> Tensor:
+    """A head's output under activation checkpointing; backward draws the same random numbers again."""
     output = checkpoint(
         head, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsAtRest(head))
     )
@@ -177,7 +199,8 @@ class _StatisticsAtRest:
         self.states = [(layer, layer.momentum, layer.num_batches_tracked) for layer in layers]
 
     def __enter__(self) -> None:
-        for layer, _, _ in self.states:  # without statistics at all, backward would find other tensors than were kept
+        # keep running statistics attached; otherwise checkpointing sees other saved tensors
+        for layer, _, _ in self.states:
             layer.momentum, layer.num_batches_tracked = 0.0, None
 
     def __exit__(self, *error: object) -> None:

@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Combine", "Reduction", "Task", "agreement", "codistillation", "combine_heads"]
+from ensemblenet._moved import renamed
+
+__all__ = ["Combine", "Reduction", "Task", "codistillation", "combine_heads", "divergence"]
 
 Task = Literal["multiclass", "multilabel", "regression"]
 Combine = Literal["logits", "probabilities"]
@@ -33,6 +35,8 @@ Reduction = Literal["mean", "sum", "none"]
 
 # Named here because torch.compile does not trace get_args.
 _TASKS, _COMBINES, _REDUCTIONS = get_args(Task), get_args(Combine), get_args(Reduction)
+
+__getattr__ = renamed(__name__, {"agreement": "ensemblenet.functional:divergence"})
 
 _ASK_FOR_HEADS = (
     "A combined prediction has no head dimension: ask the model for all heads by model.train() or "
@@ -148,7 +152,7 @@ def codistillation(
 
     z = _full_precision(head_outputs)
     distil = weight > 0 and len(z) > 1
-    combined, divergence = _with_divergence(z, task, combine) if distil else (combine_heads(z, combine, task), None)
+    combined, gap = _with_divergence(z, task, combine) if distil else (combine_heads(z, combine, task), None)
     target = target.long() if _holds_indices(target, task) else target.to(z.dtype)
     class_weight = None if class_weight is None else class_weight.to(z.dtype)
     plain_loss = partial(_plain_loss, combined, target, task, class_weight, label_smoothing, ignore_index)
@@ -157,9 +161,9 @@ def codistillation(
         return plain_loss(reduction)
     losses = plain_loss("none")
     class_weight = z.new_ones(z.shape[2]) if class_weight is None else class_weight
-    if divergence is not None:
+    if gap is not None:
         scale = _target_scale(target, task, class_weight, label_smoothing, ignore_index)
-        losses = losses + weight * (scale * divergence).sum(1)
+        losses = losses + weight * (scale * gap).sum(1)
     counts = torch.ones_like(losses)
     if not target.is_floating_point():
         counts = _index_weight(target, class_weight, ignore_index)
@@ -171,7 +175,7 @@ def codistillation(
     return losses.sum() if reduction == "sum" else losses
 
 
-def agreement(head_outputs: Tensor, task: Task = "multiclass", *, combine: Combine = "logits") -> Tensor:
+def divergence(head_outputs: Tensor, task: Task = "multiclass", *, combine: Combine = "logits") -> Tensor:
     """How far the heads are from their ensemble: mean_k KL(pbar || p_k), 0 where all heads predict the same.
 
     It is what [`ensemblenet.functional.codistillation`][] multiplies by its weight where no class or example
@@ -191,7 +195,7 @@ def agreement(head_outputs: Tensor, task: Task = "multiclass", *, combine: Combi
 
     Example:
         >>> z = torch.randn(4, 8, 10)
-        >>> bool(agreement(z) > 0), agreement(z[:1].expand_as(z)).item()
+        >>> bool(divergence(z) > 0), divergence(z[:1].expand_as(z)).item()
         (True, 0.0)
     """
     _check_has_heads(head_outputs)
@@ -275,7 +279,7 @@ class _MeanAndGap(torch.autograd.Function):
 
 
 def _gradient_of_a(z: Tensor, task: Task, classes: int) -> Tensor:
-    """What is predicted: probabilities, or the values themselves."""
+    """The gradient of A, which is the prediction: probabilities, or the values themselves."""
     if task == "regression":
         return z
     return z.softmax(classes) if task == "multiclass" else z.sigmoid()
@@ -305,7 +309,7 @@ def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 def _target_scale(
     target: Tensor, task: Task, class_weight: Tensor, label_smoothing: float, ignore_index: int
 ) -> Tensor:
-    """What weights multiply A(z) by, and so the divergence: (N, 1, *) for multiclass, else (1, C, *)."""
+    """The factor of A(z) in a weighted loss, and so of the divergence: (N, 1, *) for multiclass, else (1, C, *)."""
     if task != "multiclass":
         return _along(1, class_weight, target.ndim)
     if target.is_floating_point():

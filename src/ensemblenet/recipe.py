@@ -1,84 +1,145 @@
-"""How a model was made from its base, as plain data: enough to build it again."""
+"""How a conversion is asked for, and how a model was made from its base, as plain data."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from torch import nn
-
-from ensemblenet.conversion.initialise import Init
-from ensemblenet.errors import LoadError
+from ensemblenet._moved import renamed
+from ensemblenet.cost import Budget
+from ensemblenet.errors import ConversionError, LoadError
 from ensemblenet.functional import Combine, Task
+from ensemblenet.inputs import DTYPES, InputSpec
+from ensemblenet.models.sources import BaseSource
 
-__all__ = ["BaseSource", "Recipe", "find_source"]
+if TYPE_CHECKING:
+    from ensemblenet.operations.axes import Axis
 
-FORMAT = 1
+__all__ = ["Conversion", "HeadShape", "Init", "Recipe"]
+
+__getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.sources:find_source"})
+
+Init = Literal["fresh", "inherit"]
+FORMAT = 2
 
 
 @dataclass(frozen=True)
-class BaseSource:
-    """A base that a known factory makes: a timm model, or one of `ensemblenet.models`.
+class Conversion:
+    """What is asked of a conversion; [`ensemblenet.convert`][] explains the settings.
 
-    Attributes:
-        factory: "timm" or "ensemblenet".
-        name: the model's name there.
-        arguments: keyword arguments, plain numbers and lists.
+    Args:
+        seed: the seed of the heads' weights; None takes the run's own.
+
+    Raises:
+        ConversionError: a setting that cannot be.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> replace(Conversion(budget=0.9), num_heads=4)
+        Conversion(num_heads=4, budget=0.9, split_at='auto', seed=None, init='fresh', combine='logits', min_width=None)
     """
 
-    factory: str
-    name: str
-    arguments: dict[str, Any]
+    num_heads: int = 2
+    budget: float | Budget = 1.0
+    split_at: str = "auto"
+    seed: int | None = None
+    init: Init = "fresh"
+    combine: Combine = "logits"
+    min_width: float | None = None
 
-    def build(self) -> nn.Module:
-        """Make the base, with random weights.
+    def __post_init__(self) -> None:
+        if not _is_count(self.num_heads):
+            raise ConversionError(f"num_heads must be an integer of at least 1, got {self.num_heads!r}.")
+        Budget.of(self.budget)
+        if self.init not in get_args(Init):
+            raise ConversionError(f"init must be one of {get_args(Init)}, got {self.init!r}.")
+        if self.min_width is not None and not (isinstance(self.min_width, int | float) and 0 <= self.min_width <= 1):
+            raise ConversionError(f"min_width must be a share of the base's channels, 0 to 1, got {self.min_width!r}.")
 
-        Raises:
-            LoadError: the factory does not know it.
-        """
-        makers = {"timm": _build_timm, "ensemblenet": _build_own}
-        if self.factory not in makers:
-            raise LoadError(f"Unknown base factory {self.factory!r}: expected one of {sorted(makers)}.")
-        try:
-            return makers[self.factory](self.name, self.arguments)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise LoadError(f"The base {self.name!r} of {self.factory} cannot be built: {error}") from error
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The shape that every head was given.
+
+    Attributes:
+        width: the share of its channels that each layer keeps.
+        multiple: large channel counts are rounded to it, smaller ones to smaller powers of two.
+        pinned: names of graph nodes that keep the base's sizes, because they fail with smaller ones.
+
+    Example:
+        >>> from ensemblenet.operations.axes import free
+        >>> HeadShape(width=0.5).size(free(96)), HeadShape(width=0.5).size(free(20))
+        (48, 10)
+    """
+
+    width: float
+    multiple: int = 8
+    pinned: tuple[str, ...] = ()
+
+    def size(self, axis: Axis) -> int:
+        """The new size of a free axis of the base."""
+        if self.width >= 1:
+            return axis.size
+        step = max(self.multiple // axis.block, 1)
+        while step > 1 and axis.size < 8 * step:
+            step //= 2
+        return min(max(round(axis.size * self.width / step) * step, step), axis.size)
+
+
+# how attributes of version 0.1 are found now
+_RENAMED = {
+    "input_shape": "inputs.shape",
+    "input_dtype": "inputs.dtype",
+    "width": "head.width",
+    "multiple": "head.multiple",
+    "frozen": "head.pinned",
+}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Plain data from which a base becomes the model again.
+    """How a model was made from its base, as plain data: enough to make it again.
 
     Attributes:
         base: where the base comes from, or None if the user must bring it.
-        input_shape: the shape of one example.
-        input_dtype: its dtype, such as "float32".
+        inputs: the shape and dtype of the examples that it was converted for.
         num_heads: K.
         split_at: the split point's name.
-        width: the share of its channels that a head keeps.
-        multiple: what large channel counts are rounded to.
-        frozen: graph nodes that keep their sizes.
+        head: the shape of every head.
         init: how the weights began.
         seed: the source of chance.
         combine: how head outputs become one prediction.
         task: what the outputs mean.
         format: the version of this format.
+
+    Example:
+        >>> import torch, ensemblenet
+        >>> from torch import nn
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> recipe = ensemblenet.convert(base, torch.randn(4, 8), split_at="input").recipe
+        >>> recipe.split_at, recipe.head.width < 1, Recipe.from_json(recipe.to_json()) == recipe
+        ('input', True, True)
     """
 
     base: BaseSource | None
-    input_shape: tuple[int, ...]
-    input_dtype: str
+    inputs: InputSpec
     num_heads: int
     split_at: str
-    width: float
-    multiple: int
-    frozen: tuple[str, ...]
+    head: HeadShape
     init: Init
     seed: int
     combine: Combine
     task: Task
     format: int = FORMAT
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _RENAMED:
+            raise AttributeError(f"'Recipe' object has no attribute {name!r}")
+        warnings.warn(f"Recipe.{name} is now Recipe.{_RENAMED[name]}.", DeprecationWarning, stacklevel=2)
+        return attrgetter(_RENAMED[name])(self)
 
     def with_heads(self, num_heads: int) -> Recipe:
         """The recipe of the same model with its first heads only."""
@@ -90,7 +151,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """Read a recipe, believing nothing.
+        """Read a recipe of this format or of an older one; every field is checked.
 
         Raises:
             LoadError: it is not a recipe, or one of a newer format.
@@ -101,112 +162,78 @@ class Recipe:
             raise LoadError(f"The recipe is not JSON: {error}") from error
         if not isinstance(data, dict) or "format" not in data:
             raise LoadError("The recipe is not one of ensemblenet's: it has no 'format'.")
-        if data["format"] != FORMAT:
-            raise LoadError(f"The recipe has format {data['format']!r}; this version reads format {FORMAT}.")
+        if data["format"] not in range(1, FORMAT + 1):
+            raise LoadError(
+                f"The recipe has format {data['format']!r}; this version reads formats up to {FORMAT}: update "
+                "ensemblenet."
+            )
+        if data["format"] == 1:
+            data = _from_format_1(data)
         _check_fields(cls, data, "recipe")
-        if data["base"] is not None:
-            _check_fields(BaseSource, data["base"], "recipe's base")
-            data["base"] = BaseSource(**data["base"])
-        for name, expected, is_valid in _checks(data):
+        for name, kind in (("base", BaseSource), ("inputs", InputSpec), ("head", HeadShape)):
+            if name != "base" or data[name] is not None:
+                _check_fields(kind, data[name], f"recipe's {name}")
+        for name, expected, value, is_valid in _checks(data):
             if not is_valid:
-                raise LoadError(f"The recipe's {name} must be {expected}, got {data[name]!r}.")
-        data["input_shape"], data["frozen"] = tuple(data["input_shape"]), tuple(data["frozen"])
+                raise LoadError(f"The recipe's {name} must be {expected}, got {value!r}.")
+        data["base"] = data["base"] and BaseSource(**data["base"])
+        data["inputs"] = InputSpec(tuple(data["inputs"]["shape"]), data["inputs"]["dtype"])
+        data["head"] = HeadShape(**{**data["head"], "pinned": tuple(data["head"]["pinned"])})
         return cls(**data)
 
 
+def _from_format_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 had the fields of inputs and head side by side, and called pinned nodes frozen."""
+    old = {"input_shape", "input_dtype", "width", "multiple", "frozen"}
+    if missing := old - data.keys():
+        raise LoadError(f"The recipe has format 1 but no {sorted(missing)}.")
+    new = {key: value for key, value in data.items() if key not in old}
+    return new | {
+        "inputs": {"shape": data["input_shape"], "dtype": data["input_dtype"]},
+        "head": {"width": data["width"], "multiple": data["multiple"], "pinned": data["frozen"]},
+        "format": FORMAT,
+    }
+
+
 def _check_fields(kind: type, data: Any, what: str) -> None:
-    names = {field.name for field in fields(kind)}
+    names = {member.name for member in fields(kind)}
     if not isinstance(data, dict) or set(data) != names:
         got = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise LoadError(f"The {what} must have the fields {sorted(names)}, got {got}.")
 
 
-def _checks(data: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """Every field, what it must be, and whether it is."""
-    shape, frozen, base = data["input_shape"], data["frozen"], data["base"]
-    return [
-        ("base", "a factory, a name and arguments", base is None or _is_plain(base)),
-        (
-            "input_shape",
-            "a list of positive integers",
-            isinstance(shape, list) and all(map(_is_count, shape)),
-        ),
-        (
-            "input_dtype",
-            "a dtype's name",
-            data["input_dtype"] in ("float64", "float32", "float16", "bfloat16", "int64"),
-        ),
-        (
-            "num_heads",
-            "an integer from 1 to 1024",
-            _is_count(data["num_heads"]) and data["num_heads"] <= 1024,
-        ),
-        ("split_at", "a name", isinstance(data["split_at"], str)),
-        ("width", "a number in (0, 1]", isinstance(data["width"], (int, float)) and 0 < data["width"] <= 1),
-        ("multiple", "a positive integer", _is_count(data["multiple"])),
-        (
-            "frozen",
-            "a list of names",
-            isinstance(frozen, list) and all(isinstance(name, str) for name in frozen),
-        ),
-        ("init", f"one of {get_args(Init)}", data["init"] in get_args(Init)),
-        ("seed", "an integer", isinstance(data["seed"], int)),
-        ("combine", f"one of {get_args(Combine)}", data["combine"] in get_args(Combine)),
-        ("task", f"one of {get_args(Task)}", data["task"] in get_args(Task)),
+def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
+    """Each field: its name, what it must be, its value, and whether that is valid."""
+    base, inputs, head = data["base"], data["inputs"], data["head"]
+    shape, width, pinned = inputs["shape"], head["width"], head["pinned"]
+    found = [
+        ("base", "a factory, a name and arguments", base, base is None or _is_plain(base)),
+        ("shape of inputs", "a list of positive integers", shape, _is_list(shape) and all(map(_is_count, shape))),
+        ("dtype of inputs", "a dtype's name", inputs["dtype"], inputs["dtype"] in DTYPES),
+        ("width", "a number in (0, 1]", width, isinstance(width, (int, float)) and 0 < width <= 1),
+        ("multiple", "a positive integer", head["multiple"], _is_count(head["multiple"])),
+        ("pinned", "a list of names", pinned, _is_list(pinned) and all(isinstance(name, str) for name in pinned)),
+        ("split_at", "a name", data["split_at"], isinstance(data["split_at"], str)),
+        ("seed", "an integer", data["seed"], isinstance(data["seed"], int)),
     ]
+    heads = data["num_heads"]
+    found.append(("num_heads", "an integer from 1 to 1024", heads, _is_count(heads) and heads <= 1024))
+    for name, choices in (("init", get_args(Init)), ("combine", get_args(Combine)), ("task", get_args(Task))):
+        found.append((name, f"one of {choices}", data[name], data[name] in choices))
+    return found
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_plain(base: BaseSource) -> bool:
-    values = base.arguments.values() if isinstance(base.arguments, dict) else [None]
+def _is_plain(base: dict[str, Any]) -> bool:
+    arguments = base["arguments"]
+    values = arguments.values() if isinstance(arguments, dict) else [None]
     numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
-    strings = isinstance(base.factory, str) and isinstance(base.name, str)
+    strings = isinstance(base["factory"], str) and isinstance(base["name"], str)
     return strings and all(isinstance(number, (int, float, bool)) for number in numbers)
-
-
-# -- known factories
-
-
-def find_source(base: nn.Module, input_shape: tuple[int, ...]) -> BaseSource | None:
-    """Where a base comes from, if a known factory makes one with the same layers; `input_shape` is of one example."""
-    candidates: list[BaseSource] = []
-    module = type(base).__module__
-    if module.startswith("timm.") and getattr(base, "pretrained_cfg", None):
-        name = str(base.pretrained_cfg["architecture"])  # pyright: ignore[reportIndexIssue, reportArgumentType]
-        arguments: dict[str, Any] = {"num_classes": base.num_classes}
-        if input_shape[0] != 3:
-            arguments["in_chans"] = input_shape[0]
-        candidates += [BaseSource("timm", name, arguments | more) for more in ({}, {"img_size": [*input_shape[1:]]})]
-    elif module.startswith("ensemblenet.models.") and isinstance(getattr(base, "arguments", None), dict):
-        candidates.append(BaseSource("ensemblenet", type(base).__name__, dict(base.arguments)))  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return next((source for source in candidates if _makes(source, base)), None)
-
-
-def _makes(source: BaseSource, base: nn.Module) -> bool:
-    """Whether a source makes the same layers with the same shapes."""
-    try:
-        made = source.build()
-    except LoadError:
-        return False
-    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (made, base)]
-    return shapes[0] == shapes[1] and repr(made) == repr(base)
-
-
-def _build_timm(name: str, arguments: dict[str, Any]) -> nn.Module:
-    import timm  # only those who convert timm's models need it
-
-    if not timm.is_model(name):
-        raise ValueError(f"timm {timm.__version__} has no model of that name.")
-    allowed = {key: value for key, value in arguments.items() if key in ("num_classes", "in_chans", "img_size")}
-    return timm.create_model(name, pretrained=False, **allowed)
-
-
-def _build_own(name: str, arguments: dict[str, Any]) -> nn.Module:
-    from ensemblenet import models
-
-    if name not in models.__all__:
-        raise ValueError(f"ensemblenet.models has {models.__all__}.")
-    return getattr(models, name)(**arguments)

@@ -7,13 +7,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ensemblenet.conversion.convert import convert
+from ensemblenet.conversion.convert import convert, convert_as
 from ensemblenet.cost import Cost, count_parameters, measure_cost
 from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.recipe import Conversion
 from ensemblenet.storage.checkpoint import load, save
 
 __all__ = ["ConversionReport", "check_conversion", "check_full_width"]
@@ -21,7 +23,7 @@ __all__ = ["ConversionReport", "check_conversion", "check_full_width"]
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a checked conversion came to.
+    """What [`ensemblenet.testing.check_conversion`][] found.
 
     Attributes:
         split_at: the split point.
@@ -31,6 +33,12 @@ class ConversionReport:
         spread: the standard deviation of a head's first outputs, as a share of the base's; None where the base
             begins with outputs of zero.
         seconds: how long `convert` took.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> report = check_conversion(base, torch.randn(4, 8))
+        >>> report.split_at, max(report.parameters_share, report.macs_share) <= 1
+        ('input', True)
     """
 
     split_at: str
@@ -42,7 +50,7 @@ class ConversionReport:
 
 
 def check_conversion(
-    base: nn.Module, x: Tensor, num_heads: int = 2, budget: float = 1.0, split_at: str = "auto"
+    base: nn.Module, x: Tensor, num_heads: int = 2, budget: float = 1.0, split_at: str = "auto", **options: Any
 ) -> ConversionReport:
     """Convert a network and check the result.
 
@@ -52,6 +60,7 @@ def check_conversion(
         num_heads: K.
         budget: the share of the base's cost.
         split_at: a split point's name, or "auto".
+        options: others of [`ensemblenet.recipe.Conversion`][].
 
     Raises:
         AssertionError: a promise does not hold.
@@ -65,7 +74,7 @@ def check_conversion(
     base.eval()
     before = copy.deepcopy(base.state_dict())
     start = time.perf_counter()
-    model = convert(base, x, num_heads, budget, split_at)
+    model = convert_as(Conversion(num_heads, budget, split_at, **{"seed": 0, **options}), base, x)
     seconds = time.perf_counter() - start
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items()), "the base changed"
     del before
@@ -74,7 +83,7 @@ def check_conversion(
     _check_round_trips(model, base, x)
     _check_gradients(model, x)
     assert model.recipe is not None
-    return ConversionReport(model.recipe.split_at, model.recipe.width, *shares, spread, seconds)
+    return ConversionReport(model.recipe.split_at, model.recipe.head.width, *shares, spread, seconds)
 
 
 def _check_cost(model: EnsembleNet, base: nn.Module, x: Tensor, budget: float) -> tuple[float, float]:

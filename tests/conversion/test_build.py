@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ensemblenet import BudgetError, EnsembleNet, convert
-from ensemblenet.conversion.equations import rule
 from ensemblenet.conversion.trace import trace
-from ensemblenet.operations.layers import layer_rule
+from ensemblenet.operations import Event, LayerSizes, Operation, Sizes, register
 
 
 class Between(nn.Module):
@@ -87,7 +86,7 @@ def channels_left(model: EnsembleNet) -> int:
 def test_channels_shrink_through(name: str) -> None:
     model = converted(MIDDLES[name])
     assert model.recipe is not None
-    assert model.recipe.frozen == ()
+    assert model.recipe.head.pinned == ()
     assert channels_left(model) < 60
 
 
@@ -114,7 +113,7 @@ class Summary(nn.Module):
         return x * self.weight[:, None, None]
 
 
-def test_what_fails_narrowed_keeps_its_width_and_users_rules_mend_it() -> None:
+def test_what_fails_narrowed_keeps_its_width_and_users_classes_mend_it() -> None:
     class Leaf(Summary, nn.Dropout):  # a leaf, so that its code runs as it is
         def __init__(self) -> None:
             nn.Dropout.__init__(self)
@@ -124,24 +123,26 @@ def test_what_fails_narrowed_keeps_its_width_and_users_rules_mend_it() -> None:
     with pytest.raises(BudgetError, match="do not fit"):
         converted(Leaf())
 
-    @layer_rule(Leaf)
-    def leaf(layer: Leaf, base: Leaf, sizes: object) -> None:
-        layer.width = layer.weight.numel()
+    @register(Leaf)
+    class LeafOperation(Operation):
+        def narrow(self, layer: Leaf, base: Leaf, sizes: LayerSizes) -> None:
+            layer.width = layer.weight.numel()
 
     model = converted(Leaf())
     assert model.recipe is not None
-    assert model.recipe.frozen == ()
+    assert model.recipe.head.pinned == ()
     assert model.heads[0].get_submodule("middle").width == channels_left(model) < 60
 
 
-def test_users_rules_for_operators() -> None:
+def test_users_classes_for_operators() -> None:
     sort = Function(lambda x: x.sort(dim=2).values)
     assert channels_left(converted(sort, budget=2.0)) == 64
 
-    @rule("sort")
-    def sorted_along_a_dimension(equations, event) -> None:
-        for out in event.out:
-            equations.set(out, list(equations.axes(event.args[0])))
+    @register("sort")
+    class Sort(Operation):
+        def couple(self, sizes: Sizes, event: Event) -> None:
+            for out in event.out:
+                sizes.set(out, list(sizes.axes(event.args[0])))
 
     assert channels_left(converted(sort)) < 60
 

@@ -112,7 +112,7 @@ def test_plans_agree_with_conversions() -> None:
             model = convert(base, X, 3, 0.95, plan.split.name)
             assert model.cost == plan.cost
             assert model.recipe is not None
-            assert model.recipe.width == plan.width
+            assert model.recipe.head.width == plan.width
 
 
 def test_a_budget_for_each_cost() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ensemblenet import convert
-from ensemblenet.conversion.planning import Budget
+from ensemblenet.cost import Budget
 
 X = torch.randn(16, 20, generator=torch.Generator().manual_seed(0))
 

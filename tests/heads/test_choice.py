@@ -11,7 +11,8 @@ from torch import nn
 from ensemblenet import EnsembleNet, convert
 from ensemblenet.cli.main import main
 from ensemblenet.errors import FusionError
-from ensemblenet.heads import FusedEnsembleNet, choice, choose, fuse, measure, tune
+from ensemblenet.heads import FusedEnsembleNet, choice, choose, fuse, tune
+from ensemblenet.timing import measure
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -58,19 +59,19 @@ def test_the_user_can_force_one(slow) -> None:
         chosen, why = choose(model(), IMAGES, heads)
         assert isinstance(chosen, FusedEnsembleNet) == (heads == "fused")
         assert (why.heads, why.reason) == (heads, "as asked")
-    expected = "heads must be one of 'auto', 'looped', 'fused', 'compiled', 'recomputed'; got 'fast'"
+    expected = "heads must be one of 'auto', 'looped', 'fused', 'compiled', 'checkpointed'; got 'fast'"
     with pytest.raises(FusionError, match=expected):
         choose(model(), IMAGES, "fast")  # type: ignore[arg-type]
 
 
-def test_compiled_and_recomputed_are_taken_only_when_asked_for(slow, monkeypatch) -> None:
+def test_compiled_and_checkpointed_are_taken_only_when_asked_for(slow, monkeypatch) -> None:
     compiled: list = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     chosen, why = choose(model(), IMAGES, "compiled")
     assert (compiled, why.heads, type(chosen)) == ([chosen], "compiled", FusedEnsembleNet)
-    chosen, why = choose(fuse(model()), IMAGES, "recomputed")
-    assert (chosen.recompute, why.heads, type(chosen)) == (True, "recomputed", EnsembleNet)
-    assert not choose(chosen, IMAGES, "looped")[0].recompute
+    chosen, why = choose(fuse(model()), IMAGES, "checkpointed")
+    assert (chosen.checkpoint_activations, why.heads, type(chosen)) == (True, "checkpointed", EnsembleNet)
+    assert not choose(chosen, IMAGES, "looped")[0].checkpoint_activations
 
 
 def test_one_head_and_unlike_heads_run_looped(slow) -> None:

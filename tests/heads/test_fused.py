@@ -12,13 +12,14 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 from networks import ODD, LongSkip, TokenMixer
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ensemblenet
 from ensemblenet import CoDistillationLoss, EnsembleNet, convert
 from ensemblenet.errors import FusionError
-from ensemblenet.heads import FusedEnsembleNet, Value, fuse, fusion_rule, unfuse
+from ensemblenet.heads import FusedEnsembleNet, fuse, unfuse
+from ensemblenet.operations import Operation, Program, Value, register
 
 # The kinds of tests/test_zoo.py, small and shallow.
 ZOO: dict[str, tuple[int, dict[str, Any]]] = {
@@ -464,15 +465,16 @@ def test_heads_that_share_a_parameter() -> None:
         torch.testing.assert_close(left.grad, right.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_rule_of_ones_own() -> None:
+def test_a_class_of_ones_own() -> None:
     class Cube(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x**3
 
-    @fusion_rule(Cube)
-    def cube(program, node):
-        value = program.value(node.args[0])
-        return Value(program.call(torch.pow, value.node, 3), value.layout)
+    @register(Cube)
+    class CubeOperation(Operation):
+        def fuse(self, program: Program, node: fx.Node) -> Value:
+            value = program.value(node.args[0])
+            return Value(program.call(torch.pow, value.node, 3), value.layout)
 
     model = by_hand(*(nn.Sequential(nn.Linear(6, 3), Cube()) for _ in range(2)))
     assert_alike(fuse(model), model, torch.randn(4, 5))

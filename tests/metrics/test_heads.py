@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 
-from ensemblenet.functional import agreement, combine_heads
+from ensemblenet.functional import combine_heads, divergence
 from ensemblenet.metrics import HeadMetrics
 
 K, N, C = 3, 50, 7
@@ -54,7 +54,7 @@ def reference(z, y, combine):
         "brier": np.mean([sum((p[c] - (c == label)) ** 2 for c in classes) for p, label in zip(q, y, strict=True)]),
         "nll": log_loss(y, q, labels=classes),
         "disagreement": np.mean([np.mean(a != b) for a, b in combinations(votes, 2)]) if len(z) > 1 else 0.0,
-        "agreement": agreement(z.double(), combine=combine).item(),
+        "agreement": divergence(z.double(), combine=combine).item(),
     }
 
 

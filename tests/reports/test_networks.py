@@ -18,7 +18,7 @@ import ensemblenet
 from ensemblenet.cli.main import main
 from ensemblenet.errors import LoadError
 from ensemblenet.evaluation.findings import Findings, agreeing, pairs, reliability, stopping
-from ensemblenet.functional import agreement, combine_heads
+from ensemblenet.functional import combine_heads, divergence
 from ensemblenet.heads.anytime import confident, heads_agree, predict_anytime
 from ensemblenet.reports import networks as run_report
 from ensemblenet.reports.thumbnails import glimpse, thumbnail
@@ -81,10 +81,10 @@ def test_labels_that_nobody_looked_for_are_nobodys_best():
 def test_the_examples_on_which_heads_differ_most(task):
     y = Y if task == "multiclass" else TAGS
     findings = findings_of(Z, y, task=task, batches=4, most=7)
-    divergence = [agreement(Z[:, n : n + 1], task).item() for n in range(N)]
-    assert [example.place for example in findings.examples] == np.argsort(divergence)[::-1][:7].tolist()
+    apart = [divergence(Z[:, n : n + 1], task).item() for n in range(N)]
+    assert [example.place for example in findings.examples] == np.argsort(apart)[::-1][:7].tolist()
     for example in findings.examples:
-        assert example.divergence == pytest.approx(divergence[example.place], rel=1e-4)
+        assert example.divergence == pytest.approx(apart[example.place], rel=1e-4)
         assert torch.equal(example.inputs, X[example.place])
         assert example.labels == (
             [Y[example.place]] if task == "multiclass" else TAGS[example.place].nonzero()[:, 0].tolist()

@@ -98,9 +98,11 @@ class Exploit:
         return os.mkdir, (str(self.path),)
 
 
-def edit(directory: Path, **changes: object) -> None:
+def edit(directory: Path, within: str | None = None, **changes: object) -> None:
+    """Change fields of a saved recipe, or of one of its parts."""
     recipe = json.loads((directory / "recipe.json").read_text())
-    (directory / "recipe.json").write_text(json.dumps(recipe | changes))
+    (recipe if within is None else recipe[within]).update(changes)
+    (directory / "recipe.json").write_text(json.dumps(recipe))
 
 
 def rebuild_weights(directory: Path, keep: slice) -> None:
@@ -116,14 +118,17 @@ DAMAGE = [
     (lambda d: (d / "recipe.json").write_text("[1]"), "not one of ensemblenet's"),
     (lambda d: (d / "recipe.json").write_text('{"model_type": "bert"}'), "not one of ensemblenet's"),
     (lambda d: (d / "recipe.json").write_text(" " * (17 << 20)), "larger than any recipe"),
-    (lambda d: edit(d, format=99), "format 99; this version reads format 1"),
+    (lambda d: edit(d, format=99), "format 99; this version reads formats up to 2: update"),
     (lambda d: edit(d, more=1), "must have the fields"),
+    (lambda d: edit(d, "head", more=1), "recipe's head must have the fields"),
+    (lambda d: edit(d, head=3), "recipe's head must have the fields"),
+    (lambda d: edit(d, format=1), r"format 1 but no \['frozen', 'input_dtype', 'input_shape', 'multiple', 'width'\]"),
     (lambda d: edit(d, num_heads=10**9), "num_heads must be an integer from 1 to 1024, got 1000000000"),
     (lambda d: edit(d, num_heads=2), "The recipe has 2 heads, the weights have 3"),
-    (lambda d: edit(d, width=-1), r"width must be a number in \(0, 1\], got -1"),
-    (lambda d: edit(d, width=0.1), r"of shape .*, but the model of this base has"),
+    (lambda d: edit(d, "head", width=-1), r"width must be a number in \(0, 1\], got -1"),
+    (lambda d: edit(d, "head", width=0.1), r"of shape .*, but the model of this base has"),
     (lambda d: edit(d, split_at="nowhere"), "does not fit the recipe.*Unknown split point 'nowhere'"),
-    (lambda d: edit(d, input_shape=[7]), "does not fit the recipe"),
+    (lambda d: edit(d, "inputs", shape=[7]), "does not fit the recipe"),
     (lambda d: edit(d, init="exec"), "init must be one of"),
     (lambda d: edit(d, base={"factory": "os", "name": "system", "arguments": {}}), None),
     (lambda d: rebuild_weights(d, slice(1000)), "damaged or not a safetensors file"),
@@ -148,7 +153,7 @@ def test_damaged_foreign_and_hostile_directories(damage: object, message: str | 
         ({"factory": "os", "name": "system", "arguments": {}}, "Unknown base factory 'os'"),
         (
             {"factory": "timm", "name": "hf-hub:someone/model", "arguments": {}},
-            "cannot be built.*no model of that name",
+            "cannot be built.*timm has no model 'hf-hub:someone/model'",
         ),
         ({"factory": "ensemblenet", "name": "named", "arguments": {}}, "cannot be built"),
         ({"factory": "ensemblenet", "name": "MNIST1DNet", "arguments": {"depth": 3}}, "cannot be built"),

@@ -277,7 +277,7 @@ def test_lower_layers_learn_more_slowly(converted):
     assert len(rates) == len(list(network.parameters()))
 
 
-@pytest.mark.parametrize("heads", ["looped", "fused", "recomputed"])
+@pytest.mark.parametrize("heads", ["looped", "fused", "checkpointed"])
 def test_a_resumed_run_goes_on_in_the_way_that_was_chosen(heads):
     network = ensemblenet.EnsembleNet(torch.nn.Linear(4, 4), [torch.nn.Linear(4, 3) for _ in range(2)])
     first, second = classifier(), classifier()
@@ -287,10 +287,10 @@ def test_a_resumed_run_goes_on_in_the_way_that_was_chosen(heads):
     second.network = ensemblenet.fuse(network, torch.randn(2, 4))  # what this machine would have chosen
     second.on_load_checkpoint(checkpoint)
     assert isinstance(second.network, FusedEnsembleNet) == (heads == "fused")
-    assert second.network.recompute == (heads == "recomputed")
+    assert second.network.checkpoint_activations == (heads == "checkpointed")
 
 
-@pytest.mark.parametrize("heads", ["auto", "looped", "fused", "compiled", "recomputed"])
+@pytest.mark.parametrize("heads", ["auto", "looped", "fused", "compiled", "checkpointed"])
 def test_synchronised_statistics_need_looped_heads(heads):
     module = classifier(heads=heads)
     module._trainer = SimpleNamespace(strategy=SimpleNamespace(_layer_sync=object()))

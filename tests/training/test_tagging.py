@@ -97,7 +97,7 @@ def test_a_run_of_each_level(tmp_path, level):
     assert row["gap_mean"] == pytest.approx(100 * row["test"]["gap"])
     assert row["head_gaps"] == [pytest.approx(100 * row["test"]["head_gap"])]
     header = (folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
-    for column in ("train/loss", "train/agreement", "val/gap", "val/map", "val/hit1", "val/perr", "val/head_gap_1"):
+    for column in ("train/loss", "train/divergence", "val/gap", "val/map", "val/hit1", "val/perr", "val/head_gap_1"):
         assert column in header.split(",")
     assert ensemblenet.load(folder / "model").task == "multilabel"
 

@@ -17,8 +17,10 @@ from ensemblenet import Capacity, Cost, EnsembleNet, fuse, measure_cost, plans, 
 from ensemblenet import convert as convert_network
 from ensemblenet.cli.main import positive_integer
 from ensemblenet.errors import ConversionError
-from ensemblenet.heads import measure, step, tune
+from ensemblenet.heads import tune
+from ensemblenet.inputs import InputSpec
 from ensemblenet.models.sources import create, default_input_shape
+from ensemblenet.timing import measure, step
 
 __all__ = ["benchmark", "convert", "info"]
 
@@ -118,8 +120,7 @@ def benchmark(arguments: Sequence[str]) -> None:
     looped = convert_network(base, x, options.num_heads, options.budget).to(options.device)
     models: dict[str, nn.Module] = {"base": base.to(options.device), "looped": looped}
     models["fused"] = fused = fuse(copy.deepcopy(looped))
-    generator = torch.Generator().manual_seed(0)
-    batch = torch.randn(options.batch_size, *x.shape[1:], generator=generator).to(options.device)
+    batch = InputSpec.of(x).random(options.batch_size).to(options.device)
     table = Table(title=f"{options.model}, {options.num_heads} heads, {torch.get_num_threads()} threads")
     table.add_column("")
     names = [*models, *(f"{name}, compiled" for name in models if options.compile)]
@@ -182,8 +183,7 @@ def _load(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     shape = options.input_shape or default_input_shape(base)
     if shape is None:
         raise ConversionError(f"{options.model} does not say what inputs it takes: give --input-shape.")
-    generator = torch.Generator().manual_seed(0)
-    return base, torch.randn(2, *shape, generator=generator)
+    return base, InputSpec(shape).random()
 
 
 def _trained(run: Path) -> tuple[nn.Module, Tensor, Capacity]:
@@ -198,8 +198,7 @@ def _trained(run: Path) -> tuple[nn.Module, Tensor, Capacity]:
     data.setup("fit")
     train, validation = (_some(loader) for loader in (data.train_dataloader(), data.val_dataloader()))
     capacity = spare_capacity(restored.network, train, validation, restored.task)
-    generator = torch.Generator().manual_seed(0)
-    return restored.network, torch.randn(2, *restored.input_shape, generator=generator), capacity
+    return restored.network, InputSpec(restored.input_shape).random(), capacity
 
 
 def _some(batches: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ensemblenet import CoDistillationLoss, Cost, convert, measure_cost
 from ensemblenet.cli.main import positive_integer
 from ensemblenet.data.mnist1d import generate_mnist1d
-from ensemblenet.functional import agreement, combine_heads
+from ensemblenet.functional import combine_heads, divergence
+from ensemblenet.inputs import InputSpec
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.reports.tables import Figure, draw_costs, draw_pairs, draw_weights, results_table, write_page
 from ensemblenet.storage.runs import (
@@ -81,7 +82,7 @@ class Job:
         base = MNIST1DNet(self.base_width)
         if self.num_heads == 0:
             return base
-        example = torch.zeros(2, *base.input_shape)
+        example = InputSpec(tuple(base.input_shape)).zeros(2)
         return convert(base, example, self.num_heads, self.budget, self.split_at, self.seed)
 
 
@@ -130,7 +131,7 @@ def evaluate(network: nn.Module, examples: tuple[Tensor, Tensor]) -> dict[str, A
     return {
         "error": 100 * (combine_heads(outputs).argmax(1) != targets).float().mean().item(),
         "head_errors": heads.tolist(),
-        "agreement": agreement(outputs).item(),
+        "agreement": divergence(outputs).item(),
         "pairs": pairs.tolist(),
     }
 

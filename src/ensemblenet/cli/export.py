@@ -17,6 +17,7 @@ from ensemblenet import export as export_model
 from ensemblenet.cli.main import positive_integer
 from ensemblenet.deploy.export import Exported, Format
 from ensemblenet.errors import ExportError
+from ensemblenet.inputs import InputSpec
 from ensemblenet.models.sources import create
 from ensemblenet.storage.restore import MODEL_HELP, restore
 
@@ -53,7 +54,7 @@ def export(arguments: Sequence[str]) -> Path:
             network.to(options.device),
             options.output,
             options.format,
-            example_inputs=torch.zeros(1, *restored.input_shape),
+            example_inputs=InputSpec(restored.input_shape).zeros(),
             head=options.head,
             first=options.first,
             batch_size=options.batch_size,

@@ -17,41 +17,20 @@ from ensemblenet.conversion.split import Cut, cut_graph
 from ensemblenet.conversion.trace import BY_HAND, GraphRunner, NodeError, Trace, refs
 from ensemblenet.cost import Cost
 from ensemblenet.errors import ConversionError
+from ensemblenet.operations import LayerSizes, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, settle
-from ensemblenet.operations.layers import LayerSizes, adapt_layer
-from ensemblenet.operations.literals import translate
+from ensemblenet.operations.coupling import name_of
+from ensemblenet.recipe import HeadShape
 
-__all__ = ["HeadDesign", "Sizing", "build_head", "build_trunk", "check_head", "design_head"]
+__all__ = ["HeadDesign", "build_head", "build_trunk", "check_head", "design_head"]
 
 PROJECTION = "projection"
 Sizes = list[Axis]
 
 
 @dataclass(frozen=True)
-class Sizing:
-    """How wide every free size of a head becomes.
-
-    Attributes:
-        width: the share of its channels that each layer keeps.
-        multiple: large sizes are rounded to it, smaller ones to smaller powers of two.
-    """
-
-    width: float
-    multiple: int = 8
-
-    def __call__(self, axis: Axis) -> int:
-        """The new size of an unknown."""
-        if self.width >= 1:
-            return axis.size
-        step = max(self.multiple // axis.block, 1)
-        while step > 1 and axis.size < 8 * step:
-            step //= 2
-        return min(max(round(axis.size * self.width / step) * step, step), axis.size)
-
-
-@dataclass(frozen=True)
 class HeadDesign:
-    """A head of any width.
+    """The solved sizes of a head, from which a head of any width can be built.
 
     Attributes:
         trace: the traced base.
@@ -60,6 +39,7 @@ class HeadDesign:
         entry: the axes of the tensor that its first layer reads.
         projected: the dimension of that tensor which a projection narrows, if any.
         parameters: its parameters' axes, by their names in the base.
+        pinned: names of the nodes that keep their sizes.
     """
 
     trace: Trace
@@ -68,32 +48,33 @@ class HeadDesign:
     entry: Sizes
     projected: int | None
     parameters: dict[str, Sizes]
+    pinned: tuple[str, ...]
 
-    def is_projected(self, sizing: Sizing) -> bool:
+    def is_projected(self, shape: HeadShape) -> bool:
         """Whether the head begins with a projection at this width; at full width it needs none."""
         if self.projected is None:
             return False
         axis = self.entry[self.projected]
-        return axis.value(sizing) != axis.size
+        return axis.value(shape.size) != axis.size
 
-    def cost(self, sizing: Sizing) -> Cost:
+    def cost(self, shape: HeadShape) -> Cost:
         """What one head costs."""
-        parameters = sum(math.prod(axis.value(sizing) for axis in axes) for axes in self.parameters.values())
+        parameters = sum(math.prod(axis.value(shape.size) for axis in axes) for axes in self.parameters.values())
         macs = 0.0
         for base_macs, axes in self.equations.work:
             for axis in axes:
                 if axis.is_free():
-                    base_macs *= axis.value(sizing) / axis.size
+                    base_macs *= axis.value(shape.size) / axis.size
             macs += base_macs
-        if self.projected is not None and self.is_projected(sizing):
-            weights = self.entry[self.projected].size * self.entry[self.projected].value(sizing)
+        if self.projected is not None and self.is_projected(shape):
+            weights = self.entry[self.projected].size * self.entry[self.projected].value(shape.size)
             positions = math.prod(axis.size for dim, axis in enumerate(self.entry) if dim != self.projected)
             parameters += weights
             macs += weights * positions
         return Cost(parameters, macs / len(self.trace.input))
 
 
-def design_head(trace: Trace, cut: Cut, frozen: set[fx.Node]) -> HeadDesign:
+def design_head(trace: Trace, cut: Cut, pinned: set[fx.Node]) -> HeadDesign:
     """Solve the sizes of a head.
 
     The tensor that enters keeps its width. Where the head's layers add to it all the way (a residual stream), that
@@ -102,16 +83,16 @@ def design_head(trace: Trace, cut: Cut, frozen: set[fx.Node]) -> HeadDesign:
     Args:
         trace: the traced base.
         cut: where the head begins.
-        frozen: nodes that must keep their sizes.
+        pinned: nodes that must keep their sizes.
     """
     shape = trace.refs[cut.node].shape
     for dim in _channel_dims(len(shape)):
-        design = _solve(trace, cut, frozen, dim)
+        design = _solve(trace, cut, pinned, dim)
         stream = set(design.entry[dim].unknowns())
         written = {unknown for axis in design.equations.written for unknown in axis.unknowns()}
         if design.entry[dim].is_free() and stream & written:
             return design
-    return _solve(trace, cut, frozen, None)
+    return _solve(trace, cut, pinned, None)
 
 
 def _channel_dims(rank: int) -> list[int]:
@@ -119,10 +100,10 @@ def _channel_dims(rank: int) -> list[int]:
     return {1: [], 2: [1], 3: [2, 1]}.get(rank, [1, rank - 1])
 
 
-def _solve(trace: Trace, cut: Cut, frozen: set[fx.Node], projected: int | None) -> HeadDesign:
+def _solve(trace: Trace, cut: Cut, pinned: set[fx.Node], projected: int | None) -> HeadDesign:
     ref = trace.refs[cut.node]
     entry = [free(size) if dim == projected else kept(size) for dim, size in enumerate(ref.shape)]
-    equations = Equations(trace, set(cut.head), ref, entry, frozen)
+    equations = Equations(trace, set(cut.head), ref, entry, pinned)
     equations.keep(trace.refs[trace.output])
     names = {name: p for node in cut.head for name, p in trace.parameters.get(node, {}).items()}
     unique = {id(p): name for name, p in reversed(names.items())}
@@ -130,15 +111,16 @@ def _solve(trace: Trace, cut: Cut, frozen: set[fx.Node], projected: int | None) 
         name: equations.sources.get(name) or [kept(size) for size in names[name].shape] for name in unique.values()
     }
     settle(axis for axes in (*equations.values.values(), *equations.sources.values(), entry) for axis in axes)
-    return HeadDesign(trace, cut, equations, entry, projected, parameters)
+    kept_names = tuple(sorted(node.name for node in pinned))
+    return HeadDesign(trace, cut, equations, entry, projected, parameters, kept_names)
 
 
 class _Narrowed:
-    """What `translate` asks of a design at a width."""
+    """What operations ask of a design at a width; they see it as [`ensemblenet.operations.Narrowed`][]."""
 
-    def __init__(self, design: HeadDesign, sizing: Sizing) -> None:
+    def __init__(self, design: HeadDesign, shape: HeadShape) -> None:
         self.design = design
-        self.sizing = sizing
+        self.head = shape
         self.events: dict[fx.Node, Any] = {event.node: event for event in design.trace.events}  # the last of a node
 
     def axes(self, node: fx.Node) -> Sizes:
@@ -152,10 +134,10 @@ class _Narrowed:
         return [] if event is None else [self.design.equations.axes(ref) for ref in refs(event.out)]
 
     def size(self, axis: Axis) -> int:
-        return axis.value(self.sizing)
+        return axis.value(self.head.size)
 
     def position(self, axis: Axis, offset: int) -> int | None:
-        return axis.position(offset, self.sizing)
+        return axis.position(offset, self.head.size)
 
     def groups(self, node: fx.Node) -> int | None:
         axis = self.design.equations.groups.get(node)
@@ -165,26 +147,27 @@ class _Narrowed:
         return tuple(self.size(axis) for axis in self.axes(node))
 
     def changes(self, size_node: fx.Node) -> bool:
-        """Whether a size that the graph reads is narrowed, so that it must be written as the base's number."""
+        """Whether narrowing changes a size that the graph reads; such a size is written as the base's number."""
         source, dim = size_node.args
         assert isinstance(source, fx.Node)
         axes = self.axes(source)
         return bool(axes) and self.size(axes[dim]) != axes[dim].size  # type: ignore[index]
 
 
-def build_head(design: HeadDesign, sizing: Sizing, initialiser: Initialiser) -> tuple[fx.GraphModule, _Copies]:
+def build_head(design: HeadDesign, shape: HeadShape, initialiser: Initialiser) -> tuple[fx.GraphModule, _Copies]:
     """Build one head, with parameters of its own.
 
     Returns:
         The head, and for each of its graph's nodes the node of the base.
     """
-    narrowed = _Narrowed(design, sizing)
+    narrowed = _Narrowed(design, shape)
     cut = design.cut
     graph, copies = cut_graph(design.trace, cut.head, cut.node, design.trace.output, narrowed.changes)
     for node, copied in copies.items():
-        if node is not cut.node:
-            translate(narrowed, node, copied)
-    tensors = _new_tensors(design, sizing, initialiser)
+        operation = operation_named(name_of(node)) if node.op in ("call_method", "call_function") else None
+        if operation is not None and node is not cut.node:
+            operation.renumber(narrowed, node, copied)
+    tensors = _new_tensors(design, shape, initialiser)
     attributes: dict[str, Any] = {}
     for node, copied in copies.items():
         if copied.op == "get_attr":
@@ -192,8 +175,8 @@ def build_head(design: HeadDesign, sizing: Sizing, initialiser: Initialiser) -> 
             attributes[str(node.target)] = tensors[id(source)]
         elif copied.op == "call_module":
             attributes[str(node.target)] = _narrow_layer(narrowed, node, tensors)
-    if design.is_projected(sizing):
-        attributes[PROJECTION] = _insert_projection(graph, design, sizing, initialiser)
+    if design.is_projected(shape):
+        attributes[PROJECTION] = _insert_projection(graph, design, shape, initialiser)
     head = fx.GraphModule(attributes, graph, class_name="Head")  # type: ignore[arg-type]
     initialiser.finish(head)
     return head, {copied.name: node for node, copied in copies.items()}
@@ -211,7 +194,7 @@ def build_trunk(trace: Trace, cut: Cut, initialiser: Initialiser) -> fx.GraphMod
         for node in cut.trunk:
             for name, parameter in trace.parameters.get(node, {}).items():
                 axes = [kept(size) for size in parameter.shape]
-                parameter.copy_(initialiser.tensor(name, parameter, axes, Sizing(1.0), equations))
+                parameter.copy_(initialiser.tensor(name, parameter, axes, HeadShape(1.0).size, equations))
     trunk = fx.GraphModule(trace.module, graph, class_name="Trunk")
     initialiser.finish(trunk)
     return trunk
@@ -221,13 +204,13 @@ def _never(node: fx.Node) -> bool:
     return False
 
 
-def _new_tensors(design: HeadDesign, sizing: Sizing, initialiser: Initialiser) -> dict[int, Tensor]:
-    """New parameters and buffers for a head, by the identity of the base's."""
+def _new_tensors(design: HeadDesign, shape: HeadShape, initialiser: Initialiser) -> dict[int, Tensor]:
+    """New parameters and buffers for a head, by the ids of the base's tensors."""
     new: dict[int, Tensor] = {}
     for name, tensor in _read_tensors(design):
         if id(tensor) not in new:
             axes = design.equations.sources.get(name) or [kept(size) for size in tensor.shape]
-            new[id(tensor)] = initialiser.tensor(name, tensor, axes, sizing, design.equations)
+            new[id(tensor)] = initialiser.tensor(name, tensor, axes, shape.size, design.equations)
     return new
 
 
@@ -245,36 +228,27 @@ def _read_tensors(design: HeadDesign) -> Iterator[tuple[str, Tensor]]:
 
 def _narrow_layer(narrowed: _Narrowed, node: fx.Node, tensors: dict[int, Tensor]) -> nn.Module:
     base = narrowed.design.trace.module.get_submodule(str(node.target))
-    # copies share what stands in the memo, so the layer comes with its new tensors, and tied ones stay tied
+    # deepcopy takes the new tensors from its memo, so tied weights stay tied
     layer = copy.deepcopy(base, dict(tensors))
     source = node.args[0] if node.args else next(iter(node.kwargs.values()))
     if isinstance(source, fx.Node):
-        groups = _attention_heads(narrowed, node, base) or narrowed.groups(node)
         outputs = narrowed.outputs(node)
         output = tuple(narrowed.size(axis) for axis in outputs[0]) if outputs else ()
-        adapt_layer(layer, base, LayerSizes(narrowed.shape(source), output, groups))
+        sizes = LayerSizes(narrowed.shape(source), output, narrowed.groups(node))
+        operation_of(type(base)).narrow(layer, base, sizes)
     return layer
 
 
-def _attention_heads(narrowed: _Narrowed, node: fx.Node, base: nn.Module) -> int | None:
-    if not isinstance(base, nn.MultiheadAttention):
-        return None
-    inner = narrowed.design.equations.sources[f"{node.target}.out_proj.weight"][1].root()
-    if inner.parts and inner.parts[0].size == base.num_heads:
-        return narrowed.size(inner.parts[0])
-    return base.num_heads
-
-
-def _insert_projection(graph: fx.Graph, design: HeadDesign, sizing: Sizing, initialiser: Initialiser) -> nn.Module:
+def _insert_projection(graph: fx.Graph, design: HeadDesign, shape: HeadShape, initialiser: Initialiser) -> nn.Module:
     assert design.projected is not None
     axis, rank = design.entry[design.projected], len(design.entry)
     if design.projected == rank - 1:
-        layer: nn.Module = nn.Linear(axis.size, axis.value(sizing), bias=False)
+        layer: nn.Module = nn.Linear(axis.size, axis.value(shape.size), bias=False)
     else:
         kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[rank]
-        layer = kind(axis.size, axis.value(sizing), kernel_size=1, bias=False)
+        layer = kind(axis.size, axis.value(shape.size), kernel_size=1, bias=False)
     weight = layer.get_parameter("weight")
-    initialiser.projection(weight, axis, sizing)
+    initialiser.projection(weight, axis, shape.size)
     layer.to(design.trace.input.device)
     entry = next(iter(graph.nodes))
     readers = list(entry.users)
@@ -286,7 +260,7 @@ def _insert_projection(graph: fx.Graph, design: HeadDesign, sizing: Sizing, init
 
 
 class _ShapeChecker(GraphRunner):
-    """Runs a head and compares every tensor's shape with the one that the algebra says."""
+    """Runs a head and compares every tensor's shape with the one that the equations give."""
 
     def __init__(self, head: fx.GraphModule, copies: _Copies, narrowed: _Narrowed) -> None:
         super().__init__(head)
@@ -305,10 +279,10 @@ class _ShapeChecker(GraphRunner):
 
 
 def check_head(
-    design: HeadDesign, sizing: Sizing, head: fx.GraphModule, copies: _Copies, features: Tensor
+    design: HeadDesign, shape: HeadShape, head: fx.GraphModule, copies: _Copies, features: Tensor
 ) -> tuple[fx.Node, str] | None:
-    """Run a head in evaluation mode; the node of the base where it goes wrong and how, or None."""
-    checker = _ShapeChecker(head.eval(), copies, _Narrowed(design, sizing))
+    """Run a head in evaluation mode; return the base's node that fails, and why, or None."""
+    checker = _ShapeChecker(head.eval(), copies, _Narrowed(design, shape))
     try:
         with torch.no_grad():
             checker.run(features)

@@ -19,7 +19,7 @@ _SPARE = 0.2
 
 @dataclass(frozen=True)
 class Capacity:
-    """How a trained network fits the examples that it was trained with, and others.
+    """The losses of a trained network on its training examples and on others.
 
     A network that has learned its training examples by heart has more capacity than it can use, and that is what
     narrower heads give up. A ratio below 0.2 separated conversions that gained from those that did not in 18 of 20

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from typing import get_args
 
 import torch
 from torch import Tensor, fx, nn
 
-from ensemblenet.conversion.build import HeadDesign, Sizing, build_head, build_trunk, check_head, design_head
+from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
-from ensemblenet.conversion.initialise import Init, Initialiser
-from ensemblenet.conversion.planning import Budget, Plan, check_budget, choose_plan, plan_at
+from ensemblenet.conversion.initialise import Initialiser
+from ensemblenet.conversion.planning import Plan, choose_plan, plan_at
 from ensemblenet.conversion.split import SplitPoint, cut_graph, find_cuts, named_cut
 from ensemblenet.conversion.trace import BY_HAND, Trace, keeping_state, trace
-from ensemblenet.cost import Cost, count_parameters
+from ensemblenet.cost import Budget, Cost, count_parameters
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError
 from ensemblenet.functional import Combine, Task
-from ensemblenet.recipe import Recipe, find_source
+from ensemblenet.inputs import InputSpec
+from ensemblenet.models.sources import find_source
+from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe
 
-__all__ = ["convert", "plans", "rebuild", "split_points"]
+__all__ = ["convert", "convert_as", "plans", "rebuild", "split_points"]
 
 _MOST_REPAIRS = 25
 
 
-@torch.inference_mode(False)  # tensors of inference mode cannot be traced
 def convert(
     base: nn.Module,
     example_inputs: Tensor | tuple[Tensor],
@@ -75,43 +75,63 @@ def convert(
         >>> model.train()(torch.randn(4, 8)).shape
         torch.Size([3, 4, 3])
     """
+    wanted = Conversion(num_heads, budget, split_at, seed, init, combine, min_width)
+    return convert_as(wanted, base, example_inputs, task, capacity)
+
+
+@torch.inference_mode(False)  # tensors of inference mode cannot be traced
+def convert_as(
+    wanted: Conversion,
+    base: nn.Module,
+    example_inputs: Tensor | tuple[Tensor],
+    task: Task = "multiclass",
+    capacity: Capacity | None = None,
+) -> EnsembleNet:
+    """Do what [`ensemblenet.convert`][] does, with its options in one object.
+
+    Args:
+        wanted: the options; a seed of None takes the one that PyTorch was seeded with.
+        base: as for `convert`.
+        example_inputs: as for `convert`.
+        task: as for `convert`.
+        capacity: as for `convert`.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> convert_as(Conversion(num_heads=3), base, torch.randn(4, 8)).num_heads
+        3
+    """
     x = _check_inputs(base, example_inputs)
-    _check_choices(num_heads, init, min_width)
-    shares = check_budget(budget)
     traced = trace(base, x)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
-    frozen: set[fx.Node] = set()
+    pinned: set[fx.Node] = set()
     misfits: dict[str, Plan] = {}
     while True:
-        design, plan = choose_plan(traced, cuts, num_heads, shares, split_at, min_width, base_cost, frozen, misfits)
-        assert plan.width is not None
-        sizing = Sizing(plan.width, plan.multiple)
-        if not _repair(design, sizing, frozen):
+        design, plan = choose_plan(traced, cuts, wanted, base_cost, pinned, misfits)
+        assert plan.head is not None
+        if not _repair(design, plan.head, pinned):
             break
     recipe = Recipe(
         base=find_source(base, tuple(x.shape[1:])),
-        input_shape=tuple(x.shape[1:]),
-        input_dtype=str(x.dtype).removeprefix("torch."),
-        num_heads=num_heads,
+        inputs=InputSpec.of(x),
+        num_heads=wanted.num_heads,
         split_at=plan.split.name,
-        width=sizing.width,
-        multiple=sizing.multiple,
-        frozen=tuple(sorted(node.name for node in frozen)),
-        init=init,
-        seed=seed,
-        combine=combine,
+        head=plan.head,
+        init=wanted.init,
+        seed=torch.initial_seed() % 2**32 if wanted.seed is None else wanted.seed,
+        combine=wanted.combine,
         task=task,
     )
-    model = _assemble(design, sizing, recipe, base_cost)
+    model = _assemble(design, recipe, base_cost)
     _check_training_step(model, x)
-    if init == "fresh" and _looks_trained(base):
+    if wanted.init == "fresh" and _looks_trained(base):
         note = "The base has been trained, and fresh heads would begin at the scale of its trained weights; "
         traced.notes.append(note + 'pass init="inherit", or an untrained instance of the base.')
     if capacity is not None and not capacity.is_spare:
         traced.notes.append(str(capacity))
     for note in traced.notes:
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, stacklevel=4)  # of whoever called `convert`
     return model.train(base.training)
 
 
@@ -119,17 +139,23 @@ def convert(
 def rebuild(base: nn.Module, recipe: Recipe) -> EnsembleNet:
     """Make the model of a recipe again, with the weights that it began with.
 
+    Args:
+        base: a fresh instance of the base.
+        recipe: of the model.
+
     Raises:
         ConversionError: the base is not the one that the recipe was made from.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> recipe = convert(base, torch.randn(4, 8), num_heads=3, split_at="input").recipe
+        >>> rebuild(base, recipe).num_heads
+        3
     """
-    dtype = getattr(torch, recipe.input_dtype)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand((2, *recipe.input_shape), generator=generator).to(dtype)
-    traced = trace(base, x)
+    traced = trace(base, recipe.inputs.random())
     cut = named_cut(find_cuts(traced), recipe.split_at)
-    frozen = {node for node in traced.graph.nodes if node.name in recipe.frozen}
-    design = design_head(traced, cut, frozen)
-    return _assemble(design, Sizing(recipe.width, recipe.multiple), recipe, _base_cost(base, traced))
+    design = design_head(traced, cut, {node for node in traced.graph.nodes if node.name in recipe.head.pinned})
+    return _assemble(design, recipe, _base_cost(base, traced))
 
 
 @torch.inference_mode(False)
@@ -164,7 +190,7 @@ def plans(
         [('input', True), ('0', True), ('1', True), ('2', False), ('3', False)]
     """
     traced = trace(base, _check_inputs(base, example_inputs))
-    limit = check_budget(budget).limit(_base_cost(base, traced))
+    limit = Budget.of(budget).limit(_base_cost(base, traced))
     return [plan_at(design_head(traced, cut, set()), num_heads, limit) for cut in find_cuts(traced)]
 
 
@@ -188,15 +214,6 @@ def _check_inputs(base: nn.Module, example_inputs: Tensor | tuple[Tensor]) -> Te
     return x.detach()
 
 
-def _check_choices(num_heads: int, init: str, min_width: float | None) -> None:
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
-        raise ConversionError(f"num_heads must be an integer of at least 1, got {num_heads!r}.")
-    if init not in get_args(Init):
-        raise ConversionError(f"init must be one of {get_args(Init)}, got {init!r}.")
-    if min_width is not None and not (isinstance(min_width, int | float) and 0 <= min_width <= 1):
-        raise ConversionError(f"min_width must be a share of the base's channels, 0 to 1, got {min_width!r}.")
-
-
 def _looks_trained(base: nn.Module) -> bool:
     """Whether batch normalisation has seen batches."""
     counters = [buffer for name, buffer in base.named_buffers() if name.endswith("num_batches_tracked")]
@@ -207,17 +224,17 @@ def _base_cost(base: nn.Module, traced: Trace) -> Cost:
     return Cost(count_parameters(base), sum(traced.macs.values()))
 
 
-def _repair(design: HeadDesign, sizing: Sizing, frozen: set[fx.Node]) -> bool:
-    """Try one head; where it fails, freeze the sizes there and report that a new plan is needed."""
+def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node]) -> bool:
+    """Try one head; where it fails, pin the sizes there and report that a new plan is needed."""
     initialiser = Initialiser("inherit", torch.Generator().manual_seed(0))
-    head, copies = build_head(design, sizing, initialiser)
-    failure = check_head(design, sizing, head, copies, _features(design))
+    head, copies = build_head(design, shape, initialiser)
+    failure = check_head(design, shape, head, copies, _features(design))
     if failure is None:
         return False
     node, message = failure
-    if node in frozen or len(frozen) >= _MOST_REPAIRS:
-        raise ConversionError(f"A head of width {sizing.width:g} fails in {message}. {BY_HAND}")
-    frozen.add(node)
+    if node in pinned or len(pinned) >= _MOST_REPAIRS:
+        raise ConversionError(f"A head of width {shape.width:g} fails in {message}. {BY_HAND}")
+    pinned.add(node)
     return True
 
 
@@ -229,10 +246,10 @@ def _features(design: HeadDesign) -> Tensor:
         return fx.GraphModule(traced.module, graph).eval()(traced.input)
 
 
-def _assemble(design: HeadDesign, sizing: Sizing, recipe: Recipe, base_cost: Cost) -> EnsembleNet:
+def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost) -> EnsembleNet:
     """Build the trunk and the heads."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    heads = [build_head(design, sizing, Initialiser(recipe.init, generator))[0] for _ in range(recipe.num_heads)]
+    heads = [build_head(design, recipe.head, Initialiser(recipe.init, generator))[0] for _ in range(recipe.num_heads)]
     trunk = build_trunk(design.trace, design.cut, Initialiser(recipe.init, generator))
     return EnsembleNet(
         trunk,
@@ -241,7 +258,7 @@ def _assemble(design: HeadDesign, sizing: Sizing, recipe: Recipe, base_cost: Cos
         task=recipe.task,
         recipe=recipe,
         trunk_cost=design.cut.trunk_cost,
-        head_cost=design.cost(sizing),
+        head_cost=design.cost(recipe.head),
         base_cost=base_cost,
     )
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ensemblenet.conversion.equations import Equations
+from ensemblenet.operations import operation_of
 from ensemblenet.operations.axes import Axis
+from ensemblenet.recipe import Init
 
-__all__ = ["Init", "Initialiser"]
+__all__ = ["Initialiser"]
 
-Init = Literal["fresh", "inherit"]
 SizeOf = Callable[[Axis], int]
 
 
@@ -64,16 +64,11 @@ class Initialiser:
                 weight[torch.arange(len(chosen)), chosen] = 1
 
     def finish(self, part: nn.Module) -> None:
-        """What a fresh part needs beyond its own tensors: statistics of no data, recurrent weights by their layer."""
+        """Reset what new weights do not: running statistics, and recurrent layers, which draw their own weights."""
         if self.init != "fresh":
             return
         for layer in part.modules():
-            if isinstance(layer, nn.modules.batchnorm._NormBase):
-                layer.reset_running_stats()
-            elif isinstance(layer, (nn.RNNBase, nn.RNNCellBase)):
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(int(torch.randint(2**62, (), generator=self.generator)))
-                    layer.reset_parameters()
+            operation_of(type(layer)).reset(layer, self.generator)
 
     def _redraw(self, base: Tensor, shape: list[int], scale: float) -> Tensor:
         """Entries drawn with replacement from the base's, times a scale; a constant stays as it is."""

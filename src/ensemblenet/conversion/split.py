@@ -20,14 +20,21 @@ __all__ = ["Cut", "SplitPoint", "cut_graph", "find_cuts", "named_cut"]
 
 @dataclass(frozen=True)
 class SplitPoint:
-    """A place where one tensor alone is alive, so that all that follows depends on it alone.
+    """A place in a network where one tensor alone is alive: all later layers depend on it alone.
 
     Attributes:
         name: the outermost module whose output the tensor is, or the operation in its module.
         aliases: the inner modules that end at the same place; `split_at` takes these names too.
-        shape: the tensor's shape, (N, *), for the example inputs.
+        shape: the tensor's shape, (N, *), for two examples.
         parameters_share: the trunk's share of the base's parameters.
         macs_share: the trunk's share of the base's MACs.
+
+    Example:
+        >>> import torch, ensemblenet
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+        >>> point = ensemblenet.split_points(base, torch.randn(4, 8))[1]
+        >>> point.name, point.shape[1:], round(point.macs_share, 2)
+        ('0', (64,), 0.73)
     """
 
     name: str
@@ -92,7 +99,7 @@ def find_cuts(trace: Trace) -> list[Cut]:
 
 
 def named_cut(cuts: list[Cut], name: str) -> Cut:
-    """The cut of that name.
+    """The cut whose split point has that name, or has it among its aliases.
 
     Raises:
         ConversionError: there is none; the message suggests near names.
@@ -107,7 +114,7 @@ def named_cut(cuts: list[Cut], name: str) -> Cut:
 
 
 def _bottlenecks(trace: Trace, order: dict[fx.Node, int]) -> list[tuple[fx.Node, int]]:
-    """Tensors that are at some time the only ones alive, each with that time."""
+    """Tensors that are the only one alive after some node, each with the position of that node."""
     last_use: dict[fx.Node, int] = {}
     for node in order:
         if depends_on_input(node) and "scalar" not in node.meta:
@@ -127,7 +134,7 @@ def _bottlenecks(trace: Trace, order: dict[fx.Node, int]) -> list[tuple[fx.Node,
 
 
 def _last_overwritten(trace: Trace, order: dict[fx.Node, int]) -> dict[int, int]:
-    """By tensor: the last node that writes into its memory."""
+    """For each tensor, the position of the last node that writes into its memory."""
     memory: dict[int, int] = {}
     writes: dict[int, int] = {}
     for event in trace.events:

@@ -23,8 +23,9 @@ from torch.fx import GraphModule
 
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError
-from ensemblenet.heads import FusedEnsembleNet, fuse, measure
+from ensemblenet.heads import FusedEnsembleNet, fuse
 from ensemblenet.storage.checkpoint import load, save
+from ensemblenet.timing import measure
 
 __all__ = ["Exported", "Format", "export"]
 
@@ -176,7 +177,7 @@ def _inputs(network: nn.Module, example: Tensor | None, size: int) -> Tensor:
         recipe = network.recipe if isinstance(network, EnsembleNet) else None
         if recipe is None:
             raise ExportError("The model does not know the shape of its inputs: pass example_inputs.")
-        example = torch.zeros(1, *recipe.input_shape, dtype=getattr(torch, recipe.input_dtype))
+        example = recipe.inputs.zeros()
     dtype = parameter.dtype if example.is_floating_point() else example.dtype
     return _random_like(torch.empty_like(example, dtype=dtype, device=parameter.device), size, seed=0)
 

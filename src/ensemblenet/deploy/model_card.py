@@ -146,7 +146,7 @@ def model_card(
         raise LoadError("The model was built by hand and cannot be loaded from the hub; make it with convert.")
     source = recipe.base
     header: dict[str, Any] = {"library_name": "ensemblenet", "tags": ["ensemblenet", "pytorch", model.task]}
-    if pipeline := _PIPELINES.get(len(recipe.input_shape)):
+    if pipeline := _PIPELINES.get(len(recipe.inputs.shape)):
         header["pipeline_tag"] = pipeline
     return _CARD.substitute(
         header=yaml.safe_dump(header, sort_keys=False),
@@ -156,7 +156,7 @@ def model_card(
         base=f"`{source.name}` of {source.factory}" if source else "a network of its author's own",
         base_argument="" if source else ", base=a_fresh_base",
         address=PREFIX + repo_id,
-        shape=", ".join(("N", *map(str, recipe.input_shape))),
+        shape=", ".join(("N", *map(str, recipe.inputs.shape))),
         figures=_figures(model, results or {}, base_results or {}),
         note=_MACS_NOTE,
         data=_data(description or {}),

@@ -76,14 +76,13 @@ def register_timm(name: str, directory: str | os.PathLike[str], base: nn.Module 
 def _pretrained_config(model: EnsembleNet, description: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """What timm wants to know of a model."""
     assert model.recipe is not None
-    shape = model.recipe.input_shape
     with torch.no_grad():
-        outputs = model(torch.zeros(1, *shape, dtype=getattr(torch, model.recipe.input_dtype)))
+        outputs = model(model.recipe.inputs.zeros())
     preprocessing = description.get("preprocessing") or {}
     known = {key: preprocessing[key] for key in _PREPROCESSING if preprocessing.get(key) is not None}
     return {
         "file": folder,
-        "input_size": shape,
+        "input_size": model.recipe.inputs.shape,
         "num_classes": outputs.shape[1],
         "label_names": description.get("classes"),
         **{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()},

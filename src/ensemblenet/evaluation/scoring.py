@@ -21,6 +21,7 @@ from ensemblenet.cost import Cost, measure_cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.functional import Combine
+from ensemblenet.inputs import InputSpec
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.reports.tables import Column, results_table
@@ -120,7 +121,7 @@ def views(network: nn.Module, input_shape: Sequence[int]) -> list[View]:
         >>> [(view.name, view.cost.macs) for view in views(model, (8,))]
         [('ensemble', 272.0), ('head 0', 176.0), ('head 1', 176.0), ('head 2', 176.0), ('first 2', 224.0)]
     """
-    example = torch.zeros(1, *input_shape)
+    example = InputSpec(tuple(input_shape)).zeros()
     if not isinstance(network, EnsembleNet):
         return [View("base", (0,), measure_cost(network, example))]
     several = tuple(range(network.num_heads))

@@ -1,8 +1,11 @@
 """Run the K heads of a model as one network."""
 
-from ensemblenet.heads.choice import Choice, HeadsMode, choose, measure, step, tune
+from ensemblenet._moved import renamed
+from ensemblenet.heads.choice import Choice, HeadsMode, choose, current_mode, tune
 from ensemblenet.heads.fused import FusedEnsembleNet, fuse, unfuse
-from ensemblenet.heads.program import Program, Value, fusion_rule
+from ensemblenet.heads.program import Program
+from ensemblenet.operations import Value
+from ensemblenet.operations.deprecated import fusion_rule
 
 __all__ = [
     "Choice",
@@ -11,10 +14,11 @@ __all__ = [
     "Program",
     "Value",
     "choose",
+    "current_mode",
     "fuse",
     "fusion_rule",
-    "measure",
-    "step",
     "tune",
     "unfuse",
 ]
+
+__getattr__ = renamed(__name__, {"measure": "ensemblenet.timing:measure", "step": "ensemblenet.timing:step"})

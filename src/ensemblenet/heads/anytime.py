@@ -21,17 +21,21 @@ StopRule = Callable[[Tensor], Tensor]
 
 
 class AnytimeError(EnsembleNetError, ValueError):
-    """A model that cannot stop for some examples of a batch alone, or a rule that does not answer for each."""
+    """A model that cannot stop early for single examples, or a stop rule that does not answer for each."""
 
 
 @dataclass(frozen=True)
 class Anytime:
-    """Predictions, and what they took.
+    """Predictions, and how many heads and MACs they took.
 
     Attributes:
         outputs: shape (N, C, *): for each example the combination of its first heads.
         heads_used: how many, shape (N,), integers from 1 to K.
         macs: multiply-adds, the mean over examples; None if the costs of the model's parts are not known.
+
+    Example:
+        >>> Anytime(torch.zeros(2, 3), torch.tensor([1, 4]), None).heads_used.double().mean().item()
+        2.5
     """
 
     outputs: Tensor
@@ -40,7 +44,7 @@ class Anytime:
 
 
 def heads_agree(task: Task = "multiclass") -> StopRule:
-    """A rule: stop where two heads or more have run and all of them say the same.
+    """A stop rule: two heads or more have run, and all of them predict the same.
 
     Args:
         task: "multiclass" compares their most likely classes, "multilabel" which labels have positive logits. All
@@ -61,7 +65,7 @@ def heads_agree(task: Task = "multiclass") -> StopRule:
 
 
 def confident(threshold: float) -> StopRule:
-    """A rule: stop where the mean of the logits so far gives one class such a probability, at every position.
+    """A stop rule: the mean of the logits so far gives one class such a probability, at every position.
 
     Example:
         >>> confident(0.9)(torch.tensor([[[4.0, 0.0], [1.0, 0.0]]]))

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import FusionError
 from ensemblenet.heads.fused import FusedEnsembleNet, fuse, unfuse
-from ensemblenet.heads.rules import JoinedConvolution
+from ensemblenet.operations.convolution import FusedConvolution
+from ensemblenet.timing import cuda_devices, measure, step
 
-__all__ = ["Choice", "HeadsMode", "choose", "measure", "step", "tune"]
+__all__ = ["Choice", "HeadsMode", "choose", "current_mode", "tune"]
 
-HeadsMode = Literal["auto", "looped", "fused", "compiled", "recomputed"]
+HeadsMode = Literal["auto", "looped", "fused", "compiled", "checkpointed", "recomputed"]  # the last is an old name
 
 _TURNS, _SECONDS = 5, 2.0  # of a measurement that decides: at least so many turns, and more until the time is up
 
@@ -29,10 +29,14 @@ class Choice:
     """How heads run, and why.
 
     Attributes:
-        heads: "looped", "fused", "compiled" or "recomputed".
+        heads: "looped", "fused", "compiled" or "checkpointed".
         reason: in words.
         seconds: of one step, by the way the heads run; empty where nothing was measured.
         separate: names of the convolutions of fused heads that run head by head.
+
+    Example:
+        >>> Choice("looped", "there is one head").separate
+        ()
     """
 
     heads: str
@@ -42,15 +46,16 @@ class Choice:
 
 
 def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[EnsembleNet, Choice]:
-    """The model with its heads run in the way that is asked for, or else in the faster one.
+    """The model with its heads run as asked, or else in the faster of two ways.
 
     Args:
         model: in training mode to measure a step of forward and backward, else the forward pass alone.
         x: inputs of the real shape, (N, *).
         heads: "looped" runs one head after another; "fused" is [`ensemblenet.fuse`][], in which every convolution runs
             grouped or head by head as [`ensemblenet.heads.tune`][] finds faster; "compiled" is that under
-            `torch.compile`, whose first steps take a minute or more; "recomputed" is looped with
-            `EnsembleNet.recompute`, for less memory. "auto" measures the first two, and takes the faster one.
+            `torch.compile`, whose first steps take a minute or more; "checkpointed" is looped with
+            `EnsembleNet.checkpoint_activations`, for less memory. "auto" measures the first two, and takes the faster
+            one.
 
     Returns:
         The model, with the very trunk and heads, and the choice.
@@ -59,16 +64,16 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
         FusionError: heads of unlike structure were to be fused.
 
     Example:
+        >>> from torch import nn
         >>> model = EnsembleNet(nn.Linear(8, 16), [nn.Linear(16, 3) for _ in range(4)])
         >>> model, choice = choose(model, torch.randn(5, 8), "looped")
         >>> choice
         Choice(heads='looped', reason='as asked', seconds={}, separate=())
     """
-    if heads not in get_args(HeadsMode):
-        raise FusionError(f"heads must be one of {', '.join(map(repr, get_args(HeadsMode)))}; got {heads!r}.")
-    if heads in ("looped", "recomputed") or (heads == "auto" and model.num_heads == 1):
+    heads = current_mode(heads)
+    if heads in ("looped", "checkpointed") or (heads == "auto" and model.num_heads == 1):
         model = unfuse(model)
-        model.recompute = heads == "recomputed"
+        model.checkpoint_activations = heads == "checkpointed"
         return model, Choice("looped", "there is one head") if heads == "auto" else Choice(heads, "as asked")
     try:
         fused = fuse(model, x)
@@ -94,8 +99,27 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
     return fused, Choice("fused", reason, seconds, separate)
 
 
+def current_mode(heads: HeadsMode) -> HeadsMode:
+    """Translate the name of a way to run heads; stored configurations may have an old one.
+
+    Raises:
+        FusionError: there is no such way.
+
+    Example:
+        >>> current_mode("fused")
+        'fused'
+    """
+    if heads == "recomputed":
+        warnings.warn("heads='recomputed' is now heads='checkpointed'.", DeprecationWarning, stacklevel=3)
+        return "checkpointed"
+    if heads not in get_args(HeadsMode):
+        modes = ", ".join(map(repr, get_args(HeadsMode)[:-1]))
+        raise FusionError(f"heads must be one of {modes}; got {heads!r}.")
+    return heads
+
+
 def tune(model: FusedEnsembleNet, x: Tensor, repeats: int = 5) -> set[str]:
-    """Find the convolutions that are faster head by head than grouped, and let them run so.
+    """Find the convolutions that run faster head by head than grouped, and switch them.
 
     Which is faster depends on the library, the threads and the shapes; so it is measured on the tensors that each
     convolution meets, with its backward pass if the model is in training mode.
@@ -107,15 +131,22 @@ def tune(model: FusedEnsembleNet, x: Tensor, repeats: int = 5) -> set[str]:
 
     Returns:
         Names of the convolutions that run head by head.
-    """
-    inputs: dict[JoinedConvolution, tuple[Any, ...]] = {}
 
-    def keep(layer: JoinedConvolution, args: tuple[Any, ...]) -> None:
+    Example:
+        >>> from torch import nn
+        >>> model = EnsembleNet(nn.Identity(), [nn.Conv1d(8, 8, 3) for _ in range(2)]).eval()
+        >>> x = torch.randn(2, 8, 16)
+        >>> tune(fuse(model, x), x, repeats=1)  # the trunk's output is read once: nothing to choose
+        set()
+    """
+    inputs: dict[FusedConvolution, tuple[Any, ...]] = {}
+
+    def keep(layer: FusedConvolution, args: tuple[Any, ...]) -> None:
         inputs[layer] = args
 
     layers = model.convolutions
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers.values()]
-    with torch.random.fork_rng(_devices(x)), torch.set_grad_enabled(model.training):
+    with torch.random.fork_rng(cuda_devices(x)), torch.set_grad_enabled(model.training):
         model(x)
     for hook in hooks:
         hook.remove()
@@ -128,7 +159,7 @@ def tune(model: FusedEnsembleNet, x: Tensor, repeats: int = 5) -> set[str]:
     return slower
 
 
-def _trial(layer: JoinedConvolution, args: tuple[Any, ...], separate: bool, training: bool) -> Callable[[], None]:
+def _trial(layer: FusedConvolution, args: tuple[Any, ...], separate: bool, training: bool) -> Callable[[], None]:
     tensors = [arg.detach().requires_grad_(training) for arg in args if arg is not None]
 
     def run() -> None:
@@ -139,48 +170,3 @@ def _trial(layer: JoinedConvolution, args: tuple[Any, ...], separate: bool, trai
             torch.autograd.grad(out, tensors, torch.ones_like(out))
 
     return run
-
-
-def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """One training step without its optimizer, or one prediction, as the model's mode says."""
-
-    def run() -> None:
-        with torch.random.fork_rng(_devices(x)), torch.set_grad_enabled(model.training):
-            out = model(x)
-        if model.training:
-            model.zero_grad(set_to_none=True)
-            out.float().square().mean().backward()
-
-    return run
-
-
-def measure(steps: Mapping[Any, Callable[[], None]], repeats: int = 5, at_least: float = 0.0) -> dict[Any, float]:
-    """The median seconds of each step, taken in turns so that a change in the machine's load meets all of them.
-
-    Args:
-        steps: by name.
-        repeats: turns, behind one that warms up.
-        at_least: more turns are taken until this many seconds are up, or ten times as many.
-    """
-    seconds: dict[Any, list[float]] = {name: [] for name in steps}
-    end = time.perf_counter() + at_least
-    for turn in range(10 * repeats + 1):
-        if turn > repeats and time.perf_counter() > end:
-            break
-        for name, run in steps.items():
-            _wait()
-            start = time.perf_counter()
-            run()
-            _wait()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _devices(x: Tensor) -> list[torch.device]:
-    return [x.device] if x.device.type == "cuda" else []

@@ -1,4 +1,4 @@
-"""Operations that no rule knows, run for all heads by `torch.vmap`, or for one head after another."""
+"""Operations without a fused form: run for all heads by `torch.vmap`, or for one head after another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Looped", "Mapped", "Slot"]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a value goes among a call's arguments."""
+    """The place of a value among a call's arguments."""
 
     number: int
 

@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import FusionError
-from ensemblenet.heads.program import Program, has_hooks, has_rule
-from ensemblenet.heads.rules import JoinedConvolution
+from ensemblenet.heads.program import Program, has_hooks
 from ensemblenet.heads.stacks import Stack
+from ensemblenet.operations import fusing_operation
+from ensemblenet.operations.convolution import FusedConvolution
 
 __all__ = ["FusedEnsembleNet", "fuse", "unfuse"]
 
@@ -25,8 +26,8 @@ def fuse(model: EnsembleNet, example_inputs: Tensor | None = None) -> FusedEnsem
 
     It has the same trunk and the same heads, the very modules, so training one trains the other, and names, state
     dicts, optimizer states, `head(k)` and `first(k)` stay what they were. Convolutions of the heads run as grouped
-    ones, linear layers as batched products, normalisations per head; what has no rule (see
-    [`ensemblenet.heads.fusion_rule`][]) runs by `torch.vmap`, or one head after another, for that part alone; so do
+    ones, linear layers as batched products, normalisations per head; what has no class that says how (see
+    [`ensemblenet.operations.register`][]) runs by `torch.vmap`, or one head after another, for that part alone; so do
     layers with hooks, but hooks that come later are not seen. Outputs differ from those of the plain model by rounding
     only. Dropout and stochastic depth are independent for every head, as they were, but draw other random numbers.
 
@@ -53,7 +54,9 @@ def fuse(model: EnsembleNet, example_inputs: Tensor | None = None) -> FusedEnsem
         return model
     fused = _as(FusedEnsembleNet, model)
     fused.graph_of_head = _common_graph(list(model.heads))
-    x = _recipe_inputs(model) if example_inputs is None else example_inputs
+    x = example_inputs
+    if x is None and model.recipe is not None:
+        x = model.recipe.inputs.zeros(2, like=next(model.parameters(), torch.zeros(0)))
     if x is not None:
         with _probing(model), torch.no_grad():
             fused.prepare(model.trunk(x))
@@ -73,19 +76,9 @@ def unfuse(model: EnsembleNet) -> EnsembleNet:
     return _as(EnsembleNet, model) if isinstance(model, FusedEnsembleNet) else model
 
 
-def _as(kind: type[Any], model: EnsembleNet) -> Any:
+def _as(kind: type[EnsembleNet], model: EnsembleNet) -> Any:
     """A model of another class on the same modules, whose modes stay as they are."""
-    other = kind(
-        model.trunk,
-        model.heads,
-        model.combine,
-        task=model.task,
-        balance_gradients=model.balance_gradients,
-        recipe=model.recipe,
-        trunk_cost=model.trunk_cost,
-        head_cost=model.head_cost,
-        base_cost=model.base_cost,
-    )
+    other = model.with_heads(model.heads, kind)
     other.training = model.training
     return other
 
@@ -96,7 +89,7 @@ class Fusion(NamedTuple):
     Attributes:
         program: from the features and the values of the stacks to the outputs (K, N, C, *).
         stacks: the heads' tensors.
-        by_vmap: names of operations without a rule that run by `torch.vmap`.
+        by_vmap: names of operations that run by `torch.vmap`.
         looped: names of operations that run for one head after another.
     """
 
@@ -113,6 +106,11 @@ class FusedEnsembleNet(EnsembleNet):
 
     Attributes:
         fusion: how the heads run; None before the first forward pass of a model that was made by hand.
+
+    Example:
+        >>> model = fuse(EnsembleNet(nn.Identity(), [nn.Linear(8, 3) for _ in range(2)]), torch.randn(4, 8))
+        >>> type(model).__name__, len(model.fusion.stacks), model.fusion.looped
+        ('FusedEnsembleNet', 2, [])
     """
 
     graph_of_head: fx.Graph
@@ -131,10 +129,10 @@ class FusedEnsembleNet(EnsembleNet):
         self._join()
 
     @property
-    def convolutions(self) -> dict[str, JoinedConvolution]:
-        """By name: those that can run grouped or head by head."""
+    def convolutions(self) -> dict[str, FusedConvolution]:
+        """The convolutions that can run grouped or head by head, by name."""
         modules = self.fusion.program.named_modules() if self.fusion else ()
-        return {name: part for name, part in modules if isinstance(part, JoinedConvolution) and part.can_separate}
+        return {name: part for name, part in modules if isinstance(part, FusedConvolution) and part.can_separate}
 
     def separate(self, names: Collection[str], training: bool) -> None:
         """Run those convolutions head by head and the others grouped, with gradients or without.
@@ -165,7 +163,7 @@ class FusedEnsembleNet(EnsembleNet):
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As every module's; with `assign=True` too."""
+        """As `nn.Module.load_state_dict`, with `assign=True` too."""
         result = super().load_state_dict(*args, **kwargs)
         self._join()
         return result
@@ -183,18 +181,8 @@ def _fused_again(model: EnsembleNet, separate: dict[bool, list[str]]) -> FusedEn
     return fused
 
 
-def _recipe_inputs(model: EnsembleNet) -> Tensor | None:
-    """Inputs of the shape that the model was converted for."""
-    if model.recipe is None:
-        return None
-    first = next(model.parameters(), torch.zeros(0))
-    dtype = getattr(torch, model.recipe.input_dtype)
-    dtype = first.dtype if dtype.is_floating_point else dtype
-    return torch.zeros(2, *model.recipe.input_shape, dtype=dtype, device=first.device)
-
-
 def _examples(head: nn.Module, graph: fx.Graph, features: Tensor) -> dict[fx.Node, Any]:
-    """What the nodes of a head give for such features, in fake tensors: nothing is computed."""
+    """The outputs of a head's nodes for such features, as fake tensors: nothing is computed."""
     examples: dict[fx.Node, Any] = {}
 
     class Keeping(fx.Interpreter):
@@ -217,7 +205,7 @@ def _fake(tensor: Tensor) -> FakeTensor:
 
 @contextmanager
 def _probing(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, in which nothing in a module changes."""
+    """Set evaluation mode for a while, so that nothing in a module changes."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False
@@ -253,7 +241,7 @@ def _common_graph(heads: Sequence[nn.Module]) -> fx.Graph:
 
 
 def _structure(head: nn.Module) -> list[str]:
-    """All of a head but the values of its tensors, line by line."""
+    """All of a head except its tensors' values, as lines of text."""
     layers = [
         (name or "head", f"{type(layer).__qualname__}({layer.extra_repr()})") for name, layer in head.named_modules()
     ]
@@ -266,10 +254,10 @@ def _structure(head: nn.Module) -> list[str]:
 
 
 class _Tracer(fx.Tracer):
-    """Keeps layers that have a rule whole."""
+    """Keeps layers whole that can be fused."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return has_rule(m) or super().is_leaf_module(m, module_qualified_name)
+        return fusing_operation(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
 def _graph(head: nn.Module) -> fx.Graph:

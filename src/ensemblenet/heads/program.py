@@ -1,24 +1,15 @@
 """Write the graph of K equal heads as one graph over all of them.
 
-A value of a head is, in the graph of all heads, one of three:
-
-| layout | what it is, for a head's tensor of shape (N, C, *) |
-|---|---|
-| SHARED | the same for all heads: (N, C, *), or a number |
-| FIRST | the heads' tensors stacked: (K, N, C, *) |
-| FOLDED | heads folded into channels, head-major: (N, K·C, *) |
-
-Every operation of the first head has a rule that writes what does the same for all heads, in the layout that suits it;
-changes of layout are written only where a rule asks for another. An operation without a rule runs by `torch.vmap` over
-the stacked tensors, or, where that fails, for one head after another. Add a rule of your own with
-[`ensemblenet.heads.fusion_rule`][].
+Every operation of the first head writes what does the same for all heads, in the layout that suits it
+([`ensemblenet.operations.Layout`][]); changes of layout are written only where an operation asks for another. One that
+does not say how it is fused runs by `torch.vmap` over the stacked tensors, or, where that fails, for one head after
+another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,88 +19,15 @@ from torch.utils._pytree import tree_map
 
 from ensemblenet.heads.fallback import Looped, Mapped, Slot
 from ensemblenet.heads.stacks import Stack
+from ensemblenet.operations import FIRST, FOLDED, SHARED, Layout, Value, fusing_operation, operation_named
+from ensemblenet.operations.coupling import name_of
+from ensemblenet.operations.fusion import fold, repeat, unfold
 
-__all__ = [
-    "FIRST",
-    "FOLDED",
-    "SHARED",
-    "Layout",
-    "Program",
-    "Value",
-    "fold",
-    "fusion_rule",
-    "has_hooks",
-    "has_rule",
-    "repeat",
-    "unfold",
-]
-
-
-class Layout(Enum):
-    """Where the heads are in a value; see the module."""
-
-    SHARED = "shared"
-    FIRST = "first"
-    FOLDED = "folded"
-
-
-SHARED, FIRST, FOLDED = Layout
-
-
-class Value(NamedTuple):
-    """A value of all heads: its node in the graph of all heads, and its layout. Of a tuple, that of its tensors."""
-
-    node: Any
-    layout: Layout
-
-
-Rule = Callable[["Program", fx.Node], "Value | None"]
-_RULES: dict[type[nn.Module] | str, Rule] = {}
-
-
-def fusion_rule(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
-    """Register a rule for layer types, for those of other libraries by name ("timm.DropPath"), or for functions' names.
-
-    A rule takes the [`ensemblenet.heads.program.Program`][] that is written and a node of the first head. It returns
-    the value of all heads, or None where it does not apply. That of a type serves its subclasses too, as long as they
-    keep its `forward`.
-
-    Example:
-        >>> class Square(nn.Module):
-        ...     def forward(self, x):
-        ...         return x * x
-        >>> @fusion_rule(Square)
-        ... def square(program, node):
-        ...     value = program.value(node.args[0])
-        ...     return Value(program.call(torch.square, value.node), value.layout)
-    """
-
-    def register(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(kinds, function))
-        return function
-
-    return register
-
-
-def _rule_for(node: fx.Node, layer: nn.Module | None) -> Rule | None:
-    return _RULES.get(name_of(node)) if layer is None else _rule_for_layer(layer)
-
-
-def _rule_for_layer(layer: nn.Module) -> Rule | None:
-    for kind in type(layer).__mro__:
-        rule = _RULES.get(kind) or _RULES.get(f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
-        if rule is not None:
-            return rule if kind.forward is type(layer).forward else None
-    return None
-
-
-def has_rule(layer: nn.Module) -> bool:
-    """Whether a layer's type has a rule."""
-    return _rule_for_layer(layer) is not None
+__all__ = ["Program", "has_hooks"]
 
 
 class Program:
-    """The graph of all heads while it is written.
+    """The graph of all heads while it is written; operations see it as [`ensemblenet.operations.Program`][].
 
     Attributes:
         num_heads: K.
@@ -159,8 +77,8 @@ class Program:
         layer = self.module(node) if node.op == "call_module" else None
         if layer is not None and any(has_hooks(own) or is_parametrized(own) for own in self.modules(node)):
             return self._loop(node)
-        rule = _rule_for(node, layer)
-        value = rule(self, node) if rule is not None else None
+        operation = operation_named(name_of(node)) if layer is None else fusing_operation(layer)
+        value = None if operation is None else operation.fuse(self, node)
         if value is not None:
             return value
         if self.is_shared(node) and (layer is None or not _has_state(layer)):
@@ -240,7 +158,7 @@ class Program:
     def same(
         self, node: fx.Node, layout: Layout, given: dict[Any, fx.Node] | None = None, method: str | None = None
     ) -> Value:
-        """Write a node as it is, on its arguments' values; a module is then the first head's.
+        """Write the node unchanged on the fused arguments; modules are taken from head 0.
 
         Args:
             node: of the first head.
@@ -286,7 +204,7 @@ class Program:
     # -- operations without a rule
 
     def _map(self, node: fx.Node) -> Value | None:
-        """Run an operation by `torch.vmap`, if that goes well for examples, of which nothing is computed."""
+        """Run an operation by `torch.vmap`, if a trial on fake tensors succeeds."""
         function, names, tensors = as_function(node), [], []
         if node.op == "call_module":
             function = self.module(node)
@@ -319,7 +237,7 @@ class Program:
         return Value(self.run(f"loop_{node.name}", looped, *self._inputs(inputs, stacked)), FIRST)
 
     def _template(self, node: fx.Node) -> tuple[Any, list[fx.Node], list[bool]]:
-        """A node's arguments with slots in them, what goes there, and whether that has heads."""
+        """A node's arguments with slots for values, the nodes whose values go there, and which of these have heads."""
         inputs = node.all_input_nodes
         template = fx.map_arg((node.args, node.kwargs), lambda argument: Slot(inputs.index(argument)))  # type: ignore
         return template, inputs, [self._values[argument].layout is not SHARED for argument in inputs]
@@ -336,7 +254,7 @@ class Program:
 
 
 class _Constant(nn.Module):
-    """A buffer that all heads have the same."""
+    """A buffer that is the same in all heads."""
 
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__()
@@ -348,28 +266,8 @@ class _Constant(nn.Module):
         return getattr(self.owners[0], self.name)
 
 
-def fold(x: Tensor) -> Tensor:
-    """(K, N, C, *) to (N, K·C, *); no copy where the memory lies so already."""
-    return x.transpose(0, 1).flatten(1, 2)
-
-
-def unfold(x: Tensor, num_heads: int) -> Tensor:
-    """(N, K·C, *) to (K, N, C, *), without a copy."""
-    return x.unflatten(1, (num_heads, -1)).transpose(0, 1)
-
-
-def repeat(x: Tensor, num_heads: int) -> Tensor:
-    """(N, C, *) to (K, N, C, *), without a copy."""
-    return x.unsqueeze(0).expand(num_heads, *x.shape)
-
-
-def name_of(node: fx.Node) -> str:
-    """The name of the function or method that a node calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
 def as_function(node: fx.Node) -> Callable[..., Any]:
-    """What calls the function or method of a node."""
+    """The function of a node, or one that calls its method."""
     if node.op != "call_method":
         return node.target  # type: ignore[return-value]
     name = str(node.target)
@@ -381,6 +279,6 @@ def _has_state(layer: nn.Module) -> bool:
 
 
 def has_hooks(layer: nn.Module, recurse: bool = True) -> bool:
-    """Whether a layer, or a part of it, has hooks, which only a call of the very module runs."""
+    """Whether a layer or a part of it has hooks; only a call of the module itself runs them."""
     tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, table) for module in (layer.modules() if recurse else [layer]) for table in tables)

@@ -1,4 +1,4 @@
-"""The tensors of one name in K heads, as one tensor that they are the parts of.
+"""The tensors of one name in K heads as one stacked tensor, without a copy.
 
 The heads' own parameters and buffers stay what a model has: what is saved, optimised and reduced over processes. Their
 memory is laid side by side, so the stack of them costs no copy: it sees every update of a part, and a part sees every
@@ -39,7 +39,7 @@ class Stack:
 
     @torch.no_grad()
     def join(self) -> None:
-        """Lay the parts side by side, unless they are."""
+        """Lay the parts side by side in memory, unless they lie so."""
         parts = self.parts
         if not self.lay or self._is_joined(parts):
             return
@@ -73,7 +73,7 @@ class Stack:
         return self.joined
 
     def _are_lent(self, parts: list[Tensor]) -> bool:
-        """Whether `torch.func.functional_call` has put other tensors in the parameters' place."""
+        """Whether `torch.func.functional_call` has replaced the parameters by other tensors."""
         return self.name in self.owners[0]._parameters and not isinstance(parts[0], nn.Parameter)
 
     def _is_joined(self, parts: list[Tensor]) -> bool:
@@ -85,7 +85,7 @@ class Stack:
 
 
 def _on_own_storage(view: Tensor) -> Tensor:
-    """The same memory, as a tensor whose storage ends where it ends: saving it saves no more than it."""
+    """A view with its own storage, so that `torch.save` does not write the whole stack."""
     start, size = view.storage_offset() * view.element_size(), view.numel() * view.element_size()
     storage = view.untyped_storage()[start : start + size]
     return view.new_empty(0).set_(storage, 0, view.size(), view.stride())  # pyright: ignore[reportArgumentType]
@@ -99,7 +99,7 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 class _Join(torch.autograd.Function):
-    """The stack of K tensors whose memory lies side by side, without a copy."""
+    """The stack of K tensors that lie side by side in memory, with gradients to each, without a copy."""
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor, *parts: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from ensemblenet.functional import Combine, agreement, codistillation, combine_heads
+from ensemblenet.functional import Combine, codistillation, combine_heads, divergence
 
 __all__ = ["HeadMetrics"]
 
@@ -34,7 +34,7 @@ class HeadMetrics(MetricCollection):
     | `ece` | expected calibration error of the ensemble, 15 bins |
     | `brier` | Brier score of the ensemble: its squared error, summed over classes, in [0, 2] |
     | `disagreement` | share of pairs of heads whose most likely classes differ; 0 for a single head |
-    | `agreement` | how far the heads are from the ensemble, see [`ensemblenet.functional.agreement`][] |
+    | `agreement` | how far the heads are from the ensemble, see [`ensemblenet.functional.divergence`][] |
 
     Args:
         num_classes: C.
@@ -149,7 +149,7 @@ class _HeadStatistics(Metric):
         self.disagreements += (votes[:, None] != votes).sum()
         self.nll += codistillation(z, target, weight=0.0, combine=self.combine, reduction="sum")
         self.brier += (first[-1].softmax(1) - one_hot(target, z.shape[2])).square().sum()
-        self.divergence += agreement(z, combine=self.combine) * len(target)
+        self.divergence += divergence(z, combine=self.combine) * len(target)
 
     def compute(self) -> dict[str, Tensor]:
         values = {"top5": self.first_hits[1, -1] / self.positions}

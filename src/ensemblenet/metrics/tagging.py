@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
-from ensemblenet.functional import Combine, agreement, codistillation, combine_heads
+from ensemblenet.functional import Combine, codistillation, combine_heads, divergence
 
 __all__ = ["TaggingMetrics", "average_precision", "average_precision_of_classes"]
 
@@ -32,7 +32,7 @@ class TaggingMetrics(MetricCollection):
     | `micro_ap`, `macro_ap` | average precision of all predictions, in one list and in a list for each class |
     | `head_gap`, `head_gap_0`, ... | GAP@20 of single heads, their mean and each |
     | `nll` | negative log-likelihood of the ensemble in nats, summed over classes |
-    | `agreement` | how far the heads are from the ensemble, see [`ensemblenet.functional.agreement`][] |
+    | `agreement` | how far the heads are from the ensemble, see [`ensemblenet.functional.divergence`][] |
 
     The definitions are those of the challenge's code. In lists, the recall's denominator counts all labels, also
     those that are not among a video's best 20. Choices that it leaves to chance are made here: equal scores in a list
@@ -218,7 +218,7 @@ class _Tagging(Metric):
     def _add_losses(self, z: Tensor, target: Tensor, known: Tensor) -> None:
         z, target = mask_unknown(z, target)
         self.nll += codistillation(z, target, 0.0, "multilabel", combine=self.combine, reduction="sum")
-        self.divergence += agreement(z, "multilabel", combine=self.combine) * len(target)
+        self.divergence += divergence(z, "multilabel", combine=self.combine) * len(target)
 
     def compute(self) -> dict[str, Tensor]:
         scores, entries = _joined(self.scores).flatten(), _joined(self.entries).flatten().long()

@@ -1,18 +1,21 @@
-"""Networks by name, as the command line and configurations take them."""
+"""Networks by name, as the command line and configurations take them, and where a base came from."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ensemblenet.errors import EnsembleNetError
+from ensemblenet.errors import EnsembleNetError, LoadError
 
-__all__ = ["ModelNameError", "create", "default_input_shape"]
+__all__ = ["BaseSource", "ModelNameError", "create", "default_input_shape", "find_source"]
+
+_OWN = "ensemblenet.models"
 
 
 class ModelNameError(EnsembleNetError, ValueError):
@@ -122,3 +125,80 @@ def _from_module(module: str, name: str) -> Callable[..., Any]:
 def _suggest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
     return f" Did you mean {', '.join(near)}?" if near else ""
+
+
+# -- where a base came from
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base that a known factory makes: a timm model, or one of `ensemblenet.models`.
+
+    Attributes:
+        factory: "timm" or "ensemblenet".
+        name: the model's name there.
+        arguments: keyword arguments, plain numbers and lists.
+
+    Example:
+        >>> type(BaseSource("ensemblenet", "MNIST1DNet", {"width": 8}).build()).__name__
+        'MNIST1DNet'
+    """
+
+    factory: str
+    name: str
+    arguments: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """Make the base, with random weights.
+
+        Raises:
+            LoadError: the factory does not know it.
+        """
+        makers = {"timm": self._build_timm, "ensemblenet": self._build_own}
+        if self.factory not in makers:
+            raise LoadError(f"Unknown base factory {self.factory!r}: expected one of {sorted(makers)}.")
+        try:
+            return makers[self.factory]()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise LoadError(f"The base {self.name!r} of {self.factory} cannot be built: {error}") from error
+
+    def _build_timm(self) -> nn.Module:
+        known = ("num_classes", "in_chans", "img_size")
+        return _from_timm(self.name, {key: value for key, value in self.arguments.items() if key in known}, None)
+
+    def _build_own(self) -> nn.Module:
+        known = importlib.import_module(_OWN).__all__
+        if self.name not in known:
+            raise ModelNameError(f"{_OWN} has {known}.")
+        return create(f"{_OWN}:{self.name}", options=self.arguments)
+
+
+def find_source(base: nn.Module, input_shape: tuple[int, ...]) -> BaseSource | None:
+    """Where a base comes from, if a known factory makes one with the same layers; `input_shape` is of one example.
+
+    Example:
+        >>> from ensemblenet.models import MNIST1DNet
+        >>> find_source(MNIST1DNet(8), (40,))
+        BaseSource(factory='ensemblenet', name='MNIST1DNet', arguments={'width': 8, 'num_classes': 10})
+    """
+    candidates: list[BaseSource] = []
+    module = type(base).__module__
+    if module.startswith("timm.") and getattr(base, "pretrained_cfg", None):
+        name = str(base.pretrained_cfg["architecture"])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+        arguments: dict[str, Any] = {"num_classes": base.num_classes}
+        if input_shape[0] != 3:
+            arguments["in_chans"] = input_shape[0]
+        candidates += [BaseSource("timm", name, arguments | more) for more in ({}, {"img_size": [*input_shape[1:]]})]
+    elif module.startswith(f"{_OWN}.") and isinstance(getattr(base, "arguments", None), dict):
+        candidates.append(BaseSource("ensemblenet", type(base).__name__, dict(base.arguments)))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return next((source for source in candidates if _makes(source, base)), None)
+
+
+def _makes(source: BaseSource, base: nn.Module) -> bool:
+    """Whether a source makes the same layers with the same shapes."""
+    try:
+        made = source.build()
+    except LoadError:
+        return False
+    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (made, base)]
+    return shapes[0] == shapes[1] and repr(made) == repr(base)

@@ -23,6 +23,11 @@ class Axis:
         is_sum: whether `parts` add up rather than multiply.
         is_kept: whether an unknown must keep its size.
         block: for an unknown that counts blocks (groups, attention heads), how many channels a block has.
+
+    Example:
+        >>> axis = multiplied([free(12), kept(64)])
+        >>> axis.size, axis.value(lambda unknown: 6)
+        (768, 384)
     """
 
     __slots__ = ("_link", "block", "is_kept", "is_sum", "parts", "size")
@@ -115,17 +120,32 @@ class Axis:
 
 
 def free(size: int) -> Axis:
-    """A new unknown; a size of one is never narrowed."""
+    """A new unknown; a size of one is never narrowed.
+
+    Example:
+        >>> free(64), free(1)
+        (64?, 1)
+    """
     return Axis(size, is_kept=size <= 1)
 
 
 def kept(size: int) -> Axis:
-    """A new axis that keeps its size."""
+    """A new axis that keeps its size.
+
+    Example:
+        >>> kept(64)
+        64
+    """
     return Axis(size, is_kept=True)
 
 
 def multiplied(axes: Iterable[Axis]) -> Axis:
-    """The product of axes, outermost first."""
+    """The product of axes, outermost first.
+
+    Example:
+        >>> multiplied([free(12), kept(64)])
+        (12? * 64)
+    """
     factors = _flat(axes, is_sum=False)
     factors = [factor for factor in factors if factor.size != 1]
     if len(factors) <= 1:
@@ -134,7 +154,12 @@ def multiplied(axes: Iterable[Axis]) -> Axis:
 
 
 def concatenated(axes: Iterable[Axis]) -> Axis:
-    """The sum of axes, in order."""
+    """The sum of axes, in order.
+
+    Example:
+        >>> concatenated([free(16), free(48)])
+        (16? + 48?)
+    """
     segments = [segment for segment in _flat(axes, is_sum=True) if segment.size]
     if len(segments) <= 1:
         return segments[0] if segments else kept(0)
@@ -235,6 +260,12 @@ def settle(axes: Iterable[Axis]) -> None:
     """Leave every product one free factor, so that a width counts once in it.
 
     The outermost factor of at least four stays free (groups, attention heads), else the largest.
+
+    Example:
+        >>> axis = multiplied([free(12), free(64)])
+        >>> settle([axis])
+        >>> axis
+        (12? * 64)
     """
     for axis in axes:
         _settle(axis.root())

@@ -29,6 +29,7 @@ from ensemblenet.evaluation.scoring import (
     short_number,
     table_columns,
 )
+from ensemblenet.inputs import InputSpec
 from ensemblenet.reports.figures import (
     Design,
     Line,
@@ -196,7 +197,7 @@ def _stopping_lines(run: _Run) -> tuple[Line, Line, tuple[float, float]]:
 
 def _design(network: EnsembleNet, restored: Restored) -> Design:
     with torch.inference_mode():
-        features = network.trunk(torch.zeros(1, *restored.input_shape))
+        features = network.trunk(InputSpec(restored.input_shape).zeros())
     trunk, head = network.trunk_cost, network.head_cost
     return Design(
         restored.input_shape,

@@ -20,6 +20,7 @@ from torch import nn
 from ensemblenet import EnsembleNet, load, save
 from ensemblenet.data.classes import KnownClasses, refuse_other_classes
 from ensemblenet.errors import LoadError
+from ensemblenet.inputs import InputSpec
 from ensemblenet.storage.checkpoint import read_description
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.runs import CONFIG, write_json
@@ -90,7 +91,7 @@ class Restored:
     def num_classes(self) -> int:
         """C, by a forward pass of zeros."""
         with torch.inference_mode():
-            return self.network(torch.zeros(1, *self.input_shape)).shape[1]
+            return self.network(InputSpec(self.input_shape).zeros()).shape[1]
 
 
 def store(module: Classifier, data: LightningDataModule, folder: Path) -> None:
@@ -129,7 +130,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None) ->
     if not (folder / CONFIG).is_file():
         network = load(folder, base)
         assert network.recipe is not None
-        described = {"task": network.task, "input_shape": network.recipe.input_shape} | read_description(folder)
+        described = {"task": network.task, "input_shape": network.recipe.inputs.shape} | read_description(folder)
         return _restored(network, described, None, folder, address)
     config = yaml.safe_load((folder / CONFIG).read_text())
     if not (folder / _MODEL).is_dir():

@@ -25,7 +25,7 @@ class Measures:
     | `nll`, `head_nll` | negative log-likelihood in nats, of the prediction and of a head, mean over heads |
     | `ece` | expected calibration error of the prediction, 15 bins; multiclass only |
     | `disagreement` | share of pairs of heads whose most likely classes differ |
-    | `agreement` | mean divergence of heads from their mean, see [`ensemblenet.functional.agreement`][] |
+    | `agreement` | mean divergence of heads from their mean, see [`ensemblenet.functional.divergence`][] |
     | `head_kl` | mean KL(p_j || p_k) over pairs of heads j != k, in nats; 0 for one head |
 
     Args:

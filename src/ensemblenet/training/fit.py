@@ -26,6 +26,7 @@ from ensemblenet import measure_cost
 from ensemblenet.data import __all__ as data_modules
 from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
+from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import results_table
 from ensemblenet.storage.restore import expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
@@ -43,7 +44,7 @@ from ensemblenet.storage.runs import (
 )
 from ensemblenet.training.averaging import AveragedWeights
 from ensemblenet.training.classes import KeepClasses
-from ensemblenet.training.module import Classifier, Conversion
+from ensemblenet.training.module import Classifier
 from ensemblenet.training.processes import agreed_folder, is_first_process
 from ensemblenet.training.progress import Progress, Speed
 from ensemblenet.training.search import Candidate, candidates, search

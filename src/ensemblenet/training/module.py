@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,14 +11,15 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ensemblenet import convert
+from ensemblenet.conversion.convert import convert_as
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
-from ensemblenet.functional import Combine, agreement
-from ensemblenet.heads import Choice, HeadsMode, choose, fuse, unfuse
+from ensemblenet.functional import divergence
+from ensemblenet.heads import Choice, HeadsMode, choose, current_mode, fuse, unfuse
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.tagging import TaggingMetrics, mask_unknown
+from ensemblenet.recipe import Conversion
 from ensemblenet.training.mixing import Mix, Mixing, soft_targets
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule, layer_depths
 
@@ -30,35 +30,11 @@ ClassifierTask = Literal["multiclass", "multilabel"]
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What [`ensemblenet.convert`][] is called with; it explains the settings.
-
-    Args:
-        seed: the seed of the heads' weights; None takes the run's own.
-    """
-
-    num_heads: int = 2
-    budget: float = 1.0
-    split_at: str = "auto"
-    seed: int | None = None
-    init: Literal["fresh", "inherit"] = "fresh"
-    combine: Combine = "logits"
-    min_width: float | None = None
-
-    def apply(self, base: nn.Module, example_inputs: Tensor, task: ClassifierTask = "multiclass") -> EnsembleNet:
-        """Convert a base for inputs like these, of shape (N, *)."""
-        settings: dict[str, Any] = asdict(self)
-        if self.seed is None:
-            settings["seed"] = torch.initial_seed() % 2**32
-        return convert(base, example_inputs, task=task, **settings)
-
-
 class Classifier(LightningModule):
     """Trains a network, or the multi-headed model that it converts to, as a classifier.
 
     The base goes the same way as a model of one head: for it, co-distillation is plain cross-entropy. It logs
-    `train/loss`, `train/agreement` (in nats, see [`ensemblenet.functional.agreement`][]) and, with the prefix
+    `train/loss`, `train/divergence` (in nats, see [`ensemblenet.functional.divergence`][]) and, with the prefix
     `val/` and `test/`, what [`ensemblenet.metrics.HeadMetrics`][] lists, or for task "multilabel"
     [`ensemblenet.metrics.tagging.TaggingMetrics`][].
 
@@ -101,7 +77,7 @@ class Classifier(LightningModule):
         _check(task, loss, mixing, conversion)
         self.network = base
         self.task: ClassifierTask = task
-        self.heads: HeadsMode = heads
+        self.heads: HeadsMode = current_mode(heads)
         self.conversion = conversion
         self.optimization = optimization
         self.mixing = mixing
@@ -131,7 +107,7 @@ class Classifier(LightningModule):
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
         if self.conversion is not None:
-            self.network = self._with_chosen_heads(self.conversion.apply(self.network, inputs, self.task), inputs)
+            self.network = self._with_chosen_heads(convert_as(self.conversion, self.network, inputs, self.task), inputs)
         self.example_inputs = inputs[:1]
         with torch.no_grad():
             num_classes = self.network.eval()(inputs[:1]).shape[1]
@@ -161,7 +137,7 @@ class Classifier(LightningModule):
         """Fused heads do not pass through the layers that Lightning exchanges for synchronised ones."""
         if getattr(self.trainer.strategy, "_layer_sync", None) is None:
             return self.heads
-        if self.heads in ("fused", "compiled", "recomputed"):
+        if self.heads in ("fused", "compiled", "checkpointed"):
             raise TrainingError(f"trainer.sync_batchnorm needs model.heads looped, got {self.heads}.")
         return "looped"
 
@@ -193,7 +169,7 @@ class Classifier(LightningModule):
         if self.heads != "auto" or "heads" not in checkpoint or not isinstance(self.network, EnsembleNet):
             return
         heads, *separate = checkpoint["heads"]
-        self.choice = Choice(heads, "as before", separate=tuple(separate))
+        self.choice = Choice(current_mode(heads), "as before", separate=tuple(separate))
         self.network = _with_heads(self.network, self.choice)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -218,8 +194,8 @@ class Classifier(LightningModule):
         if not loss.isfinite():
             raise TrainingError(f"The loss became {loss.item()} {self._where(batch_index)}")
         self.log("train/loss", loss, on_step=True, prog_bar=True, sync_dist=True)
-        apart = agreement(outputs.detach(), self.criterion.task, combine=self.criterion.combine)
-        self.log("train/agreement", apart, on_step=True, sync_dist=True)
+        apart = divergence(outputs.detach(), self.criterion.task, combine=self.criterion.combine)
+        self.log("train/divergence", apart, on_step=True, sync_dist=True)
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -290,9 +266,9 @@ def _check(task: ClassifierTask, loss: Loss, mixing: Mixing | None, conversion: 
 
 def _with_heads(network: EnsembleNet, choice: Choice) -> EnsembleNet:
     """The network with its heads run as was chosen."""
-    if choice.heads in ("looped", "recomputed"):
+    if choice.heads in ("looped", "checkpointed"):
         network = unfuse(network)
-        network.recompute = choice.heads == "recomputed"
+        network.checkpoint_activations = choice.heads == "checkpointed"
         return network
     fused = fuse(network)
     fused.separate(choice.separate, training=True)

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet import Plan, plans
+from ensemblenet import Budget, Plan, plans
 from ensemblenet.conversion.planning import preference
 from ensemblenet.errors import TrainingError
+from ensemblenet.recipe import Conversion
 from ensemblenet.storage.runs import write_json
-from ensemblenet.training.module import Conversion
 
 __all__ = ["Candidate", "candidates", "rungs", "search"]
 
@@ -69,7 +69,7 @@ def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) ->
             plan = replace(settings, num_heads=heads, split_at=name)
             found.setdefault(f"{heads}-heads-{name}", Candidate(f"{heads}-heads-{name}", plan))
     if len(found) == 1:
-        raise TrainingError(f"No conversion of the base fits a budget of {settings.budget:g}; allow more.")
+        raise TrainingError(f"No conversion of the base fits a budget of {Budget.of(settings.budget)}; allow more.")
     return list(found.values())
 
 

@@ -1,0 +1,121 @@
+"""A traced network: its graph, and the ATen calls behind every node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ensemblenet.cost import Cost
+from ensemblenet.operations import Event, TensorRef
+
+__all__ = ["BY_HAND", "GraphRunner", "NodeError", "Trace", "depends_on_input", "drop_unused"]
+
+BY_HAND = "A network that cannot be traced can be given by hand: ensemblenet.EnsembleNet(trunk, heads)."
+
+
+@dataclass
+class Trace:
+    """A traced network: its graph, and the ATen calls behind every node.
+
+    Attributes:
+        module: a private copy of the base, whose modules the graph names.
+        graph: the graph, for both modes.
+        events: the ATen calls in order.
+        input: the example input, of shape (N, *).
+        aliases: for a node, the names of the modules whose output it is, innermost first.
+        refs: for a node of one tensor, that tensor.
+        notes: what the user should know about the conversion.
+    """
+
+    module: nn.Module
+    graph: fx.Graph
+    events: list[Event]
+    input: Tensor
+    aliases: dict[fx.Node, list[str]]
+    refs: dict[fx.Node, TensorRef]
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def macs(self) -> dict[fx.Node, float]:
+        """The multiply-adds of each node, for one example."""
+        macs: dict[fx.Node, float] = {}
+        for event in self.events:
+            macs[event.node] = macs.get(event.node, 0.0) + event.macs / len(self.input)
+        return macs
+
+    @cached_property
+    def parameters(self) -> dict[fx.Node, dict[str, nn.Parameter]]:
+        """The parameters that each node reads, by their names in the base."""
+        found: dict[fx.Node, dict[str, nn.Parameter]] = {}
+        for node in self.graph.nodes:
+            name = str(node.target)
+            if node.op == "call_module":
+                layer = self.module.get_submodule(name)
+                found[node] = {f"{name}.{key}": parameter for key, parameter in layer.named_parameters()}
+            elif node.op == "get_attr" and isinstance(tensor := self.tensor(name), nn.Parameter):
+                found[node] = {name: tensor}
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer by its name."""
+        owner, _, attribute = name.rpartition(".")
+        return getattr(self.module.get_submodule(owner), attribute)
+
+    def cost(self, nodes: Iterable[fx.Node]) -> Cost:
+        """What a part of the base costs."""
+        nodes = set(nodes)
+        sizes = {id(p): p.numel() for node in nodes for p in self.parameters.get(node, {}).values()}
+        return Cost(sum(sizes.values()), sum(self.macs.get(node, 0.0) for node in nodes))
+
+    @property
+    def placeholder(self) -> fx.Node:
+        """The node of the network's input."""
+        return next(iter(self.graph.nodes))
+
+    @property
+    def output(self) -> fx.Node:
+        """The node whose value the network returns."""
+        node = next(iter(reversed(self.graph.nodes))).args[0]
+        assert isinstance(node, fx.Node)
+        return node
+
+
+def depends_on_input(node: fx.Node) -> bool:
+    """Whether a node's value comes from the network's input, not only from its parameters."""
+    if "from_input" not in node.meta:
+        node.meta["from_input"] = node.op == "placeholder" or any(
+            depends_on_input(argument) for argument in node.all_input_nodes if "scalar" not in argument.meta
+        )
+    return node.meta["from_input"]
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Erase nodes whose values nobody reads, unless they write in place."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output") and "effect" not in node.meta:
+            graph.erase_node(node)
+
+
+class NodeError(Exception):
+    """A node of a graph that cannot run."""
+
+    def __init__(self, node: fx.Node, cause: object) -> None:
+        super().__init__(f"{node.meta.get('line', node.name)}: {str(cause).split(chr(10) + chr(10))[0]}")
+        self.node = node
+
+
+class GraphRunner(fx.Interpreter):
+    """Runs a graph node by node, so that an error names its node."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        try:
+            return super().run_node(n)
+        except NodeError:
+            raise
+        except Exception as error:
+            raise NodeError(n, f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,363 @@
+"""Record the graph of one run of a network."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ensemblenet.conversion.trace.graph import BY_HAND, Trace, depends_on_input, drop_unused
+from ensemblenet.conversion.trace.observer import Observer
+from ensemblenet.errors import ConversionError
+from ensemblenet.operations import TensorRef, operation_of
+
+__all__ = ["PLAIN", "Recorder"]
+
+
+class _TracedInt(int):
+    """An integer read from a shape, with the node that computes it."""
+
+    node: fx.Node
+
+    def __new__(cls, value: int, node: fx.Node) -> _TracedInt:
+        self = super().__new__(cls, value)
+        self.node = node
+        return self
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+
+def _traced_operator(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name.replace("__r", "__") if name in _REFLECTED else name)
+
+    def apply(self: _TracedInt, *others: Any) -> Any:
+        plain = [int(other) if isinstance(other, _TracedInt) else other for other in others]
+        value = getattr(int, name)(int(self), *plain)
+        if type(value) is not int:
+            return value
+        operands = [_scalar_argument(operand) for operand in (self, *others)]
+        if name in _REFLECTED:
+            operands.reverse()
+        node = self.node.graph.call_function(function, tuple(operands))
+        node.meta["scalar"] = value
+        return _TracedInt(value, node)
+
+    return apply
+
+
+def _scalar_argument(value: Any) -> Any:
+    return value.node if isinstance(value, _TracedInt) else value
+
+
+_REFLECTED = {"__radd__", "__rsub__", "__rmul__", "__rfloordiv__", "__rmod__"}
+for _name in ["__add__", "__sub__", "__mul__", "__floordiv__", "__mod__", "__neg__", *_REFLECTED]:
+    setattr(_TracedInt, _name, _traced_operator(_name))
+
+# Tensor methods that hand a value to Python: on what depends on the input, that value would be frozen.
+_VALUE_READERS = {
+    "__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "__contains__",
+    "item", "tolist", "numpy", "equal", "allclose", "is_nonzero",
+}  # fmt: skip
+_QUIET_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+
+
+PLAIN = (
+    bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type,
+)  # fmt: skip
+
+
+class _OpaqueError(Exception):
+    """An argument that a graph cannot hold, such as an array of another library."""
+
+
+class Recorder(TorchFunctionMode):
+    """Records the graph of one run."""
+
+    def __init__(self, root: nn.Module, x: Tensor, leaves: set[type[nn.Module]]) -> None:
+        super().__init__()
+        self.root = root
+        self.leaves = leaves
+        self.device = x.device
+        self.graph = fx.Graph()
+        self.names = {module: name for name, module in root.named_modules()}
+        self.constants = {id(p): name for name, p in (*root.named_parameters(), *root.named_buffers())}
+        self.nodes = WeakTensorKeyDictionary()
+        self.attributes: dict[str, fx.Node] = {}
+        self.num_constants = 0
+        self.stack: list[str] = []
+        self.stream: list[fx.Node | str] = []  # nodes, and the modules entered ("+name") and left ("-name")
+        self.paused = False
+        self.observer = Observer(self)
+        self.aliases: dict[fx.Node, list[str]] = {}
+        self.refs: dict[fx.Node, TensorRef] = {}
+        self.returned = "nothing"
+        self.output: Any = None
+        self.returns_tensor = False
+
+    # -- running
+
+    def run(self, x: Tensor) -> None:
+        """Record one forward pass."""
+        name = _input_name(self.root)
+        node = self.graph.placeholder(name)
+        x = x.clone()
+        self._keep(node, x)
+        original = nn.Module.__call__
+        recorder = self
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return recorder._call_module(MethodType(original, module), module, args, kwargs)
+
+        nn.Module.__call__ = call
+        try:
+            with self, self.observer:
+                out = self.root(x)
+        finally:
+            nn.Module.__call__ = original
+        self.output = out
+        self.returned = _describe(out)
+        self.returns_tensor = isinstance(out, Tensor) and out in self.nodes
+        self.graph.output(self._argument(out) if self.returns_tensor else None)
+
+    def trace(self, module: nn.Module, x: Tensor, notes: list[str]) -> Trace:
+        """The trace of this run."""
+        drop_unused(self.graph)
+        alive = set(self.graph.nodes)
+        events = [event for event in self.observer.events if event.node in alive]
+        aliases = {node: names for node, names in self.aliases.items() if node in alive}
+        return Trace(module, self.graph, events, x, aliases, self.refs, notes)
+
+    # -- modules
+
+    def _call_module(self, call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        name = self.names.get(module)
+        if name is None or self.paused:
+            return call(*args, **kwargs)
+        self.stack.append(name)
+        self.stream.append("+" + name)
+        if name and self._is_leaf(module):
+            out = self._call(lambda: call(*args, **kwargs), "call_module", name, args, kwargs)
+        else:
+            out = call(*args, **kwargs)
+        if isinstance(out, Tensor) and out in self.nodes and name:
+            self.aliases.setdefault(self.nodes[out], []).append(name)
+        self.stream.append("-" + name)
+        self.stack.pop()
+        return out
+
+    def _is_leaf(self, module: nn.Module) -> bool:
+        if operation_of(type(module)).is_whole or type(module) in self.leaves:
+            return True
+        return type(module).__module__.startswith("torch.nn.") and not any(module.children())
+
+    # -- functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return self._read_property(func, args)
+        if name == "size":
+            sizes = self._sizes(args[0])
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            return sizes if dim is None else sizes[dim]
+        if name == "numel":
+            return self._sizes(args[0]).numel()
+        if name == "__iter__":
+            return iter(self._function(torch.Tensor.unbind, "unbind", args[:1], {}))
+        if name in _VALUE_READERS and any(self._depends_on_input(arg) for arg in args):
+            raise ConversionError(
+                f"{self.where()} reads the values of a tensor ({name}), so the network's course depends on its "
+                f"input. {BY_HAND}"
+            )
+        return self._function(func, name, args, kwargs)
+
+    def _read_property(self, func: Any, args: Any) -> Any:
+        name = func.__self__.__name__
+        if name == "shape":
+            return self._sizes(args[0])
+        if name not in _QUIET_PROPERTIES:
+            return func(*args)
+        return self._call(lambda: func(*args), "call_function", getattr, (args[0], name), {})
+
+    def _function(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        op, target = _fx_target(func, name)
+        return self._call(lambda: func(*args, **kwargs), op, target, args, kwargs)
+
+    def _sizes(self, tensor: Tensor) -> torch.Size:
+        """The shape, as integers that remember where they come from."""
+        if tensor not in self.nodes:
+            return tensor.shape
+        sizes = []
+        for dim, size in enumerate(tensor.shape):
+            node = self.graph.call_method("size", (self.nodes[tensor], dim))
+            node.meta["scalar"] = size
+            sizes.append(_TracedInt(size, node))
+        return torch.Size(sizes)
+
+    def _device_node(self) -> fx.Node:
+        """A node that reads the input's device, in the place of the device that the network was traced on."""
+        placeholder = next(iter(self.graph.nodes))
+        node = self.graph.call_function(getattr, (placeholder, "device"))
+        node.meta["scalar"] = self.device
+        return node
+
+    def _call(self, run: Callable[[], Any], op: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operation and write its node, unless no tensor comes out."""
+        try:
+            node_args = tree_map(self._argument, tuple(args), is_leaf=_is_atom)
+            node_kwargs = tree_map(self._argument, dict(kwargs), is_leaf=_is_atom)
+        except _OpaqueError:
+            return run()  # the observer objects if it depends on the input; else its result is a constant
+        node = self.graph.create_node(op, target, node_args, node_kwargs)
+        node.meta["line"] = self.where()
+        node.meta["stack"] = tuple(self.stack)
+        self.paused, self.observer.node = True, node
+        try:
+            out = run()
+        finally:
+            self.paused, self.observer.node = False, None
+        if target is operator.setitem or _works_in_place(op, target):
+            node.meta["effect"] = True
+        if target is not operator.setitem and not self._keep_all(node, out):
+            self.graph.erase_node(node)
+            return out
+        self.stream.append(node)
+        return out
+
+    def _keep_all(self, node: fx.Node, out: Any) -> bool:
+        """Remember which node made each tensor of an output; False if there is no tensor in it."""
+        if isinstance(out, Tensor):
+            self._keep(node, out)
+            return True
+        if not isinstance(out, (tuple, list)) or not any(isinstance(part, (Tensor, tuple, list)) for part in out):
+            return False
+        kept = False
+        for index, part in enumerate(out):
+            child = self.graph.call_function(operator.getitem, (node, index))
+            child.meta.update(line=node.meta["line"], stack=node.meta["stack"])
+            if self._keep_all(child, part):
+                kept = True
+            else:
+                self.graph.erase_node(child)
+        return kept
+
+    def _keep(self, node: fx.Node, tensor: Tensor) -> None:
+        self.nodes[tensor] = node
+        self.refs[node] = self.observer.ref(tensor)
+
+    def _argument(self, value: Any) -> Any:
+        """A value as the graph refers to it."""
+        if isinstance(value, Tensor):
+            return self.nodes[value] if value in self.nodes else self._attribute(value)
+        if isinstance(value, _TracedInt):
+            return value.node
+        if isinstance(value, slice):
+            return slice(*(self._argument(bound) for bound in (value.start, value.stop, value.step)))
+        if isinstance(value, torch.Size):
+            return tuple(self._argument(size) for size in value)
+        if isinstance(value, torch.device) and value == self.device:
+            return self._device_node()
+        if value is None or value is Ellipsis or isinstance(value, PLAIN):
+            return value
+        raise _OpaqueError
+
+    def _attribute(self, tensor: Tensor) -> fx.Node:
+        """The node of a parameter, a buffer, or a tensor that existed before the run."""
+        name = self.constants.get(id(tensor))
+        if name is None:
+            name = f"_constant{self.num_constants}"
+            self.num_constants += 1
+            setattr(self.root, name, nn.Buffer(tensor.detach().clone(), persistent=False))
+            # The name holds for the original too: it may be read again.
+            self.constants[id(tensor)] = name
+            self.observer.alive.append(tensor)
+        if name not in self.attributes:
+            first = next(iter(self.graph.nodes))
+            with self.graph.inserting_after(first):
+                self.attributes[name] = self.graph.get_attr(name)
+            self.attributes[name].meta["constant"] = True
+            self.refs[self.attributes[name]] = self.observer.ref(tensor)
+        return self.attributes[name]
+
+    def _depends_on_input(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value in self.nodes and depends_on_input(self.nodes[value])
+
+    # -- errors
+
+    def where(self, error: Exception | None = None) -> str:
+        """The module that runs or has failed, and the user's line in it."""
+        name = self.stack[-1] if self.stack else ""
+        module = type(self.root.get_submodule(name)).__name__
+        label = f"{name} ({module})" if name else module
+        line = _user_line(error)
+        return f"{label} at {line}" if line else label
+
+
+def _is_atom(value: Any) -> bool:
+    return isinstance(value, (torch.Size, slice))
+
+
+def _works_in_place(op: str, target: Any) -> bool:
+    """Whether an operation writes in place; it then stays although nobody reads its result."""
+    return op == "call_method" and target.endswith("_") and not target.endswith("__")
+
+
+def _fx_target(func: Any, name: str) -> tuple[str, Any]:
+    """The kind and the target of the graph node that calls a torch function."""
+    if name == "__getitem__":
+        return "call_function", operator.getitem
+    if name == "__setitem__":
+        return "call_function", operator.setitem
+    is_method = type(func).__name__ in ("method_descriptor", "wrapper_descriptor")
+    if is_method or getattr(func, "__module__", "") == "torch._tensor":
+        return "call_method", name
+    return "call_function", func
+
+
+def _input_name(module: nn.Module) -> str:
+    """The name that the module's forward gives its input."""
+    names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
+    return names[0] if names else "input"
+
+
+def _describe(value: Any) -> str:
+    """What a network returned, in words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} that does not come from its input"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__
+
+
+_PACKAGE = Path(__file__).parents[2]
+_NOT_THE_USERS = (
+    str(Path(torch.__file__).parent),
+    *(str(path) for path in _PACKAGE.iterdir() if path.name != "models"),
+)
+
+
+def _user_line(error: Exception | None) -> str | None:
+    """The innermost line of code that is neither PyTorch's nor ours, as "file:line"."""
+    if error is not None:
+        lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1]
+    else:
+        lines = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_stack(sys._getframe(1))]
+    for file, line in lines:
+        if not file.startswith((*_NOT_THE_USERS, "<")):
+            return f"{Path(file).name}:{line}"
+    return None

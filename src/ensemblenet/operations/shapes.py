@@ -1,0 +1,375 @@
+"""What gives tensors other dimensions: reshaping, moving, repeating, joining and cutting them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ensemblenet.operations.axes import Axis, concatenated, free, kept, multiplied, unify
+from ensemblenet.operations.coupling import (
+    Axes,
+    Event,
+    LayerSizes,
+    Narrowed,
+    Sizes,
+    argument,
+    name_of,
+    new_size,
+    new_sizes,
+    set_argument,
+)
+from ensemblenet.operations.fusion import (
+    FIRST,
+    FOLDED,
+    SHARED,
+    Dimensions,
+    Program,
+    Value,
+    aligned_value,
+    arguments_of,
+    behind_heads,
+    concatenate_channels,
+    fuse_along,
+)
+from ensemblenet.operations.registry import Operation, register
+
+__all__ = ["Concatenation", "Reshape", "Split", "Unflatten"]
+
+
+class _OfShape(Operation):
+    """Functions whose arguments are a shape."""
+
+    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
+        """The shape, as one argument or as several."""
+        (axes,) = narrowed.outputs(node)
+        for key in ("shape", "size"):
+            if isinstance(copy.kwargs.get(key), (tuple, list)):
+                copy.update_kwarg(key, new_sizes(narrowed, axes, copy.kwargs[key], copy))  # type: ignore[arg-type]
+                return
+        if isinstance(copy.args[1], (tuple, list)):
+            copy.update_arg(1, new_sizes(narrowed, axes, copy.args[1], copy))
+        elif not hasattr(copy.args[1], "is_floating_point"):
+            copy.args = (copy.args[0], *new_sizes(narrowed, axes, copy.args[1:], copy))
+
+
+def _given_sizes(program: Program, node: fx.Node) -> list[Any] | None:
+    """The numbers that follow the tensor, as one argument or as several; None where the call is of another form."""
+    first, *sizes = node.args
+    if node.kwargs or not isinstance(first, fx.Node) or program.value(first).layout is SHARED:
+        return None
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = list(sizes[0])
+    if not sizes or isinstance(sizes[0], torch.dtype):
+        return None
+    return [program.value(size).node for size in sizes]
+
+
+def _couple_reshape(sizes: Sizes, event: Event) -> None:
+    """Dimensions are multiplied and cut, in order."""
+    sizes.set(event.out, _reshape(sizes.axes(event.args[0]), event.out.shape))
+
+
+@register("view", "reshape", "_unsafe_view", "_reshape_alias", "view_copy")
+class Reshape(_OfShape):
+    """The same numbers in another shape."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """Dimensions are multiplied and cut, in order."""
+        _couple_reshape(sizes, event)
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """The heads stay in front."""
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        sizes = _given_sizes(program, node)
+        if sizes is None:
+            return None
+        return Value(program.method("reshape", program.first(node.args[0]), program.num_heads, *sizes), FIRST)
+
+
+def _reshape(before: Axes, shape: Sequence[int]) -> Axes:
+    """Match runs of old dimensions with runs of new ones of the same product."""
+    after = [free(size) for size in shape]
+    i = j = 0
+    while i < len(before) or j < len(after):
+        olds, news = [], []
+        old_size = new_size = 1
+        while not olds or not news or old_size != new_size:
+            if j < len(after) and (old_size > new_size or (olds and not news) or i == len(before)):
+                news.append(j)
+                new_size *= after[j].size
+                j += 1
+            elif i < len(before):
+                olds.append(before[i])
+                old_size *= before[i].size
+                i += 1
+            else:
+                break
+        if len(news) == 1:
+            after[news[0]] = multiplied(olds)
+        elif news:
+            unify(multiplied(olds), multiplied([after[k] for k in news]))
+    return after
+
+
+@register("squeeze", "unsqueeze", "squeeze_copy")
+class Squeeze(Operation):
+    """Dimensions of one come or go."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """A reshape."""
+        _couple_reshape(sizes, event)
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """Dimensions lie behind the heads."""
+        return fuse_along(program, node, dict.fromkeys(("squeeze", "unsqueeze"), ((1, "dim", None),)))
+
+
+@register("flatten", nn.Flatten)
+class Flatten(Operation):
+    """Neighbouring dimensions become one."""
+
+    is_whole = False
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """Dimensions lie behind the heads."""
+        if node.op != "call_module":
+            return fuse_along(program, node, {"flatten": ((1, "start_dim", 0), (2, "end_dim", -1))})
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        layer = program.module(node)
+        dims = behind_heads((layer.start_dim, layer.end_dim))
+        return Value(program.call(torch.flatten, program.first(node.args[0]), *dims), FIRST)
+
+
+@register("unflatten", nn.Unflatten)
+class Unflatten(Operation):
+    """A dimension becomes several."""
+
+    is_whole = False
+
+    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
+        """The function's new sizes."""
+        (axes,) = narrowed.outputs(node)
+        dim, sizes = argument(copy, 1, "dim"), argument(copy, 2, "sizes")
+        first = dim % len(narrowed.axes(node.all_input_nodes[0]))
+        set_argument(copy, 2, "sizes", new_sizes(narrowed, axes[first : first + len(sizes)], sizes, copy))
+
+    def narrow(self, layer: nn.Unflatten, base: nn.Unflatten, sizes: LayerSizes) -> None:
+        """The layer's new sizes."""
+        rank = len(sizes.input)
+        dim = layer.dim % rank if isinstance(layer.dim, int) else rank - 1
+        layer.unflattened_size = sizes.output[dim : dim + len(layer.unflattened_size)]
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """Dimensions lie behind the heads."""
+        if node.op != "call_module":
+            return fuse_along(program, node, {"unflatten": ((1, "dim", None),)})
+        layer = program.module(node)
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        if not isinstance(layer.dim, int):
+            return None
+        x, dim = program.first(node.args[0]), behind_heads(layer.dim)
+        return Value(program.method("unflatten", x, dim, layer.unflattened_size), FIRST)
+
+
+@register("permute")
+class Permute(Operation):
+    """(d0, d1, ...) in another order."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """Dimensions move with their sizes."""
+        before = sizes.axes(event.args[0])
+        sizes.set(event.out, [before[dim] for dim in event.args[1]])
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """The heads stay in front."""
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        dims = _given_sizes(program, node)
+        if dims is None:
+            return None
+        rank = len(program.shape(node.args[0]))
+        return Value(program.method("permute", program.first(node.args[0]), 0, *(d % rank + 1 for d in dims)), FIRST)
+
+
+_TRANSPOSES: Dimensions = dict.fromkeys(
+    ("transpose", "swapaxes", "swapdims"), ((1, "dim0", None), (2, "dim1", None))
+) | {"movedim": ((1, "source", None), (2, "destination", None))}
+
+
+@register(*_TRANSPOSES, "t", "transpose_copy")
+class Transpose(Operation):
+    """Two dimensions change places."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """Dimensions move with their sizes."""
+        axes = list(sizes.axes(event.args[0]))
+        if len(axes) > 1:
+            a, b = event.args[1:3] if len(event.args) > 2 else (0, 1)
+            axes[a], axes[b] = axes[b], axes[a]
+        if event.name.endswith("_"):  # in place: the tensor's own dimensions change
+            sizes.reorder(event.out, axes)
+        else:
+            sizes.set(event.out, axes)
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """Dimensions lie behind the heads."""
+        return fuse_along(program, node, _TRANSPOSES)
+
+
+@register("broadcast_to")
+class Broadcast(_OfShape):
+    """Sizes of one become larger."""
+
+
+@register("expand")
+class Expand(_OfShape):
+    """Sizes of one become larger."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """What sizes of one become is free only where the network's code writes a number."""
+        shape = event.out.shape
+        before = sizes.axes(event.args[0])
+        before = [kept(1)] * (len(shape) - len(before)) + before
+        literal = _literal_sizes(event.node, shape)
+        sizes.set(
+            event.out,
+            [
+                old if old.size == size else free(size) if is_literal else kept(size)
+                for old, size, is_literal in zip(before, shape, literal, strict=True)
+            ],
+        )
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """The heads stay in front."""
+        return _fuse_repeat(program, node, -1)
+
+
+def _literal_sizes(node: fx.Node, shape: Sequence[int]) -> list[bool]:
+    """For a call of `expand`, which of its sizes are plain numbers in the graph."""
+    if node.op != "call_method" or node.target != "expand":
+        return [False] * len(shape)
+    sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    if len(sizes) != len(shape):
+        return [False] * len(shape)
+    return [isinstance(size, int) for size in sizes]
+
+
+def _fuse_repeat(program: Program, node: fx.Node, of_heads: int) -> Value | None:
+    if program.is_shared(node):
+        return program.same(node, SHARED)
+    sizes = _given_sizes(program, node)
+    if sizes is None:
+        return None
+    assert isinstance(node.args[0], fx.Node)
+    x = aligned_value(program, node.args[0], len(sizes))
+    return Value(program.method(name_of(node), x, of_heads, *sizes), FIRST)
+
+
+@register("repeat")
+class Repeat(Operation):
+    """Each dimension a number of times."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """Times the old size."""
+        before = sizes.axes(event.args[0])
+        times = list(event.args[1])
+        before = [kept(1)] * (len(times) - len(before)) + before
+        sizes.set(event.out, [multiplied([kept(n), axis]) for n, axis in zip(times, before, strict=True)])
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """The heads stay in front."""
+        return _fuse_repeat(program, node, 1)
+
+
+class _Joined(Operation):
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """Dimensions lie behind the heads."""
+        tensors, dim = arguments_of(node, tensors=None, dim=0)
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        rank = len(program.shape(node))
+        folded = any(program.value(tensor).layout is FOLDED for tensor in tensors)
+        parts = [program.first(tensor) for tensor in tensors]
+        if folded and dim % rank == 1 and name_of(node) != "stack":
+            return Value(program.call(concatenate_channels, parts), FOLDED)
+        return Value(program.call(node.target, parts, behind_heads(dim)), FIRST)  # type: ignore[arg-type]
+
+
+@register("cat", "concat", "concatenate")
+class Concatenation(_Joined):
+    """Tensors side by side along a dimension."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """One dimension adds up, the others are equal."""
+        parts = [sizes.axes(ref) for ref in event.args[0]]
+        dim = event.argument(1, "dim", 0) % len(parts[0])
+        axes = list(parts[0])
+        for other in parts[1:]:
+            for d, axis in enumerate(other):
+                if d != dim:
+                    unify(axes[d], axis)
+        axes[dim] = concatenated(part[dim] for part in parts)
+        sizes.set(event.out, axes)
+
+
+@register("stack")
+class Stacking(_Joined):
+    """Tensors along a new dimension."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """A new dimension, the others are equal."""
+        parts = [sizes.axes(ref) for ref in event.args[0]]
+        for other in parts[1:]:
+            for left, right in zip(parts[0], other, strict=True):
+                unify(left, right)
+        dim = event.args[1] if len(event.args) > 1 else 0
+        axes = list(parts[0])
+        axes.insert(dim % (len(axes) + 1), kept(len(parts)))
+        sizes.set(event.out, axes)
+
+
+_CUTS: Dimensions = dict.fromkeys(("chunk", "split", "split_with_sizes"), ((2, "dim", 0),))
+
+
+@register("chunk", "unsafe_split", "unsafe_chunk")
+class Chunk(Operation):
+    """A dimension in segments."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """Equal segments stay equal, as whoever asks for equal segments expects."""
+        before = sizes.axes(event.args[0])
+        dim = event.argument(2, "dim", 0) % len(before)
+        if len(event.out) == 1:
+            return sizes.set(event.out[0], list(before))
+        by_size: dict[int, Axis] = {}
+        parts = [by_size.setdefault(out.shape[dim], free(out.shape[dim])) for out in event.out]
+        unify(before[dim], concatenated(parts))
+        for out, part in zip(event.out, parts, strict=True):
+            sizes.set(out, [*before[:dim], part, *before[dim + 1 :]])
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """Dimensions lie behind the heads."""
+        return fuse_along(program, node, _CUTS)
+
+
+@register("split", "split_with_sizes")
+class Split(Chunk):
+    """A dimension in segments of given sizes."""
+
+    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
+        """The segments' sizes, or the size of each."""
+        outputs = narrowed.outputs(node)
+        key = next((key for key in ("split_size_or_sections", "split_size", "split_sizes") if key in copy.kwargs), "")
+        dim = argument(copy, 2, "dim", 0)
+        old = argument(copy, 1, key)
+        axes = [axes[dim] for axes in outputs]
+        if isinstance(old, (tuple, list)):
+            set_argument(copy, 1, key, new_sizes(narrowed, axes, old, copy))
+        else:
+            set_argument(copy, 1, key, new_size(narrowed, axes[0], old, copy))
