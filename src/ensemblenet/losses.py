@@ -8,6 +8,8 @@ from ensemblenet.functional import Combine, Reduction, Task, check_options, codi
 
 __all__ = ["CoDistillationLoss"]
 
+__path__: list[str] = []  # it was a folder in version 0.1, whose modules are still found (_moved.py)
+
 
 class CoDistillationLoss(nn.Module):
     """The loss of the ensemble plus `weight` times a distillation of the ensemble into its heads.

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from ensemblenet.cli.main import positive_integer
+from ensemblenet.cli.options import positive_integer
 from ensemblenet.data.tensors import DataError
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
@@ -24,6 +24,7 @@ from ensemblenet.evaluation.files import InputFiles, Reader, find_files, reader_
 from ensemblenet.evaluation.scoring import Seen, Split, add_data_options, chosen_data, observe
 from ensemblenet.evaluation.submission import write_submission
 from ensemblenet.functional import Combine, Task, combine_heads
+from ensemblenet.metrics.diversity import disagreement
 from ensemblenet.storage.restore import MODEL_HELP, Restored, restore
 from ensemblenet.storage.runs import aside, quiet_lightning
 from ensemblenet.training.module import seen_outputs
@@ -195,8 +196,6 @@ class PredictionFile:
         probabilities = self._probabilities(combine_heads(head_outputs, self.combine, self.task))
         predicted = probabilities.argmax(1)
         of_heads = self._probabilities(head_outputs)[:, torch.arange(len(ids)), predicted]
-        votes = head_outputs.argmax(2)
-        pairs = max(1, len(votes) * (len(votes) - 1))
         columns = {"id": pa.array(ids, pa.string())}
         if labels is not None:
             columns["label"] = self._names(labels)
@@ -204,7 +203,7 @@ class PredictionFile:
             "predicted": self._names(predicted),
             "probability": _floats(probabilities.amax(1)),
             "spread": _floats(of_heads.std(0, correction=0)),
-            "disagreement": _floats((votes[:, None] != votes).sum((0, 1)) / pairs),
+            "disagreement": _floats(disagreement(head_outputs.argmax(2))),
         }
         if self.path.suffix == ".csv":
             names = [*columns, *(f"p_{name}" for name in self.classes)]  # two classes may have one name

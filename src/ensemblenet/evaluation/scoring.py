@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +22,7 @@ from ensemblenet.errors import LoadError
 from ensemblenet.functional import Combine
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.tagging import TaggingMetrics
-from ensemblenet.reports.tables import Column, results_table
+from ensemblenet.reports.tables import results_table, scores_columns
 from ensemblenet.storage.restore import MODEL_HELP, Describes, Restored, data_module, restore
 from ensemblenet.storage.runs import environment, quiet_lightning, write_json
 from ensemblenet.training.module import seen_outputs
@@ -38,8 +37,6 @@ __all__ = [
     "chosen_data",
     "observe",
     "score",
-    "short_number",
-    "table_columns",
     "test",
     "validate",
     "views",
@@ -367,59 +364,12 @@ def _command(name: str, split: Split, arguments: Sequence[str]) -> list[dict[str
     quiet_lightning()
     rows = score(restored, chosen_data(restored, options.config, changes), split)
     console = Console()
-    console.print(results_table(rows, f"{restored.name}, {split}; shares in %", table_columns(rows)))
+    console.print(results_table(rows, f"{restored.name}, {split}; shares in %", scores_columns(rows)))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, {"split": split, "rows": rows, "environment": environment()})
         console.print(f"Scores: {options.output}", highlight=False, soft_wrap=True)
     return rows
-
-
-_SCORES = {
-    "accuracy": ("top-1", 100, 2),
-    "top5": ("top-5", 100, 2),
-    "gap": ("GAP@20", 100, 2),
-    "map": ("mAP", 100, 2),
-    "hit1": ("Hit@1", 100, 2),
-    "perr": ("PERR", 100, 2),
-    "nll": ("NLL", 1, 4),
-    "ece": ("ECE", 1, 4),
-    "brier": ("Brier", 1, 4),
-    "disagreement": ("disagree", 100, 2),
-}
-
-
-def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """What a table shows of views: cost, and the scores that they have."""
-    return [
-        Column("", lambda row: row["method"]),
-        Column("params", lambda row: short_number(row["parameters"])),
-        Column("MACs", lambda row: short_number(row["macs"])),
-        *(
-            Column(heading, partial(_score, name=name, scale=scale, digits=digits))
-            for name, (heading, scale, digits) in _SCORES.items()
-            if name in rows[0]
-        ),
-    ]
-
-
-def _score(row: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
-    if name == "disagreement" and row["num_heads"] == 1:
-        return ""
-    return f"{scale * row[name]:.{digits}f}"
-
-
-def short_number(number: float) -> str:
-    """A count in four digits.
-
-    Example:
-        >>> short_number(217_120), short_number(5_075_734), short_number(97)
-        ('217.1k', '5.076M', '97')
-    """
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.4g}{name}"
-    return f"{number:.0f}"
 
 
 def _parser(name: str, split: Split) -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
@@ -22,6 +21,7 @@ from ensemblenet.errors import LoadError
 from ensemblenet.storage.checkpoint import read_description
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.runs import CONFIG, write_json
+from ensemblenet.storage.specs import instantiate
 from ensemblenet.training.module import Classifier, ClassifierTask
 
 __all__ = ["MODEL_HELP", "Describes", "Restored", "data_module", "restore", "store"]
@@ -122,7 +122,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None) ->
     config = yaml.safe_load((folder / CONFIG).read_text())
     if not (folder / _MODEL).is_dir():
         raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
-    network = _instantiate(nn.Module, config["model"]["base"], folder)
+    network = instantiate(nn.Module, config["model"]["base"])
     if config["model"]["conversion"] is not None:
         network = load(folder / _MODEL, network)
     else:
@@ -144,7 +144,7 @@ def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) ->
         raise LoadError(f"{restored.folder} is no run's folder and so does not know its data.")
     data = dict(restored.config["data"])
     data["init_args"] = {**(data.get("init_args") or {}), **(changes or {})}
-    return _instantiate(LightningDataModule, data, restored.folder)
+    return instantiate(LightningDataModule, data)
 
 
 def _restored(
@@ -155,16 +155,6 @@ def _restored(
     except (KeyError, TypeError) as error:
         raise LoadError(f"{folder}: {_DESCRIPTION} does not name task and input_shape: {error}") from error
     return Restored(network.eval(), task, shape, described, config, folder, address)
-
-
-def _instantiate(kind: type, spec: Any, folder: Path) -> Any:
-    """Make what a stored configuration names by class_path and init_args."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--made", type=kind)
-    try:
-        return parser.instantiate(parser.parse_object({"made": spec}))["made"]
-    except (ArgumentError, ValueError) as error:
-        raise LoadError(f"{folder}: {error}") from error
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

@@ -1,0 +1,5 @@
+"""The command `fit`."""
+
+from ensemblenet.training.fit import fit
+
+__all__ = ["fit"]

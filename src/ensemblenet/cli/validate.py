@@ -1,0 +1,5 @@
+"""The command `validate`."""
+
+from ensemblenet.evaluation.scoring import validate
+
+__all__ = ["validate"]
