@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ensemblenet.functional import Task
 
-__all__ = ["IN_PERCENT", "SCORES", "TASKS", "Score", "TaskScores", "in_row", "meanings"]
+__all__ = ["IN_PERCENT", "SCORES", "TASKS", "Score", "TaskScores", "in_row", "meanings", "row_scale"]
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,16 @@ def in_row(name: str, value: float) -> float:
         (50.0, 0.5)
     """
     return SCORES[name].scale * value if name in IN_PERCENT else value
+
+
+def row_scale(name: str) -> float:
+    """What the value of a row of results.json is multiplied by to be shown.
+
+    Example:
+        >>> row_scale("gap"), row_scale("disagreement"), row_scale("cpu_seconds")
+        (1.0, 100, 1.0)
+    """
+    return 1.0 if name in IN_PERCENT or name not in SCORES else SCORES[name].scale
 
 
 def meanings(names: Collection[str]) -> str:

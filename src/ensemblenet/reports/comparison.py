@@ -75,6 +75,7 @@ def write_comparison(
     """
     study, rows = results["study"], results["rows"]
     shown = ranked(rows)
+    effort = "every method, the same effort" if all(row["trials"] for row in rows) else "methods compared"
     failures = [{"method": name, "kind": "failed"} for name in _failed_methods(results)]
     error = f"{TASKS[study['task']].error}, %"
     lead = Figure(
@@ -85,7 +86,7 @@ def write_comparison(
     )
     write_page(
         path,
-        f"{_short(study['base'])} on {_short(study['data'])}: every method, the same effort",
+        f"{_short(study['base'])} on {_short(study['data'])}: {effort}",
         headline or summary(rows, study["task"]),
         [*shown, *failures],
         {"Figures": _figures(rows, error)},
@@ -115,11 +116,12 @@ def _figures(unranked: Sequence[Row], error: str) -> list[Figure]:
         ),
     ]
     if len(swept := _swept(unranked)) > 2:
+        seeds = ", ".join(f"{row['seeds']} at λ = {row['setup']['weight']:g}" for row in swept)
         figures.append(
             Figure(
                 "error_against_lambda",
                 "Error of the ensemble and of its single heads against the co-distillation weight, with the base as a "
-                f"line; {' and '.join(str(n) for n in sorted({row['seeds'] for row in swept}))} seeds each.",
+                f"line; seeds: {seeds}.",
                 lambda: draw_weights(swept, rows[0], error),
             )
         )
@@ -135,7 +137,7 @@ def _figures(unranked: Sequence[Row], error: str) -> list[Figure]:
                 "diversity",
                 "How much heads differ: share of pairs whose most likely classes differ, and mean KL divergence "
                 "between two heads.",
-                lambda: draw_measures(several, [("disagreement", "disagreement"), ("head_kl", "KL, nats")]),
+                lambda: draw_measures(several, [(name, SCORES[name].label) for name in ("disagreement", "head_kl")]),
             ),
         ]
     if paired := next((row for row in unranked if row["kind"] == "ours" and len(row.get("pairs", ())) > 2), None):
@@ -251,7 +253,10 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     if fixed:
         names = "all methods" if len(fixed) == len(rows) else ", ".join(row["method"] for row in fixed)
         notes.append(f"Learning rate and weight decay were given, not tuned here, for {names}.")
+    settings = study["data"].get("init_args", {}).items()
+    numbers = [f"{name} {value:,}" for name, value in settings if type(value) in (int, float)]
     return [
+        f"Data: {', '.join([_short(study['data']), *numbers])}.",
         *notes,
         f"Error: {TASKS[study['task']].error_meaning}, on test examples that were read once. p: two-sided paired "
         f"t-test against the base over seeds, not corrected for {len(rows) - 1} comparisons. One head: mean over "

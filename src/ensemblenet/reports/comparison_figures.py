@@ -7,9 +7,11 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from ensemblenet.metrics.scores import row_scale
 from ensemblenet.reports.figures import BLUE, GREY, NARROW, ORANGE
 
 __all__ = ["draw_against_cost", "draw_heads", "draw_measures", "draw_weights"]
@@ -32,9 +34,11 @@ def draw_measures(rows: Sequence[Row], measures: Sequence[tuple[str, str]]) -> D
     for panel, (name, label) in zip(panels, measures, strict=True):
         for place, row in enumerate(rows):
             if row.get(f"{name}_mean") is not None:
-                panel.errorbar(row[f"{name}_mean"], place, xerr=row.get(f"{name}_std"), **_marker(row))
+                scale = row_scale(name)
+                mean, spread = scale * row[f"{name}_mean"], scale * row.get(f"{name}_std", 0)
+                panel.errorbar(mean, place, xerr=spread, **_marker(row))
                 if row.get("kind") == "base":
-                    panel.axvline(row[f"{name}_mean"], **_BASE_LINE)
+                    panel.axvline(mean, **_BASE_LINE)
         panel.set_xlabel(label)
         panel.xaxis.set_major_locator(MaxNLocator(7 // len(measures)))
         panel.margins(x=0.12)
@@ -55,9 +59,7 @@ def draw_heads(rows: Sequence[Row], label: str) -> Drawing:
     axes.axvline(rows[0]["error_mean"], **_BASE_LINE)
     if max(row["head_error_mean"] for row in several) > 4 * max(row["error_mean"] for row in rows):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
+        _few_log_ticks(axes.xaxis)
     axes.set_xlabel(label)
     _name_lines(axes, several)
     return drawing
@@ -109,19 +111,18 @@ def draw_weights(rows: Sequence[Row], base: Row, label: str) -> Drawing:
     drawing = Drawing(figsize=(NARROW, 3.2), layout="constrained")
     axes = drawing.subplots()
     positions = range(len(rows))
-    for name, label, colour, marker in [
+    for name, line, colour, marker in [
         ("error", "ensemble", BLUE, "o"),
         ("head_error", "single heads, mean", GREY, "s"),
     ]:
         means, spreads = ([row[f"{name}_{part}"] for row in rows] for part in ("mean", "std"))
-        axes.errorbar(positions, means, yerr=spreads, fmt=f"{marker}-", color=colour, capsize=4, label=label)
+        axes.errorbar(positions, means, yerr=spreads, fmt=f"{marker}-", color=colour, capsize=4, label=line)
     axes.axhline(base["error_mean"], color=ORANGE, linestyle="--", label="base")
     axes.set_xticks(list(positions), [f"{row['setup']['weight']:g}" for row in rows])
     axes.set_xlabel("λ, the co-distillation weight")
     axes.set_ylabel(label)
     axes.set_yscale("log")  # single heads are far worse at λ = 0
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    _few_log_ticks(axes.yaxis)
     axes.legend()
     return drawing
 
@@ -131,6 +132,12 @@ def _marker(row: Row) -> dict[str, Any]:
     hollow = {"markerfacecolor": mpl.rcParams["axes.facecolor"]} if row.get("kind") == "larger" else {}
     above = 3 if row.get("kind") in _COLOURS else 2
     return {"fmt": "o", "color": colour, "capsize": 3, "markersize": 7, "zorder": above, **hollow}
+
+
+def _few_log_ticks(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _name_lines(axes: Axes, rows: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ensemblenet.metrics.scores import IN_PERCENT, SCORES
+from ensemblenet.metrics.scores import IN_PERCENT, SCORES, row_scale
 
 __all__ = [
     "MACS_NOTE",
@@ -98,10 +98,8 @@ def with_spread(row: Row, name: str) -> str:
     """
     if row.get(f"{name}_mean") is None:
         return ""
-    score = SCORES[name]
     parts = ("mean", "std") if row["seeds"] > 1 else ("mean",)
-    values = [row[f"{name}_{part}"] * (1 if name in IN_PERCENT else score.scale) for part in parts]
-    return " ± ".join(f"{value:.{score.digits}f}" for value in values)
+    return " ± ".join(f"{row_scale(name) * row[f'{name}_{part}']:.{SCORES[name].digits}f}" for part in parts)
 
 
 def short_number(number: float) -> str:

@@ -24,9 +24,7 @@ from ensemblenet.storage.runs import CONFIG, write_json
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.training.module import Classifier, ClassifierTask
 
-__all__ = ["MODEL_HELP", "Describes", "Restored", "data_module", "restore", "store"]
-
-MODEL_HELP = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
+__all__ = ["Describes", "Restored", "data_module", "restore", "store"]
 
 _MODEL = "model"
 _DESCRIPTION = "data.json"

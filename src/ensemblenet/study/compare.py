@@ -23,11 +23,11 @@ from ensemblenet.storage.runs import ENVIRONMENT, RESULTS, aside, environment, r
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.study.journal import Journal
 from ensemblenet.study.methods import METHODS
-from ensemblenet.study.settings import Study, Tuning, Variant, tuning_points
+from ensemblenet.study.settings import Study, tuning_points
 from ensemblenet.study.trials import Outcome, Phase, Trial, Workers, training_memory
 from ensemblenet.training.optimization import Optimization
 
-__all__ = ["JOURNAL", "Study", "Tuning", "Variant", "Watcher", "paired_test", "run_study"]
+__all__ = ["JOURNAL", "Watcher", "paired_test", "run_study"]
 
 __getattr__ = renamed(
     __name__,
@@ -35,6 +35,8 @@ __getattr__ = renamed(
         "Ledger": "ensemblenet.study.journal.Journal",
         "compare": "ensemblenet.cli.compare.compare",
         "read_study": "ensemblenet.cli.compare.read_study",
+        "Tuning": "ensemblenet.study.settings.Tuning",
+        "Variant": "ensemblenet.study.settings.Variant",
     },
 )
 

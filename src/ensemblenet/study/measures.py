@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensemblenet._moved import renamed
 from ensemblenet.functional import Task, codistillation
 from ensemblenet.metrics.diversity import disagreement, divergence_from_ensemble, kl_between_heads, same_class
 from ensemblenet.metrics.heads import HeadMetrics
@@ -84,9 +83,6 @@ class Measures:
             **{name: total / self.examples for name, total in self.sums.items()},
             "pairs": (100 * self.pairs / self.examples).tolist(),
         }
-
-
-__getattr__ = renamed(__name__, {"kl_between_heads": "ensemblenet.metrics.diversity.kl_between_heads"})
 
 
 def _error(right: Tensor) -> float:

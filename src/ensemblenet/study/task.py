@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ensemblenet import Cost, EnsembleNet, convert, measure_cost
+from ensemblenet.conversion.convert import convert
+from ensemblenet.cost import Cost, measure_cost
+from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.functional import Task, codistillation, combine_heads
 from ensemblenet.training.module import head_outputs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ensemblenet import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.study.task import Method, Setup, Source, TrainingTask, codistilled
 
 __all__ = ["BASES", "NARROW"]

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ensemblenet import EnsembleNet
 from ensemblenet.cost import count_parameters
+from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task, codistillation
 from ensemblenet.study.methods.losses import RAMP, distillation, ramp_up, several_heads, temperature_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ensemblenet import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.functional import Task, codistillation
 from ensemblenet.study.methods.losses import RAMP, distillation, full_precision, ramp_up, temperature_of
 from ensemblenet.study.task import Method, Setup, Source, TrainingTask, pooled, run_once
