@@ -35,7 +35,7 @@ from ensemblenet.data import MNIST1D, ParquetImages, YouTube8M
 from ensemblenet.functional import Task
 from ensemblenet.models import CifarResNet, MLPTagger, MNIST1DNet
 from ensemblenet.study.measures import Measures
-from ensemblenet.study.methods import METHODS, Contender, Setup, Source
+from ensemblenet.study.methods import METHODS, Setup, Source, TrainingTask
 from ensemblenet.study.trials import Precision, train
 from ensemblenet.training.optimization import Optimization
 
@@ -145,23 +145,23 @@ def finish(run: Run, folder: str) -> dict[str, Any]:
     series = SERIES[run.data]
     data = prepared(run.data, folder)
     x = next(iter(data.val_dataloader()))[0][:2]
-    contender = METHODS[run.method].build(Source(lambda: series.base(run.width), x, run.seed), series.setup)
-    cost = contender.cost(x)
+    training = METHODS[run.method].build(Source(lambda: series.base(run.width), x, run.seed), series.setup)
+    cost = training.cost(x)
     optimization = Optimization("adamw", lr=run.lr, weight_decay=run.weight_decay)
-    seconds = train(contender, data, optimization, run.epochs, run.seed, series.precision)["cpu_seconds"]
+    seconds = train(training, data, optimization, run.epochs, run.seed, series.precision)["cpu_seconds"]
     found: dict[str, Any] = {"parameters": cost.parameters, "macs": cost.macs, "cpu_seconds": seconds}
     for part, loader in (("val", data.val_dataloader()), ("train", data.train_dataloader())):
-        found[part] = measure(contender, loader, series.setup.task)
+        found[part] = measure(training, loader, series.setup.task)
     if run.method == "base":
-        found["spectra"] = spectra(contender.network, data.val_dataloader())
+        found["spectra"] = spectra(training.network, data.val_dataloader())
     return {"run": asdict(run)} | found
 
 
 @torch.no_grad()
-def measure(contender: Contender, loader: Any, task: Task) -> dict[str, Any]:
+def measure(training: TrainingTask, loader: Any, task: Task) -> dict[str, Any]:
     measures: Measures | None = None
     for x, y, *_ in loader:
-        outputs, prediction = contender.eval()(x)
+        outputs, prediction = training.eval()(x)
         measures = measures or Measures(outputs.shape[2], len(outputs), task)
         measures.update(outputs, prediction, y)
     assert measures is not None

@@ -10,21 +10,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
-from ensemblenet.cli.demo import Job, run_jobs
+from rich.progress import track
+
+from ensemblenet.cli.demo import demo_study
 from ensemblenet.storage.runs import environment, write_json
+from ensemblenet.study.task import Setup
+from ensemblenet.study.trials import Trial, Workers
 from ensemblenet.training.optimization import Optimization
 
-VALIDATION = 1  # its index among the splits
-BASE = Job()
-OURS = Job(num_heads=4, budget=0.95, split_at="auto", weight=1.0)
+SETUP = Setup(num_heads=4, budget=0.95, split_at="auto", weight=1.0)
 # Learning rate and weight decay.
 GRID = [(0.005, 0.3), (0.005, 1.0), (0.01, 0.1), (0.01, 0.3), (0.01, 1.0), (0.02, 0.3), (0.02, 1.0), (0.04, 0.3)]
 # Of the conversion, at (0.005, 1).
 VARIATIONS = [{"weight": 2.0}, {"weight": 3.0}, {"num_heads": 2}, {"num_heads": 6}, {"split_at": "input"}]
 
 
-def with_optimization(job: Job, lr: float, weight_decay: float) -> Job:
-    return replace(job, optimization=Optimization("adamw", lr=lr, weight_decay=weight_decay))
+def trial(method: str, setup: Setup, lr: float, weight_decay: float) -> Trial:
+    study = demo_study()
+    optimization = Optimization("adamw", lr=lr, weight_decay=weight_decay)
+    return Trial(method, method, setup, study.base, study.data, "tune", 0, optimization, study.epochs)
 
 
 def main() -> None:
@@ -34,15 +38,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
 
-    settings = [with_optimization(job, *point) for point in GRID for job in (BASE, OURS)]
-    settings += [with_optimization(replace(OURS, **variation), 0.005, 1.0) for variation in VARIATIONS]
-    seeds = range(options.seeds)
-    jobs = [replace(job, seed=seed) for job in settings for seed in seeds]
-    outcomes = iter(run_jobs(jobs, options.workers, split=VALIDATION))
-    rows = [{"setting": asdict(job), "validation_errors": [next(outcomes)["error"] for _ in seeds]} for job in settings]
+    settings = [trial(method, SETUP, *point) for point in GRID for method in ("base", "codistillation")]
+    settings += [trial("codistillation", replace(SETUP, **variation), 0.005, 1.0) for variation in VARIATIONS]
+    trials = [replace(setting, seed=seed) for setting in settings for seed in range(options.seeds)]
+    with Workers(options.workers) as workers:
+        errors = {one.key: outcome["error"] for one, outcome in track(workers.run(trials), total=len(trials))}
+    rows = [
+        {
+            "setting": asdict(setting),
+            "validation_errors": [errors[replace(setting, seed=seed).key] for seed in range(options.seeds)],
+        }
+        for setting in settings
+    ]
     write_json(options.output, {"environment": environment(), "rows": rows})
     for row in sorted(rows, key=lambda row: fmean(row["validation_errors"])):
-        print(f"{fmean(row['validation_errors']):.2f}", row["setting"])
+        print(f"{fmean(row['validation_errors']):.2f}", row["setting"]["method"], row["setting"]["optimization"])
 
 
 if __name__ == "__main__":

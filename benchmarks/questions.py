@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ensemblenet import EnsembleNet
 from ensemblenet.functional import codistillation
 from ensemblenet.models import MLPTagger
-from ensemblenet.study.methods import METHODS, Contender, Source
+from ensemblenet.study.methods import METHODS, Source, TrainingTask
 from ensemblenet.study.trials import train
 from ensemblenet.training.optimization import Optimization
 
@@ -50,41 +50,41 @@ def converted(series: Series, source: Source) -> EnsembleNet:
     return network
 
 
-def fixed(weight: float) -> Callable[[Series, Source], Contender]:
+def fixed(weight: float) -> Callable[[Series, Source], TrainingTask]:
     """Co-distillation with a constant lambda."""
 
-    def make(series: Series, source: Source) -> Contender:
-        return Contender(
+    def make(series: Series, source: Source) -> TrainingTask:
+        return TrainingTask(
             converted(series, source), lambda z, y, progress: codistillation(z, y, weight, series.setup.task)
         )
 
     return make
 
 
-def ramped(start: float) -> Callable[[Series, Source], Contender]:
+def ramped(start: float) -> Callable[[Series, Source], TrainingTask]:
     """Lambda rises in a line from `start` to its value in the first quarter of the run."""
 
-    def make(series: Series, source: Source) -> Contender:
+    def make(series: Series, source: Source) -> TrainingTask:
         def objective(z: Tensor, y: Tensor, progress: float) -> Tensor:
             weight = start + (WEIGHT - start) * min(1.0, progress / RAMP)
             return codistillation(z, y, weight, series.setup.task)
 
-        return Contender(converted(series, source), objective)
+        return TrainingTask(converted(series, source), objective)
 
     return make
 
 
-def same_weights(series: Series, source: Source) -> Contender:
+def same_weights(series: Series, source: Source) -> TrainingTask:
     """All heads begin as copies of the first."""
-    contender = fixed(WEIGHT)(series, source)
-    assert isinstance(contender.network, EnsembleNet)
-    first, *others = contender.network.heads
+    task = fixed(WEIGHT)(series, source)
+    assert isinstance(task.network, EnsembleNet)
+    first, *others = task.network.heads
     for head in others:
         head.load_state_dict(first.state_dict())
-    return contender
+    return task
 
 
-class OwnOrders(Contender):
+class OwnOrders(TrainingTask):
     """lambda = 1, and every head sees batches of its own: those of K loaders, one after another in x."""
 
     def loss(self, x: Tensor, target: Tensor, progress: float) -> Tensor:
@@ -97,7 +97,7 @@ class OwnOrders(Contender):
         return torch.stack(losses).mean()
 
 
-class OwnDraws(Contender):
+class OwnDraws(TrainingTask):
     """Every head's own loss weighs the examples by a bootstrap of its own, the same in every epoch."""
 
     weight = 1.0
@@ -122,18 +122,18 @@ def draws(x: Tensor, num_heads: int) -> Tensor:
     return torch.stack(counts, 1)
 
 
-def own_orders(series: Series, source: Source) -> Contender:
+def own_orders(series: Series, source: Source) -> TrainingTask:
     return OwnOrders(converted(series, source), codistillation)
 
 
-def own_draws(kind: type[OwnDraws]) -> Callable[[Series, Source], Contender]:
+def own_draws(kind: type[OwnDraws]) -> Callable[[Series, Source], TrainingTask]:
     return lambda series, source: kind(converted(series, source), codistillation)
 
 
-def tagger_heads(widths: tuple[int, int], bottleneck: int = 0, shared: bool = False) -> Callable[..., Contender]:
+def tagger_heads(widths: tuple[int, int], bottleneck: int = 0, shared: bool = False) -> Callable[..., TrainingTask]:
     """Two taggers of these widths; with a bottleneck before the classes, or with one layer of classes for both."""
 
-    def make(series: Series, source: Source) -> Contender:
+    def make(series: Series, source: Source) -> TrainingTask:
         torch.manual_seed(source.seed)
         heads = [MLPTagger(1152, 3862, list(widths), 0.3) for _ in range(2)]
         for head in heads:
@@ -144,13 +144,13 @@ def tagger_heads(widths: tuple[int, int], bottleneck: int = 0, shared: bool = Fa
             if shared:
                 head.classifier = heads[0].classifier
         network = EnsembleNet(nn.Identity(), heads, task="multilabel")
-        return Contender(network, lambda z, y, progress: codistillation(z, y, WEIGHT, "multilabel"))
+        return TrainingTask(network, lambda z, y, progress: codistillation(z, y, WEIGHT, "multilabel"))
 
     return make
 
 
 RAMPS = {"λ ramps from 0 to 2": ramped(0.0), "λ ramps from 1 to 2": ramped(1.0)}
-VARIANTS: dict[str, dict[str, Callable[[Series, Source], Contender]]] = {
+VARIANTS: dict[str, dict[str, Callable[[Series, Source], TrainingTask]]] = {
     "mnist1d": {
         "λ = 2": fixed(WEIGHT),
         **RAMPS,
@@ -189,14 +189,14 @@ class Together:
 
 
 class Averaged(nn.Module):
-    """A contender that predicts the mean of its heads' probabilities."""
+    """A task that predicts the mean of its heads' probabilities."""
 
-    def __init__(self, contender: Contender, multilabel: bool) -> None:
+    def __init__(self, task: TrainingTask, multilabel: bool) -> None:
         super().__init__()
-        self.contender, self.multilabel = contender, multilabel
+        self.task, self.multilabel = task, multilabel
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, _ = self.contender(x)
+        z, _ = self.task(x)
         return z, torch.logit(z.double().sigmoid().mean(0)) if self.multilabel else z.softmax(-1).mean(0).log()
 
 
@@ -206,14 +206,14 @@ def finish(name: str, variant: str, seed: int, folder: str) -> dict[str, Any]:
     series = SERIES[name]
     data = prepared(name, folder)
     x = next(iter(data.val_dataloader()))[0][:2]
-    contender = VARIANTS[name][variant](series, Source(lambda: series.base(WIDTHS[name]), x, seed))
-    cost = contender.cost(x)
-    source: Any = Together(data, series.setup.num_heads) if isinstance(contender, OwnOrders) else data
-    train(contender, source, OPTIMIZATION[name], EPOCHS[name], seed, series.precision)
-    task = series.setup.task
+    task = VARIANTS[name][variant](series, Source(lambda: series.base(WIDTHS[name]), x, seed))
+    cost = task.cost(x)
+    source: Any = Together(data, series.setup.num_heads) if isinstance(task, OwnOrders) else data
+    train(task, source, OPTIMIZATION[name], EPOCHS[name], seed, series.precision)
+    kind = series.setup.task
     found: dict[str, Any] = {"parameters": cost.parameters, "macs": cost.macs}
-    found["logits"] = measure(contender, data.val_dataloader(), task)
-    found["probabilities"] = measure(Averaged(contender, task == "multilabel"), data.val_dataloader(), task)
+    found["logits"] = measure(task, data.val_dataloader(), kind)
+    found["probabilities"] = measure(Averaged(task, kind == "multilabel"), data.val_dataloader(), kind)
     return {"run": {"data": name, "variant": variant, "seed": seed}} | found
 
 

@@ -39,8 +39,22 @@ MAY_IMPORT = {
     "operations": set(),
     "conversion": {"errors", "functional", "inputs", "cost", "ensemble", "recipe", "operations", "models"},
     "heads": {"errors", "functional", "timing", "ensemble", "operations"},
-    "deploy": {"errors", "cost", "ensemble", "conversion", "heads", "storage", "timing"},
+    "deploy": {"errors", "cost", "ensemble", "conversion", "heads", "storage", "timing", "metrics"},
     "testing": {"storage", "conversion", "cost", "ensemble", "recipe"},
+    "reports": {"errors", "functional", "inputs", "cost", "ensemble", "metrics", "storage", "evaluation"},
+    "study": {
+        "conversion",
+        "timing",
+        "cost",
+        "ensemble",
+        "errors",
+        "functional",
+        "heads",
+        "metrics",
+        "reports",
+        "storage",
+        "training",
+    },
 }
 
 
@@ -78,3 +92,20 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_the_function_is_not_hidden_by_a_module_of_its_name() -> None:
     code = "import ensemblenet.conversion.convert, ensemblenet; print(callable(ensemblenet.convert))"
     assert run(code) == "True"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_imports_the_command_line_or_a_page_that_comes_behind_it(path: Path) -> None:
+    part = part_of(path)
+    if part not in ("cli", "__main__"):
+        assert "cli" not in imports(path)
+    if part not in ("cli", "__main__", "study"):
+        assert "study" not in imports(path)
+    if part not in ("cli", "__main__", "study", "reports"):
+        assert "reports" not in imports(path)
+
+
+def test_help_needs_no_library() -> None:
+    code = "import sys; from ensemblenet.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    heavy = (*HEAVY, "torch", "rich", "yaml", "jinja2", "jsonargparse")
+    assert run(f"{code}print([m for m in {heavy!r} if m in sys.modules])").endswith("[]")

@@ -1,6 +1,7 @@
 """Names of version 0.1 that are others now still work, with a warning that names the new one."""
 
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,31 +18,48 @@ from ensemblenet.heads import choose
 from ensemblenet.recipe import Conversion
 from ensemblenet.training.module import Classifier
 
-NAMES = {
-    "ensemblenet.functional:agreement": "ensemblenet.functional:divergence",
-    "ensemblenet.heads:measure": "ensemblenet.timing:measure",
-    "ensemblenet.heads:step": "ensemblenet.timing:step",
-    "ensemblenet.recipe:find_source": "ensemblenet.models.sources:find_source",
+OLD = {
+    "ensemblenet.commands": ["benchmark", "convert", "info"],
+    "ensemblenet.losses.codistillation": ["CoDistillationLoss"],
+    "ensemblenet.losses.peers": [
+        "co_training",
+        "gated_mean",
+        "kdcl",
+        "log_probabilities",
+        "mutual",
+        "okddip",
+        "one",
+        "ramp_up",
+    ],
+    "ensemblenet.study.cells": ["Outcome", "Precision", "Workers", "instantiate", "train", "training_memory"],
+    "ensemblenet.study.demo": ["demo"],
+    "ensemblenet.study.findings": ["Findings", "agreeing", "reliability", "stopping"],
+    "ensemblenet.study.pages": ["PAGE", "comparison_table", "ranked", "summary", "write_comparison"],
+    "ensemblenet.study.report": ["Card", "Cards", "Column", "Figure", "draw_heads", "draw_pairs", "write_page"],
+    "ensemblenet.study.run_figures": ["Looks", "draw_curves"],
+    "ensemblenet.study.thumbnails": ["glimpse", "thumbnail"],
+}
+RENAMED = {
+    "ensemblenet.functional.agreement": "ensemblenet.functional.divergence",
+    "ensemblenet.heads.measure": "ensemblenet.timing.measure",
+    "ensemblenet.heads.step": "ensemblenet.timing.step",
+    "ensemblenet.recipe.find_source": "ensemblenet.models.sources.find_source",
+    "ensemblenet.evaluation.findings.pairs": "ensemblenet.metrics.diversity.same_class",
+    "ensemblenet.evaluation.predictions.predict": "ensemblenet.cli.predict.predict",
+    "ensemblenet.evaluation.scoring.test": "ensemblenet.cli.test.test",
+    "ensemblenet.evaluation.scoring.validate": "ensemblenet.cli.validate.validate",
+    "ensemblenet.study.compare.Ledger": "ensemblenet.study.journal.Journal",
+    "ensemblenet.study.compare.compare": "ensemblenet.cli.compare.compare",
+    "ensemblenet.study.compare.read_study": "ensemblenet.cli.compare.read_study",
+    "ensemblenet.study.compare.Tuning": "ensemblenet.study.settings.Tuning",
+    "ensemblenet.study.compare.Variant": "ensemblenet.study.settings.Variant",
+    "ensemblenet.study.methods.Contender": "ensemblenet.study.methods.TrainingTask",
+    "ensemblenet.study.trials.Cell": "ensemblenet.study.trials.Trial",
+    "ensemblenet.study.trials.run_cell": "ensemblenet.study.trials.run_trial",
 }
 
 
-def find(name: str) -> object:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_moved_names(name: str) -> None:
-    with pytest.deprecated_call(match=f"is now {NAMES[name].replace(':', '.')}"):
-        assert find(name) is find(NAMES[name])
-
-
-def test_a_name_that_never_was_is_missing_still() -> None:
-    with pytest.raises(AttributeError, match=r"module 'ensemblenet\.functional' has no attribute 'disagreement'"):
-        find("ensemblenet.functional:disagreement")
-
-
-@pytest.mark.parametrize("old", MOVED)
+@pytest.mark.parametrize("old", [old for old, new in MOVED.items() if isinstance(new, str)])
 def test_moved_modules(old: str) -> None:
     new = importlib.import_module(MOVED[old])
     sys.modules.pop(old, None)
@@ -84,3 +102,26 @@ def test_a_stored_configuration_with_an_old_mode_is_read(tmp_path: Path) -> None
     made = parser.instantiate(parser.parse_object(yaml.safe_load(config.read_text())))
     assert made.model.heads == "checkpointed"
     assert made.model.conversion == Conversion(num_heads=3, budget=0.9)
+
+
+@pytest.mark.parametrize("module", OLD)
+def test_old_modules_have_their_names(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.warns(DeprecationWarning, match=f"{re.escape(module)} is now ensemblenet\\."):
+        found = importlib.import_module(module)
+    for name in OLD[module]:
+        assert getattr(found, name) is not None
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_old_names_lead_to_the_new_ones(old: str) -> None:
+    module, name = old.rsplit(".", 1)
+    home, new = RENAMED[old].rsplit(".", 1)
+    with pytest.warns(DeprecationWarning, match=f"{re.escape(old)} is now {re.escape(RENAMED[old])}"):
+        found = getattr(importlib.import_module(module), name)
+    assert found is getattr(importlib.import_module(home), new)
+
+
+def test_names_that_never_were_are_errors() -> None:
+    with pytest.raises(AttributeError, match=re.escape("module 'ensemblenet.study.trials' has no attribute 'Nothing'")):
+        importlib.import_module("ensemblenet.study.trials").Nothing  # noqa: B018

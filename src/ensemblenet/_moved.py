@@ -1,4 +1,4 @@
-"""Names of version 0.1 that are others now: the old ones import still, with a warning that names the new one."""
+"""Names of version 0.1 that are others now: the old ones work still, with a warning that names the new one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any
 
 __all__ = ["MOVED", "install", "renamed"]
 
-MOVED = {
+# A module that is several now gives the names of all of them.
+MOVED: dict[str, str | tuple[str, ...]] = {
     "ensemblenet.anytime": "ensemblenet.heads.anytime",
     "ensemblenet.capacity": "ensemblenet.conversion.capacity",
     "ensemblenet.checkpoint": "ensemblenet.storage.checkpoint",
-    "ensemblenet.commands": "ensemblenet.cli.commands",
+    "ensemblenet.commands": ("ensemblenet.cli.benchmark", "ensemblenet.cli.convert", "ensemblenet.cli.info"),
     "ensemblenet.data.batches": "ensemblenet.data.tensors",
     "ensemblenet.data.folders": "ensemblenet.data.images",
     "ensemblenet.deployment": "ensemblenet.deploy.export",
@@ -25,12 +26,27 @@ MOVED = {
     "ensemblenet.hub": "ensemblenet.storage.hub",
     "ensemblenet.models.named": "ensemblenet.models.sources",
     "ensemblenet.sharing": "ensemblenet.deploy.model_card",
+    "ensemblenet.losses.codistillation": "ensemblenet.losses",
+    "ensemblenet.losses.peers": (
+        "ensemblenet.metrics.diversity",
+        "ensemblenet.study.methods.losses",
+        "ensemblenet.study.methods.one",
+        "ensemblenet.study.methods.dml",
+        "ensemblenet.study.methods.okddip",
+        "ensemblenet.study.methods.kdcl",
+        "ensemblenet.study.methods.co_training",
+    ),
     "ensemblenet.study.cells": "ensemblenet.study.trials",
     "ensemblenet.study.demo": "ensemblenet.cli.demo",
     "ensemblenet.study.findings": "ensemblenet.evaluation.findings",
     "ensemblenet.study.pages": "ensemblenet.reports.comparison",
-    "ensemblenet.study.report": "ensemblenet.reports.tables",
-    "ensemblenet.study.run_figures": "ensemblenet.reports.figures",
+    "ensemblenet.study.report": (
+        "ensemblenet.reports.tables",
+        "ensemblenet.reports.figures",
+        "ensemblenet.reports.comparison_figures",
+        "ensemblenet.reports.page",
+    ),
+    "ensemblenet.study.run_figures": "ensemblenet.reports.network_figures",
     "ensemblenet.study.run_report": "ensemblenet.reports.networks",
     "ensemblenet.study.thumbnails": "ensemblenet.reports.thumbnails",
     "ensemblenet.surgery": "ensemblenet.conversion",
@@ -64,8 +80,14 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__
-        warnings.warn(f"{old} is now {MOVED[old]}.", DeprecationWarning, stacklevel=2)
-        sys.modules[old] = import_module(MOVED[old])  # the import system takes what stands there
+        new = MOVED[old]
+        if isinstance(new, str):
+            warnings.warn(f"{old} is now {new}.", DeprecationWarning, stacklevel=2)
+            sys.modules[old] = import_module(new)  # the import system takes what stands there
+            return
+        warnings.warn(f"{old} is now {', '.join(new)}.", DeprecationWarning, stacklevel=2)
+        for part in map(import_module, new):
+            vars(module).update({name: getattr(part, name) for name in part.__all__})
 
 
 def install() -> None:
@@ -75,18 +97,18 @@ def install() -> None:
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module's `__getattr__` that finds names which are elsewhere now.
+    """A `__getattr__` for a module some of whose names were renamed.
 
     Args:
-        module: the module's name.
-        names: by old name, where it is now, as "module:name".
+        module: its name.
+        names: the new name of each old one: of the module itself, or `module.name` of another one.
     """
 
     def find(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        home, _, new = names[name].partition(":")
-        warnings.warn(f"{module}.{name} is now {home}.{new}.", DeprecationWarning, stacklevel=2)
-        return getattr(import_module(home), new)
+        home, _, new = names[name].rpartition(".")
+        warnings.warn(f"{module}.{name} is now {home or module}.{new}.", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(home or module), new)
 
     return find

@@ -36,7 +36,7 @@ Reduction = Literal["mean", "sum", "none"]
 # Named here because torch.compile does not trace get_args.
 _TASKS, _COMBINES, _REDUCTIONS = get_args(Task), get_args(Combine), get_args(Reduction)
 
-__getattr__ = renamed(__name__, {"agreement": "ensemblenet.functional:divergence"})
+__getattr__ = renamed(__name__, {"agreement": "divergence"})
 
 _ASK_FOR_HEADS = (
     "A combined prediction has no head dimension: ask the model for all heads by model.train() or "

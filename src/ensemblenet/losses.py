@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ensemblenet.functional import Combine, Reduction, Task, check_options, codistillation
+from ensemblenet import functional
+from ensemblenet.functional import Combine, Reduction, Task, check_options
 
 __all__ = ["CoDistillationLoss"]
+
+__path__: list[str] = []  # it was a folder in version 0.1, whose modules are still found (_moved.py)
 
 
 class CoDistillationLoss(nn.Module):
@@ -71,7 +74,7 @@ class CoDistillationLoss(nn.Module):
 
     def forward(self, head_outputs: Tensor, target: Tensor, example_weight: Tensor | None = None) -> Tensor:
         """The loss of a batch; see the class for shapes."""
-        return codistillation(
+        return functional.codistillation(
             head_outputs,
             target,
             self.weight,

@@ -1,83 +1,98 @@
-"""The demo, end to end but short, and the page that it writes."""
+"""The demo, a preset of `compare`, end to end but short, and the page that it writes."""
 
 from __future__ import annotations
 
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import torch
 
 from ensemblenet.cli import demo as module
-from ensemblenet.cli.demo import PAGE, Job, Method, demo_methods, evaluate, run_demo, train
+from ensemblenet.cli.demo import demo_study
 from ensemblenet.cost import Cost
+from ensemblenet.reports.comparison import PAGE
 from ensemblenet.storage.runs import result_row
-from ensemblenet.training.optimization import Optimization
+from ensemblenet.study.compare import run_study
+from ensemblenet.study.settings import Study
+
+SIZES = {"batch_size": 100, "num_train": 200, "num_val": 20, "num_test": 100}
+NAMES = ["base", "ensemblenet", "narrow base", "ensemblenet, half", "ensemblenet, λ=0", "ensemblenet, λ=10"]
+
+
+def short(study: Study) -> Study:
+    return replace(study, data={"class_path": "ensemblenet.data.MNIST1D", "init_args": SIZES})
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
-    short = [Method(method.name, replace(method.job, epochs=1), seeds=1) for method in demo_methods()]
-    run_demo(folder, short, workers=1, sizes=(200, 20, 100))
+    run_study(folder, short(demo_study(seeds=1, epochs=1)), workers=1)
     return folder
 
 
-def test_results_hold_a_row_a_method(folder):
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    base, ours = rows[:2]
-    assert (base["method"], ours["method"]) == ("base", "ensemblenet")
-    assert len({row["method"] for row in rows}) == len(rows)
+def test_results_hold_a_row_a_method(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    rows = results["rows"]
+    base, ours, narrow, half = rows[:4]
+    assert [row["method"] for row in rows] == NAMES
     assert ours["parameters"] <= 0.95 * base["parameters"]
     assert ours["macs"] <= 0.95 * base["macs"]
+    assert max(narrow["parameters"] / base["parameters"], narrow["macs"] / base["macs"]) <= 0.57
+    assert max(half["parameters"] / base["parameters"], half["macs"] / base["macs"]) <= 0.5
     for row in rows:
         assert row["seeds"] == 1
         assert 0 <= row["error_mean"] <= 100
         assert row["milliseconds"] > 0
+        assert (row["trials"], row["validation_error"]) == (0, None)  # its settings are given
+    assert [(row["lr"], row["weight_decay"]) for row in rows[:2]] == [(0.02, 0.3), (0.01, 1.0)]
+    assert [row["setup"]["weight"] for row in rows[-2:]] == [0, 10]
+    assert results["failed"] == []
     assert json.loads((folder / "environment.json").read_text())["cpus"]
 
 
-def test_the_page_is_self_contained_and_shows_every_figure(folder):
+def test_no_trial_tunes(folder: Path) -> None:
+    trials = [json.loads(line)["cell"] for line in (folder / "cells.jsonl").read_text().splitlines()]
+    assert {trial["phase"] for trial in trials} == {"test"}
+    assert len(trials) == len(NAMES)
+
+
+def test_the_page_is_self_contained_and_shows_every_figure(folder: Path) -> None:
     page = (folder / PAGE).read_text()
-    assert page.count("<figure>") == 3
-    assert page.count("data:image/png;base64,") == 6  # each for light and dark
+    assert page.count("<figure>") == 8
+    assert page.count("data:image/png;base64,") == 16  # each for light and dark
     assert not re.search(r"(src|href|srcset)=\"(?!data:)|https?://|url\(", page)
     assert "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
     for name in ("error_against_cost", "error_against_lambda", "agreement_of_heads"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "Learning rate and weight decay were given, not tuned here, for all methods." in page
 
 
-def test_the_command_prints_the_table_and_the_page(tmp_path, monkeypatch, capsys):
-    methods = demo_methods
+def test_the_command_prints_the_table_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def two_methods(seeds: int, epochs: int) -> Study:
+        study = short(demo_study(seeds, epochs))
+        assert study.methods is not None
+        return replace(study, methods=study.methods[:2])
 
-    def two_methods(seeds, epochs):
-        return methods(seeds, epochs)[:2] + methods(seeds, epochs)[4:5]
-
-    monkeypatch.setattr(module, "demo_methods", two_methods)
-    monkeypatch.setattr(module, "run_jobs", lambda jobs, *_: [module.run_job(job, (100, 10, 50)) for job in jobs])
-    folder = module.demo(["--seeds", "1", "--epochs", "1", "--runs", str(tmp_path)])
+    monkeypatch.setattr(module, "demo_study", two_methods)
+    folder = module.demo(["--seeds", "1", "--epochs", "1", "--workers", "1", "--runs", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "ensemblenet" in printed
     assert "of the base's parameters" in printed
     assert str(folder / PAGE) in printed
+    assert "4 heads at 0.67 of the base&#39;s parameters" in (folder / PAGE).read_text()  # its first sentence too
 
 
-def test_training_is_deterministic():
-    x, y = torch.randn(100, 40), torch.randint(10, (100,))
-    job = Job(num_heads=2, base_width=8)
-    results = []
-    for _ in range(2):
-        network = job.network()
-        train(network, (x, y), Optimization(), weight=2.0, epochs=1, seed=0)
-        results.append(evaluate(network, (x, y)))
-    assert results[0] == results[1]
-    assert len(results[0]["head_errors"]) == 2
-    assert results[0]["pairs"][0][0] == 100
+def test_a_study_gives_base_and_conversion_all_seeds_and_the_others_one() -> None:
+    seeds = {name: candidate.seeds for name, candidate in demo_study(seeds=5).candidates().items()}
+    assert seeds == dict.fromkeys(NAMES, 1) | {"base": 5, "ensemblenet": 5}
 
 
-def test_a_row_has_mean_and_spread():
+def test_a_row_has_mean_and_spread() -> None:
     row = result_row("base", Cost(5, 6.0), [1.0, 3.0], [2.0, 2.0], note="x")
     assert row["error_mean"] == 2
     assert row["error_std"] == pytest.approx(2**0.5)

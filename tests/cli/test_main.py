@@ -104,6 +104,6 @@ def test_wrong_usage_exits_with_code_2(arguments, capsys):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("ensemblenet.cli.commands.create", lambda *_: 1 / 0)
+    monkeypatch.setattr("ensemblenet.cli.info.base_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["info", NET])

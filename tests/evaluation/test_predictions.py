@@ -16,9 +16,9 @@ from torch import nn
 
 import ensemblenet
 from ensemblenet.cli.main import main
+from ensemblenet.cli.predict import predict
 from ensemblenet.data.kinetics import Kinetics
 from ensemblenet.evaluation.files import InputFiles, find_files, reader_of
-from ensemblenet.evaluation.predictions import predict
 from ensemblenet.models import CifarResNet, MLPTagger
 from ensemblenet.storage.restore import Restored, data_module, restore
 from ensemblenet.training.fit import fit

@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ensemblenet
 from ensemblenet.cli.main import main
+from ensemblenet.cli.test import test as run_test
+from ensemblenet.cli.validate import validate
 from ensemblenet.errors import EnsembleNetError, LoadError
-from ensemblenet.evaluation import scoring as evaluate
+from ensemblenet.evaluation.scoring import chosen_data, score
 from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.storage.restore import Restored, data_module, restore
@@ -62,9 +64,9 @@ def reference(network, x, y):
     }
 
 
-@pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("test", "test")])
+@pytest.mark.parametrize(("command", "split"), [(validate, "val"), (run_test, "test")])
 def test_rows_are_those_of_the_networks_that_stand_in_them(run, command, split):
-    rows = {row["method"]: row for row in getattr(evaluate, command)([str(run)])}
+    rows = {row["method"]: row for row in command([str(run)])}
     restored = restore(run)
     data = data_module(restored)
     data.setup()
@@ -93,14 +95,14 @@ def test_rows_are_those_of_the_networks_that_stand_in_them(run, command, split):
 
 
 def test_a_base_is_one_row(tmp_path, capsys):
-    [row] = evaluate.test([str(train(tmp_path, None))])
+    [row] = run_test([str(train(tmp_path, None))])
     assert (row["method"], row["num_heads"], row["disagreement"]) == ("base", 1, 0)
     assert "tiny" in capsys.readouterr().out
 
 
 def test_the_table_and_the_file(run, tmp_path, capsys):
     path = tmp_path / "new" / "scores.json"
-    rows = evaluate.test([str(run), "--output", str(path), "--data.num_test", "30", "--data.init_args.num_val=20"])
+    rows = run_test([str(run), "--output", str(path), "--data.num_test", "30", "--data.init_args.num_val=20"])
     written = json.loads(path.read_text())
     assert written["rows"] == rows
     assert written["split"] == "test"
@@ -116,20 +118,20 @@ def test_the_table_and_the_file(run, tmp_path, capsys):
 def test_a_saved_directory_takes_data_from_a_file_or_from_options(saved, tmp_path):
     for content in (SPEC, {"data": SPEC, "model": {}}):
         (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
-        from_file = evaluate.test([str(saved), "--config", str(tmp_path / "data.yaml")])
+        from_file = run_test([str(saved), "--config", str(tmp_path / "data.yaml")])
         options = [f"--data.{key}={value}" for key, value in DATA.items()]
-        assert evaluate.test([str(saved), "--data.class_path", SPEC["class_path"], *options]) == from_file
+        assert run_test([str(saved), "--data.class_path", SPEC["class_path"], *options]) == from_file
 
 
 def test_options_go_before_the_file_and_the_file_before_the_run(run, tmp_path):
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"init_args": {"num_test": 30, "num_val": 30}}))
-    data = evaluate.chosen_data(restore(run), tmp_path / "data.yaml", ["--data.num_test", "20"])
+    data = chosen_data(restore(run), tmp_path / "data.yaml", ["--data.num_test", "20"])
     assert data.sizes == (60, 30, 20)  # pyright: ignore
 
 
 def test_a_folder_has_a_short_option(saved):
     options = ["--data.class_path", "ensemblenet.data.ParquetImages", "--data", "elsewhere", "--data.num_val=7"]
-    data = evaluate.chosen_data(restore(saved), None, options)
+    data = chosen_data(restore(saved), None, options)
     assert (str(data.folder), data.num_val) == ("elsewhere", 7)  # pyright: ignore
 
 
@@ -153,7 +155,7 @@ def test_what_the_command_line_gets_wrong(saved, capsys, arguments, message):
 def test_a_file_that_names_no_data(saved, tmp_path, content, message):
     (tmp_path / "data.yaml").write_text(content)
     with pytest.raises(LoadError, match=message):
-        evaluate.test([str(saved), "--config", str(tmp_path / "data.yaml")])
+        run_test([str(saved), "--config", str(tmp_path / "data.yaml")])
 
 
 class Examples(LightningDataModule):
@@ -187,26 +189,26 @@ X, Y = torch.randn(20, 40), torch.arange(20) % 10
 )
 def test_data_that_does_not_fit(run, data, message):
     with pytest.raises(EnsembleNetError, match=message):
-        evaluate.score(restore(run), data, "test")
+        score(restore(run), data, "test")
 
 
 def test_data_of_another_number_of_classes_than_the_network_has_outputs(run):
     restored = replace(restore(run), description={})
     with pytest.raises(LoadError, match=r"The data has 3 classes, .* has 10"):
-        evaluate.score(restored, Examples(X, Y, list("abc")), "test")
+        score(restored, Examples(X, Y, list("abc")), "test")
 
 
 def test_inputs_of_a_shape_that_the_network_cannot_take(tmp_path):
     restored = Restored(torch.nn.Linear(40, 10).eval(), "multiclass", (40,), {}, None, tmp_path)
     with pytest.raises(LoadError, match=r"inputs of shape \(10,\), .* was trained on \(40,\)"):
-        evaluate.score(restored, Examples(X[:, :10], Y), "test")
+        score(restored, Examples(X[:, :10], Y), "test")
 
 
 def test_views_of_an_example_are_one_example(tmp_path):
     network = torch.nn.Sequential(torch.nn.Linear(40, 10)).eval()
     restored = Restored(network, "multiclass", (40,), {}, None, tmp_path)
     views = torch.randn(20, 3, 40)
-    [row] = evaluate.score(restored, Examples(views, Y), "test")
+    [row] = score(restored, Examples(views, Y), "test")
     with torch.inference_mode():
         p = network(views).softmax(-1).mean(1)
     assert row["nll"] == pytest.approx(log_loss(Y, p.numpy(), labels=range(10)), rel=1e-5)
@@ -218,7 +220,7 @@ def test_taggers_have_the_metrics_of_tagging(tmp_path):
     ).eval()
     restored = Restored(model, "multilabel", (12,), {}, None, tmp_path)
     x, y = torch.randn(40, 12), (torch.rand(40, 30) < 0.1).to(torch.int8)
-    rows = evaluate.score(restored, Examples(x, y), "test")
+    rows = score(restored, Examples(x, y), "test")
     assert [row["method"] for row in rows] == ["ensemble", "head 0", "head 1"]
     with torch.inference_mode():
         z = model(x, per_head=True)
@@ -228,4 +230,4 @@ def test_taggers_have_the_metrics_of_tagging(tmp_path):
         expected = {key: value.item() for key, value in metrics.compute().items() if not key.startswith("head")}
         assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-5)
     with pytest.raises(LoadError, match="The data has 29 classes"):
-        evaluate.score(restored, Examples(x, y[:, 1:]), "test")
+        score(restored, Examples(x, y[:, 1:]), "test")

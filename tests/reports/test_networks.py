@@ -6,23 +6,31 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import average_precision_score, confusion_matrix
 
 import ensemblenet
 from ensemblenet.cli.main import main
+from ensemblenet.cli.report import report
 from ensemblenet.errors import LoadError
-from ensemblenet.evaluation.findings import Findings, agreeing, pairs, reliability, stopping
+from ensemblenet.evaluation.findings import Findings, agreeing, early_stopping, reliability, stopping
 from ensemblenet.functional import combine_heads, divergence
 from ensemblenet.heads.anytime import confident, heads_agree, predict_anytime
-from ensemblenet.reports import networks as run_report
+from ensemblenet.metrics.diversity import same_class
+from ensemblenet.reports.class_names import readable_names
+from ensemblenet.reports.curves import read_curves
+from ensemblenet.reports.network_figures import choose_looks
+from ensemblenet.reports.networks import write_report
 from ensemblenet.reports.thumbnails import glimpse, thumbnail
-from ensemblenet.storage.restore import restore
+from ensemblenet.storage.restore import data_module, restore
 from ensemblenet.training.fit import fit
 
 K, N, C = 3, 60, 5
@@ -106,7 +114,7 @@ def test_reliability():
 def test_pairs():
     votes = Z.argmax(2)
     expected = [[np.mean([votes[i, n] == votes[j, n] for n in range(N)]) for j in range(K)] for i in range(K)]
-    assert np.allclose(pairs(votes), expected)
+    assert np.allclose(same_class(votes), expected)
 
 
 @pytest.mark.parametrize("fewest", [1, 2, 3])
@@ -207,7 +215,7 @@ class Page(HTMLParser):
 
 
 def test_a_page_of_two_runs(runs, tmp_path, capsys):
-    path = run_report.report([*map(str, runs), "--output", str(tmp_path / "new" / "page.html")])
+    path = report([*map(str, runs), "--output", str(tmp_path / "new" / "page.html")])
     assert [file.name for file in path.parent.iterdir()] == ["page.html"]
     page = Page(path.read_text())
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
@@ -224,36 +232,50 @@ def test_a_page_of_two_runs(runs, tmp_path, capsys):
 
 
 def test_a_page_of_a_base_alone_on_validation_data(runs, tmp_path):
-    path = run_report.report([str(runs[0]), "--output", str(tmp_path / "page.html"), "--split", "val"])
+    path = report([str(runs[0]), "--output", str(tmp_path / "page.html"), "--split", "val"])
     text = " ".join(Page(path.read_text()).text)
     assert "40 examples of the val split" in text
     assert "Where heads disagree" not in text
 
 
-def test_stopping_goes_from_one_head_to_all(runs):
-    restored = restore(runs[1])
-    [looks] = run_report._looks([restored])
-    run = run_report._examine(looks, restored, run_report.chosen_data(restored, None, []), "test")
-    by_confidence, by_agreement, whole = run_report._stopping_lines(run)
-    rows = {row["method"]: row for row in run.rows}
-    points = {
-        name: (rows[name]["macs"], pytest.approx(100 * rows[name]["accuracy"])) for name in ("head 0", "ensemble")
-    }
-    assert by_confidence[0] == points["head 0"]
-    assert by_confidence[-1] == whole == points["ensemble"]
-    [(macs, _)] = by_agreement  # of two heads that agree
-    assert rows["first 2"]["macs"] <= macs <= whole[0]
+def test_stopping_goes_from_one_head_to_all() -> None:
+    findings = findings_of(Z, Y)
+    macs = {1: 10.0, 2: 15.0, 3: 20.0}
+    by_confidence, by_agreement, whole = early_stopping(findings.heads, findings.firsts, macs)
+    right = {k: pytest.approx(100 * findings.firsts.hits[k - 1].double().mean().item()) for k in (1, 3)}
+    assert by_confidence[0] == (10, right[1])
+    assert by_confidence[-1] == whole == (20, right[3])
+    [(mean, _)] = by_agreement  # of two heads that agree
+    assert 15 <= mean <= 20
+    alone = findings_of(Z[:1], Y)
+    assert early_stopping(alone.heads, alone.firsts, macs) == ([], [], (10, right[1]))
 
 
-def test_names_from_outside_are_text(runs, tmp_path):
-    [looks] = run_report._looks([restore(runs[1])])
-    restored = restore(runs[1])
+def test_the_figure_of_stopping_gets_the_scores_of_the_table(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "ensemblenet.reports.networks.draw_stopping", lambda lines, label: drawn.extend(lines) or Figure()
+    )
+    report([str(runs[1]), "--output", str(tmp_path / "page.html")])
+    cells = re.findall("<tr[^>]*><td>(.*?)</td>(.*?)</tr>", (tmp_path / "page.html").read_text())
+    top1 = {name: float(re.findall("<td>(.*?)</td>", rest)[2]) for name, rest in cells}
+    _, by_confidence, _, whole = drawn[0]
+    assert by_confidence[0][1] == pytest.approx(top1["head 0"], abs=0.005)
+    assert whole[1] == pytest.approx(top1[next(iter(top1))], abs=0.005)
+
+
+def test_names_from_outside_are_text(runs: tuple[Path, Path], tmp_path: Path) -> None:
     classes = [f"<script>{c}</script>" for c in range(10)]
+    restored = restore(runs[1])
     restored = replace(restored, description=dict(restored.description) | {"classes": classes})
-    data = run_report.chosen_data(restored, None, [])
+    data = data_module(restored)
     data.description = lambda: {"classes": classes}  # pyright: ignore
-    run_report._write(tmp_path / "page.html", [run_report._examine(looks, restored, data, "test")], "test")
-    assert "script" not in Page((tmp_path / "page.html").read_text()).count
+    write_report(tmp_path / "page.html", [restored], [data])
+    page = Page((tmp_path / "page.html").read_text())
+    assert "script" not in page.count
+    assert any("<script>" in text for text in page.text)
 
 
 def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
@@ -261,26 +283,34 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
         folder = tmp_path / "csv" / f"version_{version}"
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text(f"step,train/loss,val/accuracy\n{lines}")
-    curves = run_report._read_curves(tmp_path)
+    curves = read_curves(tmp_path)
     assert curves == {"train/loss": [(0, 5.0), (1, 3.0), (2, 2.0)], "val/accuracy": [(2, 0.5)]}
 
 
-def test_names_and_colours_tell_runs_apart(runs, tmp_path):
-    looks = run_report._looks([restore(runs[0]), restore(runs[1]), restore(runs[1])])
+def test_names_and_colours_tell_runs_apart(runs: tuple[Path, Path]) -> None:
+    base, ours = runs
+    looks = choose_looks([base.name, ours.name, ours.name], [False, True, True])
     assert looks[0].name == "plain"
-    assert looks[1].name == looks[2].name == runs[1].name
+    assert looks[1].name == looks[2].name == ours.name
     assert len({one.colour for one in looks}) == 3
 
 
-def test_runs_of_other_classes_do_not_go_on_one_page(runs, tmp_path):
+def test_a_page_names_runs_without_the_time(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    report([str(runs[0]), "--output", str(tmp_path / "page.html")])
+    assert Page((tmp_path / "page.html").read_text()).text.count("plain: test examples") == 2  # title and heading
+
+
+def test_runs_of_other_classes_do_not_go_on_one_page(runs: tuple[Path, Path], tmp_path: Path) -> None:
     base = torch.nn.Sequential(torch.nn.Linear(40, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
-    other = replace(restore(runs[0]), network=base, description={})
+    restored = restore(runs[0])
+    other = replace(restored, network=base, description={})
     with pytest.raises(LoadError, match=re.escape("does not belong on one page with")):
-        run_report._check_alike([restore(runs[0]), other])
+        write_report(tmp_path / "page.html", [restored, other], [data_module(restored)] * 2)
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_class_folders_of_imagenet_have_english_names():
-    assert run_report._readable(["n01440764", "n02102040"]) == ["tench", "English springer"]
-    assert run_report._readable(["n02012849", "n03126707"]) == ["crane, n02012849", "crane, n03126707"]
-    assert run_report._readable(["n01440764", "cat"]) == ["n01440764", "cat"]
-    assert run_report._readable(["n99999999"]) == ["n99999999"]
+    assert readable_names(["n01440764", "n02102040"]) == ["tench", "English springer"]
+    assert readable_names(["n02012849", "n03126707"]) == ["crane, n02012849", "crane, n03126707"]
+    assert readable_names(["n01440764", "cat"]) == ["n01440764", "cat"]
+    assert readable_names(["n99999999"]) == ["n99999999"]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, log_loss
 
-from ensemblenet.study.measures import Measures, kl_between_heads
+from ensemblenet.metrics.diversity import kl_between_heads
+from ensemblenet.study.measures import Measures
 
 K, N, C = 3, 40, 4
 GENERATOR = torch.Generator().manual_seed(0)
@@ -58,7 +59,7 @@ def test_diversity(values):
     kl = np.mean([(p[j] * np.log(p[j] / p[k])).sum(1) for j, k in pairs])
     assert values["head_kl"] == pytest.approx(kl, rel=1e-4)
     mean = softmax(Z.mean(0))
-    assert values["agreement"] == pytest.approx(np.mean((mean * np.log(mean / p)).sum(2)), rel=1e-4)
+    assert values["divergence"] == pytest.approx(np.mean((mean * np.log(mean / p)).sum(2)), rel=1e-4)
 
 
 def test_one_head_does_not_differ_from_itself():

@@ -17,9 +17,9 @@ from shards import AUDIO, CLASSES, RGB, videos, write
 
 import ensemblenet
 from ensemblenet.cli.main import main
+from ensemblenet.cli.predict import predict
+from ensemblenet.cli.test import test as run_test
 from ensemblenet.data.tensors import DataError
-from ensemblenet.evaluation import scoring as evaluate
-from ensemblenet.evaluation.predictions import predict
 from ensemblenet.training.fit import fit
 
 BASES = {
@@ -113,7 +113,7 @@ def test_two_processes_count_every_video_once_where_their_shares_differ(tmp_path
     assert done.returncode == 0, done.stderr
     [run] = (tmp_path / "runs").iterdir()
     together = json.loads((run / "results.json").read_text())["rows"][0]["test"]
-    alone = evaluate.test([str(run)])[0]
+    alone = run_test([str(run)])[0]
     for name in ("gap", "map", "hit1"):
         assert together[name] == pytest.approx(alone[name], abs=1e-6), name
 

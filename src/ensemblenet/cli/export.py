@@ -14,12 +14,12 @@ from rich.table import Table
 
 from ensemblenet import EnsembleNet, fuse
 from ensemblenet import export as export_model
-from ensemblenet.cli.main import positive_integer
+from ensemblenet.cli.options import add_trained_models, check_new, command_parser, positive_integer
 from ensemblenet.deploy.export import Exported, Format
 from ensemblenet.errors import ExportError
 from ensemblenet.inputs import InputSpec
 from ensemblenet.models.sources import create
-from ensemblenet.storage.restore import MODEL_HELP, restore
+from ensemblenet.storage.restore import restore
 
 __all__ = ["export"]
 
@@ -39,8 +39,7 @@ def export(arguments: Sequence[str]) -> Path:
         FileExistsError: the output exists.
     """
     options = _parser().parse_args(arguments)
-    if options.output.exists():
-        raise FileExistsError(f"{options.output} exists; --output needs a new path.")
+    check_new(options.output, "path")
     base = create(options.base) if options.base else None
     restored = restore(options.model, base)
     network = restored.network
@@ -83,12 +82,12 @@ def _show(exported: Exported, device: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ensemblenet export",
-        description="Write a trained model for other programs to run, with its class names and preprocessing. It needs "
+    parser = command_parser(
+        "export",
+        "Write a trained model for other programs to run, with its class names and preprocessing. It needs "
         "a trained model. The file is checked against PyTorch before it gets its name.",
     )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    add_trained_models(parser)
     parser.add_argument("--output", type=Path, required=True, help="the file or directory to create")
     parser.add_argument(
         "--format",

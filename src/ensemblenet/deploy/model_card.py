@@ -16,6 +16,7 @@ from torch import nn
 from ensemblenet.cost import Cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
+from ensemblenet.metrics.scores import IN_PERCENT, SCORES
 from ensemblenet.storage.checkpoint import save
 from ensemblenet.storage.hub import PREFIX, upload
 
@@ -23,11 +24,6 @@ __all__ = ["model_card", "push_to_hub"]
 
 _RESULTS = "results.json"
 _MACS_NOTE = "MACs are multiply-adds for one example: half of what `torch.utils.flop_counter` counts."
-_SCORES = {  # of a row of results.json: the name of its mean over heads, and what a table calls it
-    "error": ("head_error", "test error, %"),
-    "gap": ("head_gap", "GAP@20, %"),
-}
-_MEASURES = {"top5": "top-5 accuracy", "nll": "NLL in nats", "ece": "ECE", "brier": "Brier score", "map": "MAP"}
 _PIPELINES = {3: "image-classification", 4: "video-classification"}  # by the dimensions of an example
 _TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
 
@@ -166,14 +162,14 @@ def model_card(
 
 def _figures(model: EnsembleNet, results: Mapping[str, Any], base_results: Mapping[str, Any]) -> str:
     """The table of costs and scores, and what else was measured."""
-    score = next((name for name in _SCORES if f"{name}_mean" in results), None)
-    head_score, title = _SCORES[score] if score else (None, None)
+    score = next((name for name in IN_PERCENT if f"{name}_mean" in results), None)
+    title = {None: None, "error": f"test {SCORES['error'].label}"}.get(score, score and SCORES[score].label)
     first = {k: results["test"][f"first_accuracy_{k}"] for k in _first_measured(model, results)}
     rows: list[tuple[str, Cost | None, Any]] = [
         ("base", model.base_cost, base_results.get(f"{score}_mean")),
         (f"all {model.num_heads} heads", model.cost, results.get(f"{score}_mean")),
         *((f"first {k} heads", model.first(k).cost, 100 * (1 - accuracy)) for k, accuracy in first.items()),
-        ("one head, mean", model.first(1).cost, results.get(f"{head_score}_mean")),
+        ("one head, mean", model.first(1).cost, results.get(f"head_{score}_mean")),
     ]
     lines = [["", "parameters", "MACs", *([title] if title else [])], ["---", *["---:"] * (3 if title else 2)]]
     for name, cost, value in rows:
@@ -181,7 +177,11 @@ def _figures(model: EnsembleNet, results: Mapping[str, Any], base_results: Mappi
         lines.append([name, *cells, *(["" if value is None else f"{value:.2f}"] if title else [])])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     test = results.get("test", {})
-    more = ", ".join(f"{title} {test[name]:.4g}" for name, title in _MEASURES.items() if name in test)
+    more = ", ".join(
+        f"{score.heading} {f'in {score.unit} ' * bool(score.unit)}{score.scale * test[name]:.4g}"
+        for name, score in SCORES.items()
+        if name in test and name not in IN_PERCENT
+    )
     seeds = results.get("seeds")
     notes = [f"All heads, test data: {more}." if more else "", f"Seeds: {seeds}." if seeds else ""]
     return "\n\n".join(filter(None, [table, " ".join(filter(None, notes))]))

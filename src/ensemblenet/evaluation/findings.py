@@ -5,21 +5,26 @@ Shapes: N examples, K heads, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
+from ensemblenet._moved import renamed
 from ensemblenet.functional import Combine, Task, combine_heads
+from ensemblenet.metrics.diversity import divergence_from_ensemble
 from ensemblenet.metrics.tagging import TOP, average_precision_of_classes
 
-__all__ = ["FEWEST", "Best", "Bins", "Example", "Findings", "agreeing", "pairs", "reliability", "stopping"]
+__all__ = ["FEWEST", "Best", "Bins", "Example", "Findings", "agreeing", "early_stopping", "reliability", "stopping"]
 
+__getattr__ = renamed(__name__, {"pairs": "ensemblenet.metrics.diversity.same_class"})
 
 FEWEST = 10
+_THRESHOLDS = 40
+
+Point = tuple[float, float]
 
 
 class Best(NamedTuple):
@@ -149,23 +154,13 @@ class Findings:
     def _add_examples(
         self, places: Sequence[int], inputs: Tensor, z: Tensor, target: Tensor, heads: Best, together: Best
     ) -> None:
-        divergence = _divergence(z, self.combine, self.task)
+        divergence = divergence_from_ensemble(z, self.task, combine=self.combine)
         for n in divergence.topk(min(self.most, len(divergence))).indices.tolist():
             labels = [int(target[n])] if self.task == "multiclass" else (target[n] > 0).nonzero().flatten().tolist()
             said = list(zip(heads.classes[:, n].tolist(), heads.confidence[:, n].tolist(), strict=True))
             ensemble = (int(together.classes[-1, n]), float(together.confidence[-1, n]))
             self.examples.append(Example(places[n], inputs[n].clone(), labels, said, ensemble, float(divergence[n])))
         self.examples = sorted(self.examples, key=lambda example: -example.divergence)[: self.most]
-
-
-def _divergence(z: Tensor, combine: Combine, task: Task) -> Tensor:
-    """How far the heads are from the ensemble on each example: mean_k KL(pbar || p_k), (N,)."""
-
-    def log_probabilities(z: Tensor) -> Tensor:  # (*, N, C) or (*, N, 2 C): both outcomes of each label
-        return z.log_softmax(-1) if task == "multiclass" else torch.cat([logsigmoid(z), logsigmoid(-z)], -1)
-
-    together = log_probabilities(combine_heads(z, combine, task))
-    return (together.exp() * (together - log_probabilities(z))).sum(2).mean(0)
 
 
 # -- what follows from them
@@ -206,11 +201,6 @@ def reliability(confidence: Tensor, hits: Tensor, bins: int = 15, fewest: int = 
     return Bins(means[0].tolist(), means[1].tolist(), (count[full] / len(which)).tolist())
 
 
-def pairs(classes: Tensor) -> Tensor:
-    """How often each pair of heads has the same best class, a share: (K, N) to (K, K)."""
-    return (classes[:, None] == classes).float().mean(2)
-
-
 def agreeing(classes: Tensor, fewest: int) -> Tensor:
     """Whether all of the first 1, 2, ... K heads have the same best class, and are not too few.
 
@@ -247,3 +237,30 @@ def stopping(stops: Tensor, hits: Tensor) -> tuple[float, float]:
     last = torch.ones_like(stops[:1])
     used = torch.cat([stops[:-1], last]).int().argmax(0)  # the first of several
     return float((used + 1).double().mean()), float(hits.gather(0, used[None]).double().mean())
+
+
+def early_stopping(heads: Best, firsts: Best, macs: Mapping[int, float]) -> tuple[list[Point], list[Point], Point]:
+    """The cost and the quality of heads that run one after another and stop early.
+
+    Args:
+        heads: the best class of each head alone.
+        firsts: that of the first 1, 2, ... K heads together.
+        macs: of the trunk with 1 and with K heads, by their number.
+
+    Returns:
+        Points (mean MACs, share of right examples in percent): of stopping at each of several confidences, of stopping
+        once 2, 3, ... heads agree, and of the whole network.
+    """
+    several = len(heads.classes)
+    head = (macs[several] - macs[1]) / (several - 1) if several > 1 else 0.0
+
+    def point(stops: Tensor) -> Point:
+        used, right = stopping(stops, firsts.hits)
+        return macs[1] + (used - 1) * head, 100 * right
+
+    whole = point(torch.zeros_like(firsts.hits))
+    if several == 1:
+        return [], [], whole
+    levels = firsts.confidence[:-1].flatten().quantile(torch.linspace(0, 1, _THRESHOLDS)).tolist()
+    by_confidence = [*(point(firsts.confidence >= level) for level in levels), whole]
+    return by_confidence, [point(agreeing(heads.classes, number)) for number in range(2, several)], whole

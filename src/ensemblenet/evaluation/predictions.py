@@ -1,8 +1,7 @@
-"""The command `predict`: what a trained network says of examples, and how far its heads agree."""
+"""What a trained network says of examples, and how far its heads agree, as a table in a file."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,25 +11,21 @@ import pyarrow as pa
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from ensemblenet.cli.main import positive_integer
+from ensemblenet._moved import renamed
 from ensemblenet.data.tensors import DataError
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
-from ensemblenet.evaluation.files import InputFiles, Reader, find_files, reader_of
-from ensemblenet.evaluation.scoring import Seen, Split, add_data_options, chosen_data, observe
-from ensemblenet.evaluation.submission import write_submission
+from ensemblenet.evaluation.scoring import Split
 from ensemblenet.functional import Combine, Task, combine_heads
-from ensemblenet.storage.restore import MODEL_HELP, Restored, restore
-from ensemblenet.storage.runs import aside, quiet_lightning
-from ensemblenet.training.module import seen_outputs
+from ensemblenet.metrics.diversity import disagreement
+from ensemblenet.storage.restore import Restored
+from ensemblenet.storage.runs import aside
 
-__all__ = ["Names", "PredictionFile", "predict"]
+__all__ = ["Names", "PredictionFile"]
 
-_MOST_LINES = 10
+__getattr__ = renamed(__name__, {"predict": "ensemblenet.cli.predict.predict"})
 
 
 @runtime_checkable
@@ -40,80 +35,6 @@ class Names(Protocol):
     def example_name(self, split: Split, place: int) -> str:
         """What to call an example, such as its file, after `setup`."""
         ...
-
-
-def predict(arguments: Sequence[str]) -> Path:
-    """Predict examples and write a file.
-
-    Args:
-        arguments: command-line arguments.
-
-    Returns:
-        The file.
-
-    Raises:
-        LoadError: there is no model to load, or no data that fits it.
-        DataError: files that are missing, damaged or of another kind.
-        FileExistsError: the file to write exists.
-    """
-    options, changes = _parser().parse_known_args(arguments)
-    if options.output.exists():
-        raise FileExistsError(f"{options.output} exists; --output needs a new file.")
-    restored = restore(options.model)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    if options.data is None:
-        _predict_split(restored, options, changes)
-    elif changes:
-        raise LoadError(f"{changes[0]} is for the data of a run; it does not go with --data.")
-    elif (reader := reader_of(restored)) is not None:
-        _predict_files(restored, reader, options)
-    else:
-        write_submission(
-            restored,
-            options.data,
-            options.output,
-            options.top,
-            options.batch_size,
-            options.on_damage,
-            options.sample_frames,
-        )
-    return options.output
-
-
-def _predict_split(restored: Restored, options: argparse.Namespace, changes: Sequence[str]) -> None:
-    data = chosen_data(restored, options.config, changes)
-    name = data.example_name if isinstance(data, Names) else lambda split, place: str(place)
-    quiet_lightning()
-    with PredictionFile(options.output, restored) as file:
-
-        def saw(seen: Seen) -> None:
-            ids = [name(options.split, place) for place in seen.places]
-            file.write(ids, seen.outputs, seen.targets if restored.task == "multiclass" else None)
-
-        observe(restored, data, options.split, saw)
-    Console().print(f"{file.count:,} examples: {options.output}", highlight=False, soft_wrap=True)
-
-
-def _predict_files(restored: Restored, reader: Reader, options: argparse.Namespace) -> None:
-    files = InputFiles(find_files(options.data, reader.suffixes), reader.read)
-    batches = files.batches(options.batch_size, options.num_workers)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, ndim = restored.network.to(device), len(restored.input_shape) + 1
-    skipped: list[str] = []
-    with PredictionFile(options.output, restored) as file:
-        for paths, inputs, unreadable in track(batches, "Predicting", transient=True):
-            if unreadable and options.on_damage == "error":
-                raise DataError(unreadable[0])
-            skipped += unreadable
-            if paths:
-                with torch.inference_mode():
-                    outputs = seen_outputs(network, inputs.to(device), ndim, restored.task)
-                file.write(paths, outputs.float().cpu())
-    console = Console()
-    for line in skipped[:_MOST_LINES]:
-        console.print(f"Skipped {line}", highlight=False, soft_wrap=True, markup=False)
-    more = f", {len(skipped):,} skipped" if skipped else ""
-    console.print(f"{file.count:,} files{more}: {options.output}", highlight=False, soft_wrap=True)
 
 
 class PredictionFile:
@@ -195,8 +116,6 @@ class PredictionFile:
         probabilities = self._probabilities(combine_heads(head_outputs, self.combine, self.task))
         predicted = probabilities.argmax(1)
         of_heads = self._probabilities(head_outputs)[:, torch.arange(len(ids)), predicted]
-        votes = head_outputs.argmax(2)
-        pairs = max(1, len(votes) * (len(votes) - 1))
         columns = {"id": pa.array(ids, pa.string())}
         if labels is not None:
             columns["label"] = self._names(labels)
@@ -204,7 +123,7 @@ class PredictionFile:
             "predicted": self._names(predicted),
             "probability": _floats(probabilities.amax(1)),
             "spread": _floats(of_heads.std(0, correction=0)),
-            "disagreement": _floats((votes[:, None] != votes).sum((0, 1)) / pairs),
+            "disagreement": _floats(disagreement(head_outputs.argmax(2))),
         }
         if self.path.suffix == ".csv":
             names = [*columns, *(f"p_{name}" for name in self.classes)]  # two classes may have one name
@@ -223,46 +142,3 @@ class PredictionFile:
 
 def _floats(values: Tensor) -> pa.Array:
     return pa.array(values.float().contiguous().numpy())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ensemblenet predict",
-        description="Predict examples with a trained network: those of --data, or without it a split of the data that "
-        "the network was trained on.",
-        epilog="The file has a row for each example: id, label where it is known, predicted class, its probability, "
-        "the spread of that probability over heads, the share of pairs of heads that disagree, and the probabilities "
-        "of all classes. For files of YouTube-8M it is instead the CSV file of a submission to the challenge.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--output", type=Path, required=True, help="the .csv or .parquet file to create")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        help="images or videos: files or folders. TFRecord files of YouTube-8M: files, folders or patterns such as "
-        "'test*.tfrecord', remote ones too",
-    )
-    parser.add_argument(
-        "--batch-size", type=positive_integer, default=64, help="of --data, examples at once (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num-workers",
-        type=int,
-        default=2,
-        help="processes that read images or videos; 0 for none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--on-damage", choices=("error", "skip"), default="error", help="for damaged examples (default: %(default)s)"
-    )
-    split = parser.add_argument_group("without --data")
-    split.add_argument("--split", choices=("val", "test"), default="test", help="which one (default: %(default)s)")
-    add_data_options(split)
-    tags = parser.add_argument_group("for YouTube-8M")
-    tags.add_argument("--top", type=positive_integer, default=20, help="classes a video (default: %(default)s)")
-    tags.add_argument(
-        "--sample-frames",
-        action="store_true",
-        help="for a saved model of frames: spread its frames over the whole video; a run's folder knows this itself",
-    )
-    return parser

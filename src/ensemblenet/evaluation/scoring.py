@@ -1,11 +1,9 @@
-"""The commands `validate` and `test`: how good a trained network is, its heads alone, and its first heads together."""
+"""How good a trained network is, its heads alone, and its first heads together; and the data that is scored."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,9 +12,9 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from rich.console import Console
 from torch import Tensor, nn
 
+from ensemblenet._moved import renamed
 from ensemblenet.cost import Cost, measure_cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
@@ -24,9 +22,7 @@ from ensemblenet.functional import Combine
 from ensemblenet.inputs import InputSpec
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.tagging import TaggingMetrics
-from ensemblenet.reports.tables import Column, results_table
-from ensemblenet.storage.restore import MODEL_HELP, Describes, Restored, compare_classes, data_module, restore
-from ensemblenet.storage.runs import environment, quiet_lightning, write_json
+from ensemblenet.storage.restore import Describes, Restored, compare_classes, data_module
 from ensemblenet.training.module import seen_outputs
 
 __all__ = [
@@ -35,16 +31,22 @@ __all__ = [
     "Seen",
     "Split",
     "View",
-    "add_data_options",
     "chosen_data",
     "observe",
     "score",
-    "short_number",
-    "table_columns",
-    "test",
-    "validate",
     "views",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "add_data_options": "ensemblenet.cli.options.add_data",
+        "short_number": "ensemblenet.reports.tables.short_number",
+        "table_columns": "ensemblenet.reports.tables.scores_columns",
+        "test": "ensemblenet.cli.test.test",
+        "validate": "ensemblenet.cli.validate.validate",
+    },
+)
 
 Split = Literal["val", "test"]
 
@@ -68,27 +70,6 @@ class Seen(NamedTuple):
 Saw = Callable[[Seen], None]
 
 _METRICS = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}
-
-
-def validate(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Score a trained network on validation examples, see [`ensemblenet.evaluation.scoring.test`][]."""
-    return _command("validate", "val", arguments)
-
-
-def test(arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Score a trained network on test examples, print a table, and write a file if asked.
-
-    Args:
-        arguments: command-line arguments.
-
-    Returns:
-        The rows of the table, see [`ensemblenet.evaluation.scoring.score`][].
-
-    Raises:
-        LoadError: there is no model, no data, or the data has other classes.
-        FileExistsError: the file to write exists.
-    """
-    return _command("test", "test", arguments)
 
 
 # -- what is scored
@@ -232,7 +213,7 @@ def observe(restored: Restored, data: LightningDataModule, split: Split, saw: Sa
 
 
 class _Observer(LightningModule):
-    """Shows a network batches, and what it says of them."""
+    """Runs the network over a split and calls a callback with each batch's logits."""
 
     def __init__(self, restored: Restored, saw: Saw) -> None:
         super().__init__()
@@ -347,97 +328,3 @@ def _changed(options: Sequence[str]) -> dict[str, Any]:
         else:
             changed["init_args"][key] = value
     return changed
-
-
-# -- the command
-
-
-def _command(name: str, split: Split, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    options, changes = _parser(name, split).parse_known_args(arguments)
-    if options.output and options.output.exists():
-        raise FileExistsError(f"{options.output} exists; --output needs a new file.")
-    restored = restore(options.model)
-    quiet_lightning()
-    rows = score(restored, chosen_data(restored, options.config, changes), split)
-    console = Console()
-    console.print(results_table(rows, f"{restored.name}, {split}; shares in %", table_columns(rows)))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, {"split": split, "rows": rows, "environment": environment()})
-        console.print(f"Scores: {options.output}", highlight=False, soft_wrap=True)
-    return rows
-
-
-_SCORES = {
-    "accuracy": ("top-1", 100, 2),
-    "top5": ("top-5", 100, 2),
-    "gap": ("GAP@20", 100, 2),
-    "map": ("mAP", 100, 2),
-    "hit1": ("Hit@1", 100, 2),
-    "perr": ("PERR", 100, 2),
-    "nll": ("NLL", 1, 4),
-    "ece": ("ECE", 1, 4),
-    "brier": ("Brier", 1, 4),
-    "disagreement": ("disagree", 100, 2),
-}
-
-
-def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """What a table shows of views: cost, and the scores that they have."""
-    return [
-        Column("", lambda row: row["method"]),
-        Column("params", lambda row: short_number(row["parameters"])),
-        Column("MACs", lambda row: short_number(row["macs"])),
-        *(
-            Column(heading, partial(_score, name=name, scale=scale, digits=digits))
-            for name, (heading, scale, digits) in _SCORES.items()
-            if name in rows[0]
-        ),
-    ]
-
-
-def _score(row: Mapping[str, Any], name: str, scale: float, digits: int) -> str:
-    if name == "disagreement" and row["num_heads"] == 1:
-        return ""
-    return f"{scale * row[name]:.{digits}f}"
-
-
-def short_number(number: float) -> str:
-    """A count in four digits.
-
-    Example:
-        >>> short_number(217_120), short_number(5_075_734), short_number(97)
-        ('217.1k', '5.076M', '97')
-    """
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.4g}{name}"
-    return f"{number:.0f}"
-
-
-def _parser(name: str, split: Split) -> argparse.ArgumentParser:
-    what = {"val": "validation", "test": "test"}[split]
-    parser = argparse.ArgumentParser(
-        prog=f"ensemblenet {name}",
-        description=f"Score a trained network on {what} examples: the whole model, each head alone, and the first "
-        "heads together. It needs the folder of a run of `fit`, which knows its data, or a saved model and a data "
-        "module.",
-        epilog="ECE: expected calibration error, 15 bins. Brier: squared error of the probabilities, summed over "
-        "classes. disagree: pairs of heads whose most likely classes differ. Shares are in percent.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    add_data_options(parser)
-    parser.add_argument("--output", type=Path, help="a new JSON file for the scores")
-    return parser
-
-
-def add_data_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add what names a data module; besides there are options `--data.KEY`, which the parser does not know."""
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help="YAML with class_path and init_args of a data module, as for `fit`; or name them as --data.class_path "
-        "NAME and --data.KEY VALUE, which also change one argument of a run's own data, such as --data.folder",
-    )

@@ -21,4 +21,4 @@ __all__ = [
     "unfuse",
 ]
 
-__getattr__ = renamed(__name__, {"measure": "ensemblenet.timing:measure", "step": "ensemblenet.timing:step"})
+__getattr__ = renamed(__name__, {"measure": "ensemblenet.timing.measure", "step": "ensemblenet.timing.step"})

@@ -11,6 +11,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from ensemblenet.functional import Combine, codistillation, combine_heads, divergence
+from ensemblenet.metrics.diversity import disagreement
 
 __all__ = ["HeadMetrics"]
 
@@ -128,10 +129,9 @@ class _HeadStatistics(Metric):
             ("positions", ()),
             ("head_hits", (2, num_heads)),
             ("first_hits", (2, num_heads)),
-            ("disagreements", ()),
         ]:
             self.add_state(name, torch.zeros(shape, dtype=torch.long), dist_reduce_fx="sum")
-        for name in ("nll", "brier", "divergence"):
+        for name in ("disagreements", "nll", "brier", "divergence"):
             self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, head_outputs: Tensor, target: Tensor) -> None:
@@ -141,12 +141,11 @@ class _HeadStatistics(Metric):
             z, target = z[:, counts], target[counts]
         if len(target) == 0:
             return  # a mean over nothing would be NaN, and stay
-        votes = z.argmax(2)
         first = torch.stack([combine_heads(z[: k + 1], self.combine) for k in range(len(z))])
         self.positions += len(target)
         self.head_hits += _hits(z, target)
         self.first_hits += _hits(first, target)
-        self.disagreements += (votes[:, None] != votes).sum()
+        self.disagreements += disagreement(z.argmax(2)).sum()
         self.nll += codistillation(z, target, weight=0.0, combine=self.combine, reduction="sum")
         self.brier += (first[-1].softmax(1) - one_hot(target, z.shape[2])).square().sum()
         self.divergence += divergence(z, combine=self.combine) * len(target)
@@ -158,11 +157,10 @@ class _HeadStatistics(Metric):
             values[f"head_{name}"] = shares.mean()
             values |= {f"head_{name}_{k}": share for k, share in enumerate(shares)}
             values |= {f"first_{name}_{k}": hits / self.positions for k, hits in enumerate(firsts, 1)}
-        num_heads = self.head_hits.shape[1]
         return values | {
             "nll": self.nll / self.positions,
             "brier": self.brier / self.positions,
-            "disagreement": self.disagreements / (max(1, num_heads * (num_heads - 1)) * self.positions),
+            "disagreement": self.disagreements / self.positions,
             "agreement": self.divergence / self.positions,
         }
 

@@ -8,16 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
-from ensemblenet.reports.tables import (
-    Column,
-    Figure,
-    draw_against_cost,
-    draw_heads,
-    draw_measures,
-    results_table,
-    with_spread,
-    write_page,
-)
+from ensemblenet.functional import Task
+from ensemblenet.metrics.scores import SCORES, TASKS, meanings
+from ensemblenet.reports.comparison_figures import draw_against_cost, draw_heads, draw_measures, draw_weights
+from ensemblenet.reports.figures import Figure, draw_pairs
+from ensemblenet.reports.page import write_page
+from ensemblenet.reports.tables import Column, results_table, with_spread
 
 __all__ = ["PAGE", "comparison_table", "ranked", "summary", "write_comparison"]
 
@@ -27,7 +23,6 @@ Row = Mapping[str, Any]
 
 _MOST_REASONS = 10
 _TERMINAL_COLUMNS = 6
-_ERROR = {"multiclass": "test error", "multilabel": "100 − GAP@20"}
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
@@ -43,15 +38,15 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 
 def comparison_table(rows: Sequence[Row], title: str | None = None) -> Table:
     """The rows for a terminal of 80 characters, ranked."""
-    columns = _columns(rows[0])[:_TERMINAL_COLUMNS]
+    columns = _columns(rows)[:_TERMINAL_COLUMNS]
     head = Column("head, %", lambda row: f"{row['head_error_mean']:.2f}" if row["num_heads"] > 1 else "")
     return results_table(ranked(rows), title, [*columns, head])
 
 
-def summary(rows: Sequence[Row], task: str = "multiclass") -> str:
+def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
     """Who wins, and by how much, in two sentences."""
     base, others = rows[0], [row for row in rows[1:] if row["kind"] != "larger"]
-    start = f"The base has {_ERROR[task]} {with_spread(base, 'error')} %"
+    start = f"The base has {TASKS[task].error} {with_spread(base, 'error')} %"
     if not others:
         return f"{start}; nothing of at most its cost was compared with it."
     best, *rest = ranked([base, *others])[1:]
@@ -67,103 +62,150 @@ def summary(rows: Sequence[Row], task: str = "multiclass") -> str:
     )
 
 
-def write_comparison(path: Path, results: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+def write_comparison(
+    path: Path, results: Mapping[str, Any], environment: Mapping[str, Any], headline: str | None = None
+) -> None:
     """Write the page of a study and its figures.
 
     Args:
         path: the page's file.
-        results: what `results.json` holds.
+        results: the content of `results.json`.
         environment: versions and machine.
+        headline: what the page says first; None takes [`summary`][ensemblenet.reports.comparison.summary].
     """
     study, rows = results["study"], results["rows"]
     shown = ranked(rows)
-    error = _ERROR[study["task"]] + ", %"
+    effort = "every method, the same effort" if all(row["trials"] for row in rows) else "methods compared"
+    failures = [{"method": name, "kind": "failed"} for name in _failed_methods(results)]
+    error = f"{TASKS[study['task']].error}, %"
     lead = Figure(
         "errors",
         f"{error[0].upper()}{error[1:]}, mean and standard deviation of a seed. Orange: the base; blue: "
         "co-distillation; hollow: larger than the base.",
         lambda: draw_measures(shown, [("error", error)]),
     )
-    several = [row for row in shown if row["num_heads"] > 1]
-    calibration = [("nll", "NLL, nats")]
-    calibration += [("ece", "ECE")] if "ece_mean" in rows[0] else []
+    write_page(
+        path,
+        f"{_short(study['base'])} on {_short(study['data'])}: {effort}",
+        headline or summary(rows, study["task"]),
+        [*shown, *failures],
+        {"Figures": _figures(rows, error)},
+        _notes(results),
+        environment,
+        _columns(rows),
+        lead,
+    )
+
+
+def _figures(unranked: Sequence[Row], error: str) -> list[Figure]:
+    """The figures below the table.
+
+    Args:
+        unranked: rows in the order of the study.
+        error: what the error is called.
+    """
+    rows = ranked(unranked)
+    several = [row for row in rows if row["num_heads"] > 1]
+    calibration = [(name, SCORES[name].label) for name in ("nll", "ece") if f"{name}_mean" in rows[0]]
     figures = [
         Figure(
             "error_against_cost",
             "Error against cost, with the base as a line. Methods on the same conversion share their cost; of "
             "those that cost about the same the best is named.",
-            lambda: draw_against_cost(shown, error),
+            lambda: draw_against_cost(rows, error),
         ),
-        *_with_heads(shown, several, error),
+    ]
+    if len(swept := _swept(unranked)) > 2:
+        seeds = ", ".join(f"{row['seeds']} at λ = {row['setup']['weight']:g}" for row in swept)
+        figures.append(
+            Figure(
+                "error_against_lambda",
+                "Error of the ensemble and of its single heads against the co-distillation weight, with the base as a "
+                f"line; seeds: {seeds}.",
+                lambda: draw_weights(swept, rows[0], error),
+            )
+        )
+    if several:
+        figures += [
+            Figure(
+                "heads",
+                "Error of the whole (circle) and of a single head (square; mean over heads, for OKDDip its leader), "
+                "with the base as a line.",
+                lambda: draw_heads(rows, error),
+            ),
+            Figure(
+                "diversity",
+                "How much heads differ: share of pairs whose most likely classes differ, and mean KL divergence "
+                "between two heads.",
+                lambda: draw_measures(several, [(name, SCORES[name].label) for name in ("disagreement", "head_kl")]),
+            ),
+        ]
+    if paired := next((row for row in unranked if row["kind"] == "ours" and len(row.get("pairs", ())) > 2), None):
+        figures.append(
+            Figure(
+                "agreement_of_heads",
+                f"{paired['method']}: how often two heads have the same most likely class. Heads that always have "
+                "would gain nothing from being several.",
+                lambda: draw_pairs(paired["pairs"]),
+            )
+        )
+    return [
+        *figures,
         Figure(
             "calibration",
             "Quality of probabilities, lower is better: negative log-likelihood, and expected calibration error in 15 "
             "bins where there is one true class.",
-            lambda: draw_measures(shown, calibration),
+            lambda: draw_measures(rows, calibration),
         ),
         Figure(
             "effort",
             "What training costs: processor time of one run, and the bytes that a training step holds (weights, "
             "gradients, optimizer state, what backward needs).",
             lambda: draw_measures(
-                [dict(row) | {"megabytes_mean": row["memory_bytes"] / 1e6} for row in shown],
+                [dict(row) | {"megabytes_mean": row["memory_bytes"] / 1e6} for row in rows],
                 [("cpu_seconds", "processor time, s"), ("megabytes", "memory, MB")],
             ),
         ),
     ]
-    failures = [{"method": name, "kind": "failed"} for name in _failed_methods(results)]
-    title = f"{_short(study['base'])} on {_short(study['data'])}: every method, the same effort"
-    write_page(
-        path,
-        title,
-        summary(rows, study["task"]),
-        [*shown, *failures],
-        {"Figures": figures},
-        _notes(results),
-        environment,
-        _columns(rows[0]),
-        lead,
-    )
 
 
-def _with_heads(shown: Sequence[Row], several: Sequence[Row], error: str) -> list[Figure]:
-    if not several:
-        return []
-    return [
-        Figure(
-            "heads",
-            "Error of the whole (circle) and of a single head (square; mean over heads, for OKDDip its leader), "
-            "with the base as a line.",
-            lambda: draw_heads(shown, error),
-        ),
-        Figure(
-            "diversity",
-            "How much heads differ: share of pairs whose most likely classes differ, and mean KL divergence between "
-            "two heads.",
-            lambda: draw_measures(several, [("disagreement", "disagreement"), ("head_kl", "KL, nats")]),
-        ),
-    ]
+def _swept(rows: Sequence[Row]) -> list[Row]:
+    """This project's method on one conversion, that of most lambdas, by rising lambda."""
+    by_plan: dict[str, dict[float, Row]] = {}
+    for row in rows:
+        if row["kind"] == "ours":
+            plan = str({key: value for key, value in row["setup"].items() if key != "weight"})
+            by_plan.setdefault(plan, {})[row["setup"]["weight"]] = row
+    most = max(by_plan.values(), key=len, default={})
+    return [most[weight] for weight in sorted(most)]
 
 
-def _columns(base: Row) -> list[Column]:
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    base = rows[0]
+
     def of(heading: str, cell: Callable[[Row], str]) -> Column:
         return Column(heading, lambda row: _failed(heading) if row["kind"] == "failed" else cell(row))
 
+    def score(name: str) -> Column:
+        alone = SCORES[name].of_several
+        return of(SCORES[name].label, lambda row: "" if alone and row["num_heads"] == 1 else with_spread(row, name))
+
+    measured = [name for name in SCORES if name not in ("error", "head_error")]
+    timed = [row["milliseconds"] for row in rows if "milliseconds" in row]
     return [
         Column("method", lambda row: row["method"]),
-        of("error, %", lambda row: with_spread(row, "error")),
+        score("error"),
         of("vs base", lambda row: "" if row["kind"] == "base" else _change(row, base)),
         of("p", lambda row: "" if row["kind"] == "base" else _p(row)),
         of("params", lambda row: f"{row['parameters'] / base['parameters']:.2f}"),
         of("MACs", lambda row: f"{row['macs'] / base['macs']:.2f}"),
         of("one head, %", lambda row: with_spread(row, "head_error") if row["num_heads"] > 1 else ""),
         of("runs", lambda row: str(row["seeds"]) + (f" ({n} failed)" if (n := len(row["failed_seeds"])) else "")),
-        of("NLL", lambda row: with_spread(row, "nll", 3)),
-        of("ECE", lambda row: with_spread(row, "ece", 3)),
-        of("disagreement", lambda row: with_spread(row, "disagreement", 3) if row["num_heads"] > 1 else ""),
+        *(score(name) for name in measured if any(f"{name}_mean" in row for row in rows)),
         of("lr", lambda row: f"{row['lr']:.2g}"),
         of("weight decay", lambda row: f"{row['weight_decay']:.2g}"),
         of("parameters", lambda row: f"{row['parameters']:,}"),
+        *([of("ms", lambda row: f"{row['milliseconds']:.2f}")] if timed else []),
         of("CPU s", lambda row: f"{row['cpu_seconds_mean']:.1f}"),
         of("MB", lambda row: f"{row['memory_bytes'] / 1e6:.1f}"),
     ]
@@ -189,39 +231,56 @@ def _p(row: Row) -> str:
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
-    study, rows = results["study"], results["rows"]
+    study, rows, failed = results["study"], results["rows"], results["failed"]
     tuning = study["tuning"]
-    count = {"multiclass": "share of examples", "multilabel": "100 (1 − GAP@20)"}[study["task"]]
+    fixed = [row for row in rows if not row["trials"]]
+    scores = [name for name in SCORES if f"{name}_mean" in rows[0] and name not in ("error", "head_error")]
     methods = "; ".join(f"{row['method']}: {row['summary']}" for row in rows)
     notes = [
         f"Every method was trained for {study['epochs']} epochs by {study['optimizer']} with the same schedule, "
         f"batches and augmentation; the last epoch counts. Conversions have {study['num_heads']} heads, cost at most "
         f"{study['budget']:g} of the base's parameters and MACs, and part at {study['split_at']!r}, unless a method "
-        "says otherwise.",
-        f"Learning rate ({tuning['lr'][0]:g} to {tuning['lr'][1]:g}) and weight decay "
-        f"({tuning['weight_decay'][0]:g} to {tuning['weight_decay'][1]:g}) are each method's best of the same "
-        f"{tuning['trials']} pairs, by the error on validation examples after one run of "
-        f"{tuning['epochs'] or study['epochs']} epochs each. All else of a method is "
-        "as its paper has it.",
-        f"Error: {count}, on test examples that were read once. p: two-sided paired t-test against the base over "
-        f"seeds, not corrected for {len(rows) - 1} comparisons. One head: mean over single heads, for OKDDip its "
-        "leader. CPU s: processor time of one training.",
+        "says otherwise."
+    ]
+    if len(fixed) < len(rows):
+        notes.append(
+            f"Learning rate ({tuning['lr'][0]:g} to {tuning['lr'][1]:g}) and weight decay "
+            f"({tuning['weight_decay'][0]:g} to {tuning['weight_decay'][1]:g}) are each method's best of the same "
+            f"{tuning['trials']} pairs, by the error on validation examples after one run of "
+            f"{tuning['epochs'] or study['epochs']} epochs each. All else of a method is "
+            "as its paper has it."
+        )
+    if fixed:
+        names = "all methods" if len(fixed) == len(rows) else ", ".join(row["method"] for row in fixed)
+        notes.append(f"Learning rate and weight decay were given, not tuned here, for {names}.")
+    settings = study["data"].get("init_args", {}).items()
+    numbers = [f"{name} {value:,}" for name, value in settings if type(value) in (int, float)]
+    return [
+        f"Data: {', '.join([_short(study['data']), *numbers])}.",
+        *notes,
+        f"Error: {TASKS[study['task']].error_meaning}, on test examples that were read once. p: two-sided paired "
+        f"t-test against the base over seeds, not corrected for {len(rows) - 1} comparisons. One head: mean over "
+        "single heads, for OKDDip its leader. CPU s: processor time of one training. ms: median time of the "
+        "prediction of a batch.",
+        meanings(scores),
         f"Methods. {methods}.",
         f"All training together took {results['cpu_minutes']:.1f} minutes of processor time.",
+        *(
+            f"Failed: {trial['method']}, {trial['phase']}, seed {trial['seed']}, lr {trial['lr']:.3g}: "
+            f"{trial['reason']}"
+            for trial in failed[:_MOST_REASONS]
+        ),
+        *(
+            [f"{len(failed) - _MOST_REASONS} more trials failed; results.json lists all."]
+            if len(failed) > _MOST_REASONS
+            else []
+        ),
     ]
-    failed = results["failed"]
-    notes += [
-        f"Failed: {cell['method']}, {cell['phase']}, seed {cell['seed']}, lr {cell['lr']:.3g}: {cell['reason']}"
-        for cell in failed[:_MOST_REASONS]
-    ]
-    if len(failed) > _MOST_REASONS:
-        notes.append(f"{len(failed) - _MOST_REASONS} more cells failed; results.json lists all.")
-    return notes
 
 
 def _failed_methods(results: Mapping[str, Any]) -> list[str]:
     finished = {row["method"] for row in results["rows"]}
-    return list(dict.fromkeys(cell["method"] for cell in results["failed"] if cell["method"] not in finished))
+    return list(dict.fromkeys(trial["method"] for trial in results["failed"] if trial["method"] not in finished))
 
 
 def _short(spec: Mapping[str, Any]) -> str:

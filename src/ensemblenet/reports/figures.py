@@ -1,290 +1,84 @@
-"""The drawings of a report about trained networks."""
+"""Figures for light and dark screens, and what the drawings of studies and of networks share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from ensemblenet.evaluation.findings import Bins
+__all__ = ["BLUE", "DPI", "GREY", "NARROW", "ORANGE", "THEMES", "Figure", "draw_pairs"]
 
-__all__ = [
-    "Design",
-    "Line",
-    "Looks",
-    "Panel",
-    "draw_classes",
-    "draw_curves",
-    "draw_design",
-    "draw_reliability",
-    "draw_score_against_macs",
-    "draw_signal",
-    "draw_stopping",
-]
-
-_WIDTH = 5.4  # inches: what a phone shrinks stays legible
-_MOST_HEADS = 4
-_FEW = 8  # points of a curve
-_SMALL: dict[str, Any] = {"fontsize": 10}
+DPI = 192
+BLUE, ORANGE, GREY = "#3b82f6", "#f59e0b", "#8a8f98"
+NARROW = 5.4  # inches: what a phone shrinks stays legible
+THEMES = {
+    "light": {"ink": "#1f2328", "paper": "#ffffff", "line": "#d8dce2"},
+    "dark": {"ink": "#e6e8eb", "paper": "#17191d", "line": "#3a3f47"},
+}
 
 
 @dataclass(frozen=True)
-class Looks:
-    """How a run is shown in every figure.
+class Figure:
+    """A figure for a page.
 
     Args:
-        name: in legends.
-        colour: of its marks.
+        name: its file's name, without an ending.
+        caption: what it shows, one or two sentences.
+        draw: draws it; called once for each theme.
     """
 
     name: str
-    colour: str
+    caption: str
+    draw: Callable[[], Drawing]
+
+    def png(self, theme: str) -> bytes:
+        """Draw it as a PNG image for the theme "light" or "dark"."""
+        colours = THEMES[theme]
+        style: dict[Any, Any] = {
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": colours["line"],
+            "figure.facecolor": colours["paper"],
+            "axes.facecolor": colours["paper"],
+            "legend.frameon": False,
+            **dict.fromkeys(
+                ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
+                colours["ink"],
+            ),
+        }
+        with mpl.rc_context(style):
+            drawing = self.draw()
+            buffer = io.BytesIO()
+            drawing.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+        return buffer.getvalue()
 
 
-Line = Sequence[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A panel of training curves.
+def draw_pairs(pairs: Sequence[Sequence[float]]) -> Drawing:
+    """How often each pair of heads predicts the same class.
 
     Args:
-        label: of its axis.
-        curve: the name of the curve to draw as a line.
-        dashed: the name of one to draw beside it; empty for none.
-        scale: what values are multiplied by.
+        pairs: shares in percent, K lists of K.
     """
-
-    label: str
-    curve: str
-    dashed: str = ""
-    scale: float = 1.0
-
-
-def draw_score_against_macs(
-    runs: Sequence[tuple[Looks, Sequence[Mapping[str, Any]]]], score: str, label: str
-) -> Drawing:
-    """A score against MACs: of whole networks (large), of the first k heads (a line), of single heads (squares).
-
-    Args:
-        runs: each with its rows, see [`ensemblenet.evaluation.scoring.score`][].
-        score: the rows' key, a share.
-        label: the score's name.
-    """
-    drawing = Drawing(figsize=(_WIDTH, 3.4), layout="constrained")
+    others = [value for i, line in enumerate(pairs) for j, value in enumerate(line) if i != j]
+    drawing = Drawing(figsize=(4.6, 3.4), layout="constrained")
     axes = drawing.subplots()
-    for looks, rows in runs:
-        whole = rows[0]
-        firsts = [row for row in rows if row["method"] in ("head 0", "ensemble") or row["method"].startswith("first")]
-        firsts = sorted(firsts, key=lambda row: row["num_heads"])
-        heads = [row for row in rows if row["method"].startswith("head")]
-        axes.plot(*_points(firsts, score), ".-", color=looks.colour, linewidth=1.5)
-        axes.plot(*_points(heads, score), "s", color=looks.colour, markersize=5, alpha=0.5)
-        axes.plot(*_points([whole], score), "o", color=looks.colour, markersize=9, label=looks.name)
-    axes.set_xlabel("MACs")
-    axes.set_ylabel(f"{label}, %")
-    axes.set_xlim(left=0)
-    axes.margins(x=0.1, y=0.12)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    _legend_above(drawing, axes)
+    shown = [[float("nan") if i == j else value for j, value in enumerate(line)] for i, line in enumerate(pairs)]
+    image = axes.imshow(shown, cmap="Blues", vmin=min(others) - 0.5, vmax=max(others) + 0.5)
+    for i, line in enumerate(shown):
+        for j, value in enumerate(line):
+            if i != j:
+                ink = "white" if value > (min(others) + max(others)) / 2 else "#10233f"
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=ink)
+    heads = range(len(pairs))
+    axes.set_xticks(heads, [f"head {k}" for k in heads])
+    axes.set_yticks(heads, [f"head {k}" for k in heads])
+    axes.grid(False)
+    drawing.colorbar(image, label="same class, % of examples")
     return drawing
-
-
-def _points(rows: Sequence[Mapping[str, Any]], score: str) -> tuple[list[float], list[float]]:
-    return [row["macs"] for row in rows], [100 * row[score] for row in rows]
-
-
-def draw_stopping(runs: Sequence[tuple[Looks, Line, Line, tuple[float, float]]], label: str) -> Drawing:
-    """A score against the mean MACs of an example if heads run one by one and stop early.
-
-    Args:
-        runs: each with the points (mean MACs, score in percent) of stopping by confidence, of stopping once heads
-            agree, and of the whole network.
-        label: the score's name.
-    """
-    drawing = Drawing(figsize=(_WIDTH, 3.4), layout="constrained")
-    axes = drawing.subplots()
-    for looks, by_confidence, by_agreement, whole in runs:
-        if by_confidence:
-            axes.plot(*zip(*by_confidence, strict=True), "-", color=looks.colour, label=f"{looks.name}: confident")
-        if by_agreement:
-            points = zip(*by_agreement, strict=True)
-            axes.plot(*points, "^--", color=looks.colour, alpha=0.6, label=f"{looks.name}: agreed")
-        axes.plot(*whole, "o", color=looks.colour, markersize=9, label=looks.name)
-    axes.set_xlabel("mean MACs of an example")
-    axes.set_ylabel(f"{label}, %")
-    axes.margins(x=0.08, y=0.12)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    _legend_above(drawing, axes)
-    return drawing
-
-
-def draw_curves(runs: Sequence[tuple[Looks, Mapping[str, Line]]], panels: Sequence[Panel]) -> Drawing:
-    """Training curves, one panel below the other.
-
-    Args:
-        runs: each with its curves by name, points (step, value).
-        panels: what to draw, from top to bottom.
-    """
-    drawing = Drawing(figsize=(_WIDTH, 0.4 + 2 * len(panels)), layout="constrained")
-    axes = drawing.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for ax, panel in zip(axes, panels, strict=True):
-        for looks, curves in runs:
-            for name, style in ((panel.curve, "-"), (panel.dashed, "--")):
-                if name in curves:
-                    points = [(step, panel.scale * value) for step, value in curves[name]]
-                    label = looks.name if style == "-" else None
-                    mark = "." if len(points) < _FEW else ""  # one point alone makes no line
-                    ax.plot(*zip(*points, strict=True), mark + style, color=looks.colour, linewidth=1.4, label=label)
-        ax.set_ylabel(panel.label)
-    axes[-1].set_xlabel("step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _legend_above(drawing, axes[0])
-    return drawing
-
-
-def draw_reliability(runs: Sequence[tuple[Looks, Bins]]) -> Drawing:
-    """How often predictions of a given confidence are right, and below it how many there are."""
-    drawing = Drawing(figsize=(_WIDTH, 4.4), layout="constrained")
-    above, below = drawing.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot((0, 100), (0, 100), ":", color=mpl.rcParams["text.color"], linewidth=1)
-    for looks, bins in runs:
-        confidence = [100 * value for value in bins.confidence]
-        above.plot(confidence, [100 * value for value in bins.accuracy], "o-", color=looks.colour, label=looks.name)
-        below.plot(confidence, [100 * value for value in bins.share], "o-", color=looks.colour, markersize=4)
-    above.set_ylabel("right, %")
-    above.set_ylim(0, 103)
-    below.set_xlabel("confidence, %")
-    below.set_ylabel("share, %")
-    below.set_ylim(bottom=0)
-    _legend_above(drawing, above)
-    return drawing
-
-
-def draw_classes(names: Sequence[str], runs: Sequence[tuple[Looks, Sequence[float]]], label: str) -> Drawing:
-    """A score of each class, one below the other.
-
-    Args:
-        names: of the classes, from top to bottom; an empty one leaves a gap.
-        runs: each with the scores of the classes, shares.
-        label: the score's name.
-    """
-    drawing = Drawing(figsize=(_WIDTH, 1.1 + 0.26 * len(names)), layout="constrained")
-    axes = drawing.subplots()
-    places = [place for place, name in enumerate(names) if name]
-    for looks, scores in runs:
-        axes.plot(
-            [100 * scores[place] for place in places], places, "o", color=looks.colour, label=looks.name, alpha=0.85
-        )
-    axes.set_yticks(places, [_cut(names[place]) for place in places])
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(f"{label}, %")
-    axes.margins(x=0.06)
-    _legend_above(drawing, axes)
-    return drawing
-
-
-def draw_signal(values: Sequence[float], colour: str) -> Drawing:
-    """A small picture of a one-dimensional signal."""
-    drawing = Drawing(figsize=(1.8, 1.2), layout="constrained")
-    axes = drawing.subplots()
-    axes.plot(values, color=colour, linewidth=1.5)
-    axes.axis("off")
-    return drawing
-
-
-# -- the picture of a network
-
-
-@dataclass(frozen=True)
-class Design:
-    """What the picture of a multi-headed network says.
-
-    Args:
-        input_shape: of one example.
-        split_shape: of what every head reads.
-        output_shape: of the prediction.
-        split_at: the split point's name.
-        num_heads: K.
-        trunk: size of the trunk, in words; None where heads read the input.
-        head: size of one head, in words.
-        combine: how heads make one prediction, in words.
-    """
-
-    input_shape: tuple[int, ...]
-    split_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    split_at: str
-    num_heads: int
-    trunk: str | None
-    head: str
-    combine: str
-
-
-def draw_design(design: Design, colour: str) -> Drawing:
-    """Trunk and heads as boxes, with the shapes of what flows between them."""
-    shown = list(range(design.num_heads))
-    if design.num_heads > _MOST_HEADS:
-        shown = [0, 1, None, design.num_heads - 1]
-    height = float(len(shown))
-    drawing = Drawing(figsize=(_WIDTH, 0.5 + 0.72 * height), layout="constrained")
-    axes = drawing.subplots()
-    axes.axis("off")
-    axes.set_xlim(0, 10)
-    axes.set_ylim(height, 0)
-    middle, ink = height / 2, mpl.rcParams["text.color"]
-    _arrow(axes, (0.0, middle), (1.7, middle))
-    axes.text(1.65, middle - 0.08, f"input\n{_shape(design.input_shape)}", ha="right", va="bottom", **_SMALL)
-    trunk = min(1.4, height - 0.2)
-    _box(axes, (1.8, middle - trunk / 2), (2.4, trunk), ink, _trunk_text(design))
-    features = f"{_shape(design.split_shape)}\nat {design.split_at}"
-    axes.text(3.0, middle + trunk / 2 + 0.08, features, ha="center", va="top", **_SMALL)
-    for place, head in enumerate(shown):
-        centre = place + 0.5
-        if head is None:
-            axes.text(6.7, centre, f"… {design.num_heads} heads …", ha="center", va="center", **_SMALL)
-            continue
-        _box(axes, (5.5, place + 0.1), (2.4, 0.8), colour, f"head {head}\n{design.head}")
-        _arrow(axes, (4.3, middle), (5.4, centre))
-        _arrow(axes, (8.0, centre), (8.6, middle))
-    axes.text(8.7, middle, f"{design.combine}\n{_shape(design.output_shape)}", ha="left", va="center", **_SMALL)
-    return drawing
-
-
-def _trunk_text(design: Design) -> str:
-    return "no trunk:\nheads read\nthe input" if design.trunk is None else f"trunk\n{design.trunk}"
-
-
-def _box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], colour: str, text: str) -> None:
-    style = {"boxstyle": "round,pad=0,rounding_size=0.12", "mutation_aspect": 0.6, "linewidth": 1.5}
-    axes.add_patch(FancyBboxPatch(corner, *size, edgecolor=colour, facecolor="none", **style))
-    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", **_SMALL)
-
-
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    ink = mpl.rcParams["text.color"]
-    axes.annotate(
-        "", end, start, arrowprops={"arrowstyle": "->", "color": ink, "linewidth": 1, "shrinkA": 0, "shrinkB": 0}
-    )
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
-
-
-def _cut(name: str, most: int = 24) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
-
-
-def _legend_above(drawing: Drawing, axes: Axes) -> None:
-    """The legend above all panels, where it hides no mark."""
-    handles, labels = axes.get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside upper left", ncols=1 if len(labels) > 2 else 2, **_SMALL)

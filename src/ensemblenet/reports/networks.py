@@ -1,40 +1,33 @@
-"""The command `report`: one page about trained networks."""
+"""One page about trained networks: scores, curves, calibration, how heads differ, and on which examples."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from torch import Tensor, nn
+from lightning.pytorch import LightningDataModule
+from torch import nn
 
 from ensemblenet.cost import Cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
-from ensemblenet.evaluation.findings import FEWEST, Findings, agreeing, pairs, reliability, stopping
-from ensemblenet.evaluation.scoring import (
-    Scores,
-    Seen,
-    Split,
-    add_data_options,
-    chosen_data,
-    observe,
-    short_number,
-    table_columns,
-)
+from ensemblenet.evaluation.findings import FEWEST, Example, Findings, early_stopping, reliability
+from ensemblenet.evaluation.scoring import Scores, Seen, Split, observe
 from ensemblenet.inputs import InputSpec
-from ensemblenet.reports.figures import (
+from ensemblenet.metrics.diversity import same_class
+from ensemblenet.metrics.scores import SCORES, TASKS, meanings
+from ensemblenet.reports.class_names import readable_names
+from ensemblenet.reports.curves import Curve, read_curves
+from ensemblenet.reports.figures import Figure, draw_pairs
+from ensemblenet.reports.network_figures import (
     Design,
-    Line,
     Looks,
     Panel,
+    choose_looks,
     draw_classes,
     draw_curves,
     draw_design,
@@ -42,80 +35,45 @@ from ensemblenet.reports.figures import (
     draw_score_against_macs,
     draw_stopping,
 )
-from ensemblenet.reports.tables import Card, Cards, Figure, draw_pairs, write_page
+from ensemblenet.reports.page import Card, Cards, write_page
+from ensemblenet.reports.tables import scores_columns, short_number
 from ensemblenet.reports.thumbnails import glimpse, thumbnail
-from ensemblenet.storage.restore import MODEL_HELP, Restored, restore
-from ensemblenet.storage.runs import environment, quiet_lightning
+from ensemblenet.storage.restore import Restored
+from ensemblenet.storage.runs import environment
 
-__all__ = ["report"]
+__all__ = ["write_report"]
 
-_ORANGES = ("#f59e0b", "#b45309", "#facc15")  # of bases
-_BLUES = ("#3b82f6", "#10b981", "#a855f7", "#ec4899")  # of multi-headed models
-_SCORE = {"multiclass": ("accuracy", "top-1"), "multilabel": ("gap", "GAP@20")}
-_BEST = {"multiclass": "top-1", "multilabel": "Hit@1"}
-_OF_CLASS = {"multiclass": "accuracy", "multilabel": "average precision"}
-_MEANINGS = {
-    "multiclass": "ECE is the expected calibration error in 15 bins; Brier is the squared error of the probabilities, "
-    "summed over classes; disagree is the share of pairs of heads whose most likely classes differ.",
-    "multilabel": "GAP@20, mAP, Hit@1 and PERR are the YouTube-8M challenge's; NLL is summed over classes.",
-}
 _MOST_CLASSES = 24
-_THRESHOLDS = 40
 
 
-def report(arguments: Sequence[str]) -> Path:
+def write_report(
+    path: Path, networks: Sequence[Restored], data: Sequence[LightningDataModule], split: Split = "test"
+) -> None:
     """Evaluate trained networks and write a page about them.
 
     Args:
-        arguments: command-line arguments.
-
-    Returns:
-        The page's file.
+        path: the page's file; its folder is made if need be.
+        networks: of the same task and the same classes.
+        data: the examples for each network.
+        split: which of them.
 
     Raises:
-        LoadError: there is no model, no data, or the networks do not belong on one page.
-        FileExistsError: the file to write exists.
+        LoadError: the networks do not belong on one page, or the data does not fit them.
     """
-    options, changes = _parser().parse_known_args(arguments)
-    output: Path = options.output
-    if output.exists():
-        raise FileExistsError(f"{output} exists; --output needs a new file.")
-    quiet_lightning()
-    restored = [restore(folder) for folder in options.runs]
-    _check_alike(restored)
-    runs = []
-    for looks, one in zip(_looks(restored), restored, strict=True):
-        data = chosen_data(one, options.config, changes)
-        runs.append(_examine(looks, one, data, options.split))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _write(output, runs, options.split)
-    Console().print(f"Report: {output}", highlight=False, soft_wrap=True)
-    return output
-
-
-def _check_alike(restored: Sequence[Restored]) -> None:
-    first, *others = restored
+    first, *others = networks
     for other in others:
         if (other.task, other.num_classes(), other.classes) != (first.task, first.num_classes(), first.classes):
             raise LoadError(
                 f"{other.folder} does not belong on one page with {first.folder}: its task or its classes are others."
             )
+    converted = [isinstance(restored.network, EnsembleNet) for restored in networks]
+    looks = choose_looks([restored.name for restored in networks], converted)
+    runs = [_examine(*run, split) for run in zip(looks, networks, data, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, runs, split)
 
 
-def _looks(restored: Sequence[Restored]) -> list[Looks]:
-    """A name and a colour for each: without the time where that is clear, orange for bases."""
-    short = [re.sub(r"-\d{8}-\d{6}(-\d+)?$", "", one.name) for one in restored]
-    names = [name if short.count(name) == 1 else one.name for name, one in zip(short, restored, strict=True)]
-    counts = {_ORANGES: 0, _BLUES: 0}
-    looks = []
-    for name, one in zip(names, restored, strict=True):
-        colours = _BLUES if isinstance(one.network, EnsembleNet) else _ORANGES
-        looks.append(Looks(name, colours[counts[colours] % len(colours)]))
-        counts[colours] += 1
-    return looks
-
-
-# -- what is found out about a run
+# -- what is found out about a network
 
 
 @dataclass(frozen=True)
@@ -124,31 +82,15 @@ class _Run:
     restored: Restored
     rows: list[dict[str, Any]]
     findings: Findings
-    curves: Mapping[str, Line]
+    curves: Mapping[str, Curve]
+    classes: list[str]
 
     @property
     def network(self) -> nn.Module:
         return self.restored.network
 
-    @cached_property
-    def classes(self) -> list[str]:
-        return _readable(self.restored.classes) or [str(label) for label in range(self.restored.num_classes())]
 
-
-def _readable(classes: Sequence[str] | None) -> list[str]:
-    """ImageNet's class folders by their first English word, such as tench for n01440764; other names as they are."""
-    names = list(classes or [])
-    if not names or not all(re.fullmatch(r"n\d{8}", name) for name in names):
-        return names
-    from timm.data.imagenet_info import ImageNetInfo  # slow to import
-
-    info = ImageNetInfo("imagenet-22k")
-    known = set(info.label_names())
-    words = [info.label_name_to_description(name).partition(",")[0] if name in known else name for name in names]
-    return [word if words.count(word) == 1 else f"{word}, {name}" for word, name in zip(words, names, strict=True)]
-
-
-def _examine(looks: Looks, restored: Restored, data: Any, split: Split) -> _Run:
+def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split: Split) -> _Run:
     network = restored.network
     combine = network.combine if isinstance(network, EnsembleNet) else "logits"
     scores, findings = Scores(restored), Findings(combine, restored.task)
@@ -159,40 +101,73 @@ def _examine(looks: Looks, restored: Restored, data: Any, split: Split) -> _Run:
         findings.update(inputs, seen.outputs, seen.targets, seen.places)
 
     observe(restored, data, split, saw)
-    return _Run(looks, restored, scores.rows(), findings, _read_curves(restored.folder))
+    classes = readable_names(restored.classes or [str(label) for label in range(restored.num_classes())])
+    return _Run(looks, restored, scores.rows(), findings, read_curves(restored.folder), classes)
 
 
-def _read_curves(folder: Path) -> dict[str, Line]:
-    """What the run logged, by name: points (step, value). A resumed run replaces what it repeats."""
-    curves: dict[str, dict[int, float]] = {}
-    files = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
-    for path in files:
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for name, value in row.items():
-                    if value and name not in ("step", "epoch"):
-                        curves.setdefault(name, {})[int(row["step"])] = float(value)
-    return {name: sorted(points.items()) for name, points in curves.items()}
+# -- the page
 
 
-def _stopping_lines(run: _Run) -> tuple[Line, Line, tuple[float, float]]:
-    """Points (mean MACs, share of right examples in percent) of stopping early, by confidence and by agreement."""
-    heads, firsts = run.findings.heads, run.findings.firsts
-    macs = {row["num_heads"]: row["macs"] for row in run.rows}
-    several = len(heads.classes)
-    head = (macs[several] - macs[1]) / (several - 1) if several > 1 else 0.0
+def _write(path: Path, runs: Sequence[_Run], split: Split) -> None:
+    main = TASKS[runs[0].restored.task].main
+    score = SCORES[main]
+    lead = Figure(
+        "score_against_macs",
+        f"{score.heading[0].upper()}{score.heading[1:]} against MACs. Circles: whole networks; line: the first k heads "
+        "together; squares: single heads.",
+        lambda: draw_score_against_macs([(run.looks, run.rows) for run in runs], main, score.heading),
+    )
+    sections = {
+        "Network and training": [*_designs(runs), *_curves(runs)],
+        "Calibration and classes": [_reliability(runs), _classes(runs)],
+        "Heads": [*_pairs(runs), _stopping(runs)],
+        "Where heads disagree most": _examples(runs),
+    }
+    write_page(
+        path,
+        f"{' and '.join(run.looks.name for run in runs)}: {split} examples",
+        " ".join(_summary(run) for run in runs),
+        [row for run in runs for row in _table_rows(run)],
+        {heading: shown for heading, shown in sections.items() if shown},
+        _notes(runs, split),
+        environment(),
+        scores_columns(runs[-1].rows),
+        lead,
+        figure_files=False,
+    )
 
-    def point(stops: Tensor) -> tuple[float, float]:
-        used, right = stopping(stops, firsts.hits)
-        return macs[1] + (used - 1) * head, 100 * right
 
-    whole = point(torch.zeros_like(firsts.hits))
-    if several == 1:
-        return [], [], whole
-    levels = firsts.confidence[:-1].flatten().quantile(torch.linspace(0, 1, _THRESHOLDS)).tolist()
-    by_confidence = [*(point(firsts.confidence >= level) for level in levels), whole]
-    by_agreement = [point(agreeing(heads.classes, number)) for number in range(2, several)]
-    return by_confidence, by_agreement, whole
+def _table_rows(run: _Run) -> list[dict[str, Any]]:
+    """The whole network under the run's name, and below it its heads."""
+    whole, *others = run.rows
+    kind = "ours" if isinstance(run.network, EnsembleNet) else "base"
+    return [whole | {"method": run.looks.name, "kind": kind}, *others]
+
+
+def _summary(run: _Run) -> str:
+    main = TASKS[run.restored.task].main
+    whole, *others = run.rows
+    score = SCORES[main]
+    text = f"{run.looks.name}: {score.text(whole[main])} % {score.heading}, {short_number(whole['macs'])} MACs"
+    base = getattr(run.network, "base_cost", None)
+    if base is not None and base.macs:
+        text += f" ({whole['macs'] / base.macs:.2f} of its base's)"
+    heads = [row[main] for row in others if row["method"].startswith("head")]
+    if heads:
+        text += f"; {len(heads)} heads, one alone {score.text(sum(heads) / len(heads))} % on average"
+    return f"{text}."
+
+
+def _designs(runs: Sequence[_Run]) -> list[Figure | Cards]:
+    return [
+        Figure(
+            f"design_{number}",
+            f"{run.looks.name}: what is shared and what is not; parameters and MACs of the trunk and of one head.",
+            partial(draw_design, _design(run.network, run.restored), run.looks.colour),
+        )
+        for number, run in enumerate(runs)
+        if isinstance(run.network, EnsembleNet)
+    ]
 
 
 def _design(network: EnsembleNet, restored: Restored) -> Design:
@@ -215,76 +190,11 @@ def _size(cost: Cost) -> str:
     return f"{short_number(cost.parameters)} params\n{short_number(cost.macs)} MACs"
 
 
-# -- the page
-
-
-def _write(path: Path, runs: Sequence[_Run], split: Split) -> None:
-    task = runs[0].restored.task
-    names = " and ".join(run.looks.name for run in runs)
-    score, label = _SCORE[task]
-    lead = Figure(
-        "score_against_macs",
-        f"{label[0].upper()}{label[1:]} against MACs. Circles: whole networks; line: the first k heads together; "
-        "squares: single heads.",
-        lambda: draw_score_against_macs([(run.looks, run.rows) for run in runs], score, label),
-    )
-    sections = {
-        "Network and training": [*_designs(runs), *_curves(runs)],
-        "Calibration and classes": [_reliability(runs), _classes(runs)],
-        "Heads": [*_agreement(runs), _stopping(runs)],
-        "Where heads disagree most": _examples(runs),
-    }
-    write_page(
-        path,
-        f"{names}: {split} examples",
-        " ".join(_summary(run, runs) for run in runs),
-        [row for run in runs for row in _table_rows(run)],
-        {heading: shown for heading, shown in sections.items() if shown},
-        _notes(runs, split),
-        environment(),
-        table_columns(runs[-1].rows),
-        lead,
-        figure_files=False,
-    )
-
-
-def _table_rows(run: _Run) -> list[dict[str, Any]]:
-    """The whole network under the run's name, and below it its heads."""
-    whole, *others = run.rows
-    kind = "ours" if isinstance(run.network, EnsembleNet) else "base"
-    return [whole | {"method": run.looks.name, "kind": kind}, *others]
-
-
-def _summary(run: _Run, runs: Sequence[_Run]) -> str:
-    score, label = _SCORE[run.restored.task]
-    whole, *others = run.rows
-    text = f"{run.looks.name}: {100 * whole[score]:.2f} % {label}, {short_number(whole['macs'])} MACs"
-    base = getattr(run.network, "base_cost", None)
-    if base is not None and base.macs:
-        text += f" ({whole['macs'] / base.macs:.2f} of its base's)"
-    heads = [100 * row[score] for row in others if row["method"].startswith("head")]
-    if heads:
-        text += f"; {len(heads)} heads, one alone {sum(heads) / len(heads):.2f} % on average"
-    return f"{text}."
-
-
-def _designs(runs: Sequence[_Run]) -> list[Figure | Cards]:
-    return [
-        Figure(
-            f"design_{number}",
-            f"{run.looks.name}: what is shared and what is not; parameters and MACs of the trunk and of one head.",
-            partial(draw_design, _design(run.network, run.restored), run.looks.colour),
-        )
-        for number, run in enumerate(runs)
-        if isinstance(run.network, EnsembleNet)
-    ]
-
-
 def _curves(runs: Sequence[_Run]) -> list[Figure | Cards]:
-    score, label = _SCORE[runs[0].restored.task]
+    main = TASKS[runs[0].restored.task].main
     panels = [
         Panel("training loss", "train/loss"),
-        Panel(f"val {label}, %", f"val/{score}", f"val/head_{score}", 100),
+        Panel(f"val {SCORES[main].label}", f"val/{main}", f"val/head_{main}", SCORES[main].scale),
         Panel("val NLL", "val/nll"),
     ]
     panels = [panel for panel in panels if any(panel.curve in run.curves for run in runs)]
@@ -309,7 +219,7 @@ def _reliability(runs: Sequence[_Run]) -> Figure:
 
 
 def _classes(runs: Sequence[_Run]) -> Figure:
-    label = _OF_CLASS[runs[0].restored.task]
+    label = TASKS[runs[0].restored.task].of_class
     found = [run.findings.class_scores(len(run.classes)) for run in runs]
     counts = found[0][1]
     fewest = FEWEST if int((counts > 0).sum()) > _MOST_CLASSES else 1
@@ -332,12 +242,12 @@ def _classes(runs: Sequence[_Run]) -> Figure:
     return Figure("classes", caption, lambda: draw_classes(names, scores, label))
 
 
-def _agreement(runs: Sequence[_Run]) -> list[Figure | Cards]:
+def _pairs(runs: Sequence[_Run]) -> list[Figure | Cards]:
     return [
         Figure(
             f"agreement_{number}",
             f"{run.looks.name}: how often two heads have the same most likely class.",
-            partial(draw_pairs, {"pairs": (100 * pairs(run.findings.heads.classes)).tolist()}),
+            partial(draw_pairs, (100 * same_class(run.findings.heads.classes)).tolist()),
         )
         for number, run in enumerate(runs)
         if len(run.findings.heads.classes) > 1
@@ -345,8 +255,12 @@ def _agreement(runs: Sequence[_Run]) -> list[Figure | Cards]:
 
 
 def _stopping(runs: Sequence[_Run]) -> Figure:
-    label = _BEST[runs[0].restored.task]
-    lines = [(run.looks, *_stopping_lines(run)) for run in runs]
+    label = SCORES[TASKS[runs[0].restored.task].best].heading
+    macs = [{row["num_heads"]: row["macs"] for row in run.rows} for run in runs]
+    lines = [
+        (run.looks, *early_stopping(run.findings.heads, run.findings.firsts, costs))
+        for run, costs in zip(runs, macs, strict=True)
+    ]
     return Figure(
         "stopping",
         "Heads run one after another until the mean of those that ran is confident enough (line, one point for each "
@@ -368,17 +282,16 @@ def _examples(runs: Sequence[_Run]) -> list[Figure | Cards]:
     ]
 
 
-def _card(run: _Run, example: Any) -> Card:
-    def said(best: tuple[int, float]) -> str:
+def _card(run: _Run, example: Example) -> Card:
+    def text(best: tuple[int, float]) -> str:
         return f"{run.classes[best[0]]}, {100 * best[1]:.0f}\u00a0%"
 
-    labels = ", ".join(run.classes[label] for label in example.labels) or "none"
     return Card(
         thumbnail(example.inputs, run.restored.description.get("preprocessing"), run.looks.colour),
-        labels,
+        ", ".join(run.classes[label] for label in example.labels) or "none",
         [
-            f"ensemble: {said(example.ensemble)}",
-            *(f"head {k}: {said(best)}" for k, best in enumerate(example.heads)),
+            f"ensemble: {text(example.ensemble)}",
+            *(f"head {k}: {text(best)}" for k, best in enumerate(example.heads)),
             f"{example.divergence:.2f} nats, no. {example.place}",
         ],
     )
@@ -388,22 +301,8 @@ def _notes(runs: Sequence[_Run], split: Split) -> list[str]:
     counts = " and ".join(dict.fromkeys(f"{run.findings.count:,}" for run in runs))
     notes = [
         f"All scores are of the {counts} examples of the {split} split, in evaluation mode and float32. Shares are in "
-        f"percent, NLL is in nats. {_MEANINGS[runs[0].restored.task]}",
+        f"percent, NLL is in nats. {meanings(runs[0].rows[0].keys())}",
     ]
     if len({run.findings.count for run in runs}) > 1:
         notes.append("The runs were scored on different numbers of examples: compare them with care.")
     return notes
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ensemblenet report",
-        description="Evaluate trained networks and write one self-contained HTML page: scores of the whole, of single "
-        "heads and of the first heads; training curves, calibration, classes, how heads differ, and on what.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{MODEL_HELP}; several are shown together")
-    parser.add_argument("--split", choices=("val", "test"), default="test", help="which data (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="a new file (default: %(default)s)")
-    add_data_options(parser)
-    return parser

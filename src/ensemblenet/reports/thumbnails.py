@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ensemblenet.reports.figures import draw_signal
-from ensemblenet.reports.tables import Figure
+from ensemblenet.reports.figures import Figure
+from ensemblenet.reports.network_figures import draw_signal
 
 __all__ = ["glimpse", "thumbnail"]
 
@@ -38,7 +38,7 @@ def glimpse(inputs: Tensor, ndim: int) -> Tensor:
 
 
 def thumbnail(inputs: Tensor, preprocessing: Mapping[str, Any] | None, colour: str) -> dict[str, bytes]:
-    """A picture of one example, as PNG by theme, see [`ensemblenet.reports.tables.Card`][].
+    """A picture of one example, as PNG by theme, see [`ensemblenet.reports.page.Card`][].
 
     Args:
         inputs: as the network takes them: a signal (T,), an image (C, H, W), or four frames (C, 4, H, W).

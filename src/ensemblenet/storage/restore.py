@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
@@ -24,11 +23,11 @@ from ensemblenet.inputs import InputSpec
 from ensemblenet.storage.checkpoint import read_description
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.runs import CONFIG, write_json
+from ensemblenet.storage.specs import instantiate
 from ensemblenet.training.module import Classifier, ClassifierTask
 
 __all__ = [
     "DESCRIPTION",
-    "MODEL_HELP",
     "Describes",
     "Restored",
     "compare_classes",
@@ -38,8 +37,6 @@ __all__ = [
     "store",
     "stored_classes",
 ]
-
-MODEL_HELP = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
 
 DESCRIPTION = "data.json"  # in a run's folder as in that of a model
 _MODEL = "model"
@@ -135,7 +132,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None) ->
     config = yaml.safe_load((folder / CONFIG).read_text())
     if not (folder / _MODEL).is_dir():
         raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
-    network = _instantiate(nn.Module, config["model"]["base"], folder)
+    network = instantiate(nn.Module, config["model"]["base"])
     if config["model"]["conversion"] is not None:
         network = load(folder / _MODEL, network)
     else:
@@ -157,7 +154,7 @@ def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) ->
         raise LoadError(f"{restored.folder} is no run's folder and so does not know its data.")
     data = dict(restored.config["data"])
     data["init_args"] = {**(data.get("init_args") or {}), **(changes or {})}
-    made = _instantiate(LightningDataModule, data, restored.folder)
+    made = instantiate(LightningDataModule, data)
     expect_classes(restored.classes, made)
     return made
 
@@ -204,16 +201,6 @@ def _classes(described: Mapping[str, Any], folder: Path) -> list[str] | None:
     if classes is None or (isinstance(classes, list) and all(isinstance(name, str | int) for name in classes)):
         return classes
     raise LoadError(f"{folder}: the classes in {DESCRIPTION} must be a list of names, got {str(classes)[:40]}.")
-
-
-def _instantiate(kind: type, spec: Any, folder: Path) -> Any:
-    """Make what a stored configuration names by class_path and init_args."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--made", type=kind)
-    try:
-        return parser.instantiate(parser.parse_object({"made": spec}))["made"]
-    except (ArgumentError, ValueError) as error:
-        raise LoadError(f"{folder}: {error}") from error
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

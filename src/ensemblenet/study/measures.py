@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ensemblenet.functional import Task, codistillation
-from ensemblenet.metrics import HeadMetrics
-from ensemblenet.study.methods.losses import log_probabilities
+from ensemblenet.metrics.diversity import disagreement, divergence_from_ensemble, kl_between_heads, same_class
+from ensemblenet.metrics.heads import HeadMetrics
+from ensemblenet.metrics.scores import SCORES, TASKS
+from ensemblenet.metrics.tagging import TaggingMetrics
 
-__all__ = ["Measures", "kl_between_heads"]
+__all__ = ["Measures"]
 
 
 class Measures:
@@ -22,10 +25,11 @@ class Measures:
     | key | meaning |
     |---|---|
     | `error`, `head_errors` | of the prediction and of each head, in percent; for multilabel 100 (1 - GAP@20) |
-    | `nll`, `head_nll` | negative log-likelihood in nats, of the prediction and of a head, mean over heads |
-    | `ece` | expected calibration error of the prediction, 15 bins; multiclass only |
+    | `nll`, `ece`, ... | the other scores of the prediction that [`ensemblenet.metrics.scores`][] names |
+    | `head_nll` | negative log-likelihood of a head, mean over heads |
     | `disagreement` | share of pairs of heads whose most likely classes differ |
-    | `agreement` | mean divergence of heads from their mean, see [`ensemblenet.functional.divergence`][] |
+    | `pairs` | how often two heads have the same most likely class, in percent, K lists of K |
+    | `divergence` | mean KL divergence of the heads from the mean of their logits, in nats |
     | `head_kl` | mean KL(p_j || p_k) over pairs of heads j != k, in nats; 0 for one head |
 
     Args:
@@ -45,10 +49,11 @@ class Measures:
     def __init__(self, num_classes: int, num_heads: int, task: Task = "multiclass") -> None:
         self.task: Task = task
         self.num_heads = num_heads
-        kind = HeadMetrics if task == "multiclass" else _tagging_metrics()
+        kind = HeadMetrics if task == "multiclass" else TaggingMetrics
         self.together, self.heads = kind(num_classes, 1), kind(num_classes, num_heads)
         self.examples = 0
-        self.head_nll = self.disagreements = self.head_kl = 0.0
+        self.sums: dict[str, float] = defaultdict(float)
+        self.pairs = torch.zeros(num_heads, num_heads)
 
     def update(self, head_outputs: Tensor, prediction: Tensor, target: Tensor) -> None:
         """Add a batch: logits (K, N, C) and (N, C), and the targets that the loss takes."""
@@ -56,50 +61,29 @@ class Measures:
         self.together.update(prediction.unsqueeze(0), target)
         self.heads.update(z, target)
         self.examples += len(target)
-        self.head_nll += codistillation(z, target, 1.0, self.task, reduction="sum").item()
-        self.head_kl += kl_between_heads(z, self.task).item() * len(target)
         votes = z.argmax(2)
-        pairs = max(1, self.num_heads * (self.num_heads - 1))
-        self.disagreements += (votes[:, None] != votes).sum().item() / pairs
+        self.pairs += same_class(votes) * len(target)
+        for name, value in (
+            ("head_nll", codistillation(z, target, 1.0, self.task)),
+            ("disagreement", disagreement(votes).mean()),
+            ("divergence", divergence_from_ensemble(z, self.task).mean()),
+            ("head_kl", kl_between_heads(z, self.task)),
+        ):
+            self.sums[name] += value.item() * len(target)
 
     def compute(self) -> dict[str, Any]:
         """All values over all batches; see the class."""
         together, heads = self.together.compute(), self.heads.compute()
-        right = "accuracy" if self.task == "multiclass" else "gap"
-        values = {
-            "error": _error(together[right]),
-            "head_errors": [_error(heads[f"head_{right}_{k}"]) for k in range(self.num_heads)],
-            "nll": together["nll"].item(),
-            "head_nll": self.head_nll / self.examples,
-            "disagreement": self.disagreements / self.examples,
-            "agreement": heads["agreement"].item(),
-            "head_kl": self.head_kl / self.examples,
+        main = TASKS[self.task].main
+        others = [name for name, score in SCORES.items() if name in together and name != main and not score.of_several]
+        return {
+            "error": _error(together[main]),
+            "head_errors": [_error(heads[f"head_{main}_{k}"]) for k in range(self.num_heads)],
+            **{name: together[name].item() for name in others if not name.startswith("head_")},
+            **{name: total / self.examples for name, total in self.sums.items()},
+            "pairs": (100 * self.pairs / self.examples).tolist(),
         }
-        return values | ({"ece": together["ece"].item()} if "ece" in together else {})
-
-
-def kl_between_heads(head_outputs: Tensor, task: Task = "multiclass") -> Tensor:
-    """The mean of KL(p_j || p_k) over examples and pairs of heads j != k, in nats; 0 for a single head.
-
-    Args:
-        head_outputs: logits, shape (K, N, C).
-        task: "multiclass" or "multilabel", where it is summed over labels.
-
-    Example:
-        >>> kl_between_heads(torch.zeros(3, 2, 4)).item()
-        0.0
-    """
-    log_p = log_probabilities(head_outputs, task)
-    cross = torch.einsum("jnc,knc->jk", log_p.exp(), log_p)
-    pairs = max(1, len(log_p) * (len(log_p) - 1))
-    return (cross.diagonal()[:, None] - cross).sum() / (pairs * log_p.shape[1])
 
 
 def _error(right: Tensor) -> float:
     return 100 * (1 - right.item())
-
-
-def _tagging_metrics() -> type[Any]:
-    from ensemblenet.metrics.tagging import TaggingMetrics
-
-    return TaggingMetrics

@@ -1,4 +1,4 @@
-"""One cell of a study: one method trained once with one setting and one seed, and measured."""
+"""One trial of a study: a method trained once with one setting and one seed, and measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -15,16 +15,20 @@ from multiprocessing import get_context, parent_process
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule, seed_everything
 from torch import Tensor, nn
 
-from ensemblenet.errors import EnsembleNetError, TrainingError
+from ensemblenet._moved import renamed
+from ensemblenet.errors import LoadError, TrainingError
+from ensemblenet.storage.specs import instantiate, with_defaults
 from ensemblenet.study.measures import Measures
-from ensemblenet.study.methods import METHODS, Contender, Setup, Source
+from ensemblenet.study.methods import METHODS
+from ensemblenet.study.task import Setup, Source, TrainingTask
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
 
-__all__ = ["Cell", "Outcome", "Precision", "Workers", "instantiate", "run_cell", "train", "training_memory"]
+__all__ = ["Outcome", "Phase", "Precision", "Trial", "Workers", "run_trial", "train", "training_memory", "trial_key"]
+
+__getattr__ = renamed(__name__, {"Cell": "Trial", "run_cell": "run_trial"})
 
 Phase = Literal["tune", "test"]
 Precision = Literal["32", "bf16"]
@@ -32,7 +36,7 @@ Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """All that the outcome of one training depends on, as plain data.
 
     Args:
@@ -63,17 +67,17 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """A text that two cells share exactly if they are the same."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """A text that two trials share exactly if they are the same."""
+        return trial_key(asdict(self))
 
     def data_module(self) -> LightningDataModule:
-        """The data, set up; a process keeps those of its last cell."""
+        """The data, set up; a process keeps those of its last trial."""
         data: Any = _data_module(json.dumps(self.data))
         if self.data.get("init_args", {}).get("seed", 0) is None:
             data.seed = self.seed  # of data that asks for the run's own
         return data
 
-    def contender(self, example: Tensor) -> Contender:
+    def task(self, example: Tensor) -> TrainingTask:
         """The untrained network with its loss, for inputs like these, (N, *)."""
 
         def make_base() -> nn.Module:
@@ -86,7 +90,37 @@ class Cell:
         return made.to(memory_format=torch.channels_last) if example.ndim == 4 else made
 
 
-def run_cell(cell: Cell) -> Outcome:
+def trial_key(stored: Mapping[str, Any]) -> str:
+    """The key of a stored trial.
+
+    What a class or a setting has got since is filled in with its default, so that older studies go on.
+
+    Args:
+        stored: a trial as a dictionary.
+
+    Example:
+        >>> trial_key({"setup": {}, "device": "cpu"}) == trial_key({"setup": {"weight": 2.0}, "precision": "32"})
+        True
+    """
+    filled = {"device": "cpu", "precision": "32", **stored}
+    filled["setup"] = asdict(Setup()) | stored.get("setup", {})
+    filled["optimization"] = asdict(Optimization()) | stored.get("optimization", {})
+    for name in ("base", "data"):
+        filled[name] = json.loads(_complete(name, json.dumps(stored.get(name, {}))))
+    return json.dumps(filled, sort_keys=True)
+
+
+@lru_cache(maxsize=64)
+def _complete(name: str, spec: str) -> str:
+    kind = nn.Module if name == "base" else LightningDataModule
+    stored = json.loads(spec)
+    try:
+        return json.dumps(with_defaults(kind, stored)) if "class_path" in stored else spec
+    except LoadError:  # such a trial fails, and is found by what it says
+        return spec
+
+
+def run_trial(trial: Trial) -> Outcome:
     """Train and measure; an error is an outcome as well, so that a study goes on.
 
     Returns:
@@ -94,24 +128,25 @@ def run_cell(cell: Cell) -> Outcome:
         training; or `status` "failed" with the `reason`.
     """
     try:
-        data = cell.data_module()
-        example = _inputs(next(iter(data.train_dataloader()))).to(cell.device)
-        contender = cell.contender(example)
-        effort = train(contender, data, cell.optimization, cell.epochs, cell.seed, cell.precision)
-        loader = data.val_dataloader() if cell.phase == "tune" else data.test_dataloader()
-        return {"status": "done", **_measure(contender, loader, cell.setup.task, cell.precision), **effort}
+        data = trial.data_module()
+        example = _inputs(next(iter(data.train_dataloader()))).to(trial.device)
+        task = trial.task(example)
+        effort = train(task, data, trial.optimization, trial.epochs, trial.seed, trial.precision)
+        loader = data.val_dataloader() if trial.phase == "tune" else data.test_dataloader()
+        return {"status": "done", **_measure(task, loader, trial.setup.task, trial.precision), **effort}
     except Exception as error:
         return {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())}
 
 
 class Workers:
-    """Processes of one thread each that run cells; a context manager, as they end with it.
+    """Processes of one thread each that run trials; a context manager, as they end with it.
 
     Args:
-        number: how many processes; 0 runs the cells in this one, one after another.
+        number: how many processes; 0 runs the trials in this one, one after another.
     """
 
     def __init__(self, number: int) -> None:
+        self.number = number
         self.pool: ProcessPoolExecutor | None = None
         if number > 0:
             spawn = get_context("spawn")
@@ -124,17 +159,23 @@ class Workers:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def run(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Outcome]]:
-        """Give the outcome of each cell as soon as it is there.
+    def warm_up(self, data: Mapping[str, Any]) -> None:
+        """Let all processes start and read the data, while this one does something else."""
+        if self.pool is not None:
+            for _ in range(self.number):
+                self.pool.submit(_data_module, json.dumps(data))
+
+    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
+        """Give the outcome of each trial as soon as it is there.
 
         Raises:
             TrainingError: a worker died, as it does when memory ends.
         """
         if self.pool is None:
-            yield from ((cell, run_cell(cell)) for cell in cells)
+            yield from ((trial, run_trial(trial)) for trial in trials)
             return
         try:
-            pending = {self.pool.submit(run_cell, cell): cell for cell in cells}
+            pending = {self.pool.submit(run_trial, trial): trial for trial in trials}
             for outcome in as_completed(pending):
                 yield pending[outcome], outcome.result()
         except BrokenExecutor as error:
@@ -158,7 +199,7 @@ def _end_with_parent() -> None:
 
 
 def train(
-    contender: Contender,
+    task: TrainingTask,
     data: LightningDataModule,
     optimization: Optimization,
     epochs: int,
@@ -168,7 +209,7 @@ def train(
     """Train in place, without Lightning's cost per step, which is larger than a step of a small network.
 
     Args:
-        contender: what to train, on its device.
+        task: the network and its loss, on its device.
         data: a data module whose training batches begin with inputs and targets.
         optimization: optimizer and learning rate; all modules of the method are trained by it.
         epochs: passes over the training examples.
@@ -181,13 +222,13 @@ def train(
     Raises:
         TrainingError: the loss became non-finite.
     """
-    device = next(contender.parameters()).device
+    device = next(task.parameters()).device
     loader = data.train_dataloader()
     steps = epochs * len(loader)
-    optimizer = build_optimizer(contender, optimization)
+    optimizer = build_optimizer(task, optimization)
     schedule = build_schedule(optimizer, steps, optimization)
     started, started_cpu = time.perf_counter(), time.process_time()
-    contender.train()
+    task.train()
     step = 0
     for epoch in range(epochs):
         seed_everything((seed * 1_000_003 + epoch) % 2**32, verbose=False)
@@ -197,7 +238,7 @@ def train(
         for batch in loader:
             x, y = _inputs(batch).to(device), _targets(batch).to(device)
             with _autocast(device, precision):
-                loss = contender.loss(x, y, step / steps)
+                loss = task.loss(x, y, step / steps)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -209,24 +250,24 @@ def train(
     return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu}
 
 
-def training_memory(contender: Contender, x: Tensor, target: Tensor, optimization: Optimization) -> int:
+def training_memory(task: TrainingTask, x: Tensor, target: Tensor, optimization: Optimization) -> int:
     """The bytes that one training step holds: weights, gradients, optimizer state, and what backward needs.
 
-    It is counted, not measured: allocators and temporary results come on top. The contender is trained by one step.
+    It is counted, not measured: allocators and temporary results come on top. The network is trained by one step.
 
     Args:
-        contender: an untrained contender.
+        task: an untrained network and its loss.
         x: a training batch, (N, *).
         target: its targets.
         optimization: whose optimizer keeps the state.
 
     Example:
-        >>> contender = Contender(nn.Linear(4, 3), lambda z, y, progress: z.square().mean())
-        >>> training_memory(contender, torch.zeros(10, 4), torch.zeros(10), Optimization("sgd", momentum=0.0))
+        >>> task = TrainingTask(nn.Linear(4, 3), lambda z, y, progress: z.square().mean())
+        >>> training_memory(task, torch.zeros(10, 4), torch.zeros(10), Optimization("sgd", momentum=0.0))
         400
     """
-    optimizer = build_optimizer(contender, optimization)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in contender.parameters()}
+    optimizer = build_optimizer(task, optimization)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in task.parameters()}
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -236,37 +277,13 @@ def training_memory(contender: Contender, x: Tensor, target: Tensor, optimizatio
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = contender.train().loss(x, target, 1.0)
+        loss = task.train().loss(x, target, 1.0)
     loss.backward()
     optimizer.step()
     state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
-    gradients = [parameter.grad for parameter in contender.parameters() if parameter.grad is not None]
-    buffers = list(contender.buffers())
-    return sum(saved.values()) + sum(t.nbytes for t in (*contender.parameters(), *buffers, *gradients, *state))
-
-
-def instantiate(kind: type[Any], spec: dict[str, Any]) -> Any:
-    """Make what a `class_path` with `init_args` describes.
-
-    Args:
-        kind: what it must be an instance of.
-        spec: plain data with the two keys.
-
-    Raises:
-        TrainingError: the class does not take these arguments; user errors of its own pass.
-
-    Example:
-        >>> instantiate(nn.Module, {"class_path": "torch.nn.ReLU", "init_args": {"inplace": True}})
-        ReLU(inplace=True)
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "made", required=True)
-    try:
-        return parser.instantiate(parser.parse_object({"made": spec}))["made"]
-    except (ArgumentError, ValueError) as error:
-        if isinstance(error, EnsembleNetError):
-            raise
-        raise TrainingError(f"{spec['class_path']} cannot be made: {error}") from error
+    gradients = [parameter.grad for parameter in task.parameters() if parameter.grad is not None]
+    buffers = list(task.buffers())
+    return sum(saved.values()) + sum(t.nbytes for t in (*task.parameters(), *buffers, *gradients, *state))
 
 
 @lru_cache(maxsize=1)
@@ -278,22 +295,22 @@ def _data_module(spec: str) -> LightningDataModule:
 
 
 @torch.no_grad()
-def _measure(contender: Contender, loader: Iterable[Any], task: Any, precision: Precision) -> Outcome:
-    device = next(contender.parameters()).device
-    contender.eval()
+def _measure(task: TrainingTask, loader: Iterable[Any], kind: Any, precision: Precision) -> Outcome:
+    device = next(task.parameters()).device
+    task.eval()
     measures: Measures | None = None
     for batch in loader:
         with _autocast(device, precision):
-            outputs, prediction = contender(_inputs(batch).to(device))
+            outputs, prediction = task(_inputs(batch).to(device))
         if measures is None:
-            measures = Measures(outputs.shape[2], len(outputs), task)
+            measures = Measures(outputs.shape[2], len(outputs), kind)
         measures.update(outputs, prediction, _targets(batch))
     if measures is None:
         raise TrainingError("There are no examples to measure on.")
     values = measures.compute()
     if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
         raise TrainingError("The trained network's outputs are not finite.")
-    students = contender.students or range(len(values["head_errors"]))
+    students = task.students or range(len(values["head_errors"]))
     return values | {"head_error": sum(values["head_errors"][k] for k in students) / len(students)}
 
 

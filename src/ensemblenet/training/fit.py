@@ -1,4 +1,4 @@
-"""The command `fit`: train from a YAML file, and go on where a run was killed."""
+"""Train from a YAML file, and go on where a run was killed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from ensemblenet.data import __all__ as data_modules
 from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
-from ensemblenet.reports.tables import results_table
 from ensemblenet.storage.restore import expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CHECKPOINT,
@@ -89,9 +88,6 @@ def fit(arguments: Sequence[str]) -> Path:
     store(module, data, folder)
     row = _row(module, metrics, cli.config["seed_everything"])
     write_json(folder / RESULTS, {"rows": [row]})
-    console = Console()
-    console.print(results_table([row]))
-    console.print(f"Results and logs: {folder}", highlight=False, soft_wrap=True)
     return folder
 
 

@@ -8,16 +8,13 @@ import re
 import pytest
 import torch
 
-from ensemblenet.study.methods.losses import (
-    co_training,
-    gated_mean,
-    kdcl,
-    log_probabilities,
-    mutual,
-    okddip,
-    one,
-    ramp_up,
-)
+from ensemblenet.metrics.diversity import log_probabilities
+from ensemblenet.study.methods.co_training import co_training
+from ensemblenet.study.methods.dml import mutual
+from ensemblenet.study.methods.kdcl import kdcl
+from ensemblenet.study.methods.losses import ramp_up
+from ensemblenet.study.methods.okddip import okddip
+from ensemblenet.study.methods.one import gated_mean, one
 
 K, N, C, D = 4, 5, 3, 2
 T = 2.5

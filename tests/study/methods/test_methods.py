@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.study.methods import METHODS, Setup, Source
-from ensemblenet.study.methods import losses as peers
+from ensemblenet.study.methods.co_training import co_training
+from ensemblenet.study.methods.okddip import okddip
 
 X = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 4, 5])
@@ -28,17 +29,17 @@ def built():
 
 @pytest.mark.parametrize("key", METHODS)
 def test_every_method_trains_all_its_parameters_and_predicts(key):
-    contender = METHODS[key].build(source(), SETUP).train()
-    contender.loss(X, Y, 0.5).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in contender.parameters())
-    outputs, prediction = contender.eval()(X)
+    task = METHODS[key].build(source(), SETUP).train()
+    task.loss(X, Y, 0.5).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
+    outputs, prediction = task.eval()(X)
     assert outputs.shape == ((1 if key in SINGLE else 3), 6, 10)
     assert prediction.shape == (6, 10)
     assert METHODS[key].several == (key not in SINGLE)
 
 
 def test_costs(built):
-    costs = {key: contender.cost(X[:1]) for key, contender in built.items()}
+    costs = {key: task.cost(X[:1]) for key, task in built.items()}
     base = costs["base"]
     for key in set(METHODS) - {"deep_ensemble_of_bases", "one"}:
         assert costs[key].parameters <= (1 if key == "base" else 0.9) * base.parameters, key
@@ -64,23 +65,23 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(key):
 
 @pytest.mark.parametrize("key", sorted(SINGLE))
 def test_single_networks_have_cross_entropy(key, built):
-    contender = built[key].eval()
-    assert contender.loss(X, Y, 0.0).item() == pytest.approx(F.cross_entropy(contender.network(X), Y).item())
+    task = built[key].eval()
+    assert task.loss(X, Y, 0.0).item() == pytest.approx(F.cross_entropy(task.network(X), Y).item())
 
 
 @pytest.mark.parametrize(("key", "weight"), [("joint", 0.0), ("independent", 1.0), ("codistillation", 3.0)])
 def test_the_weights_of_co_distillation(key, weight, built):
-    contender = built[key].eval()
-    z = contender.network(X, per_head=True)
+    task = built[key].eval()
+    z = task.network(X, per_head=True)
     whole, heads = F.cross_entropy(z.mean(0), Y), sum(F.cross_entropy(z_k, Y) for z_k in z) / 3
-    assert contender.loss(X, Y, 0.0).item() == pytest.approx(((1 - weight) * whole + weight * heads).item(), rel=1e-4)
+    assert task.loss(X, Y, 0.0).item() == pytest.approx(((1 - weight) * whole + weight * heads).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("key", ["deep_ensemble", "deep_ensemble_of_bases"])
 def test_networks_of_a_deep_ensemble_learn_as_if_each_were_alone(key):
-    contender = METHODS[key].build(source(), SETUP).train()
-    contender.loss(X, Y, 0.0).backward()
-    for network in contender.network.heads:
+    task = METHODS[key].build(source(), SETUP).train()
+    task.loss(X, Y, 0.0).backward()
+    for network in task.network.heads:
         together = [p.grad.clone() for p in network.parameters()]
         network.zero_grad()
         F.cross_entropy(network(X), Y).backward()
@@ -89,10 +90,10 @@ def test_networks_of_a_deep_ensemble_learn_as_if_each_were_alone(key):
 
 
 def test_one_predicts_by_its_gate():
-    contender = METHODS["one"].build(source(), SETUP).eval()
-    torch.nn.init.normal_(contender.gate[0].weight, std=5.0)  # far from the same weight for all heads
-    outputs, prediction = contender(X)
-    gate = contender.gate(contender.network.trunk(X).mean(2))
+    task = METHODS["one"].build(source(), SETUP).eval()
+    torch.nn.init.normal_(task.gate[0].weight, std=5.0)  # far from the same weight for all heads
+    outputs, prediction = task(X)
+    gate = task.gate(task.network.trunk(X).mean(2))
     assert gate.shape == (6, 3)
     assert gate.max() > 0.5
     expected = sum(gate[:, k, None] * outputs[k] for k in range(3))
@@ -101,39 +102,39 @@ def test_one_predicts_by_its_gate():
 
 def test_one_and_okddip_ramp_their_distillation_up(built):
     for key in ("one", "okddip"):
-        contender = built[key].eval()
-        early, late, end = (contender.loss(X, Y, progress).item() for progress in (0.0, 80 / 300, 1.0))
+        task = built[key].eval()
+        early, late, end = (task.loss(X, Y, progress).item() for progress in (0.0, 80 / 300, 1.0))
         assert early < late == end
 
 
 def test_okddip_reads_what_enters_the_classifiers():
-    contender = METHODS["okddip"].build(source(), SETUP).eval()
-    for projection in (contender.query, contender.key):
+    task = METHODS["okddip"].build(source(), SETUP).eval()
+    for projection in (task.query, task.key):
         torch.nn.init.normal_(projection.weight, std=5.0)  # far from the same attention for all peers
     features = []
-    for head in contender.network.heads:
+    for head in task.network.heads:
         head.classifier.register_forward_pre_hook(lambda layer, inputs: features.append(inputs[0]))
-    actual = contender.loss(X, Y, 1.0)
-    outputs, prediction = contender(X)
+    actual = task.loss(X, Y, 1.0)
+    outputs, prediction = task(X)
     projected = torch.stack(features[:2])
-    expected = peers.okddip(outputs, contender.query(projected), contender.key(projected), Y)
+    expected = okddip(outputs, task.query(projected), task.key(projected), Y)
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(prediction, outputs.mean(0))
-    assert contender.students == (2,)
+    assert task.students == (2,)
 
 
 def test_co_training_warms_up(built):
-    contender = built["co_training"].eval()
-    z = contender.network(X, per_head=True)
+    task = built["co_training"].eval()
+    z = task.network(X, per_head=True)
     for progress, ramp in ((0.0, 0.0), (20 / 300, 0.5), (40 / 300, 1.0), (1.0, 1.0)):
-        expected = peers.co_training(z, Y, weight=0.5, ramp=ramp)
-        torch.testing.assert_close(contender.loss(X, Y, progress), expected)
+        expected = co_training(z, Y, weight=0.5, ramp=ramp)
+        torch.testing.assert_close(task.loss(X, Y, progress), expected)
 
 
 def test_multilabel_targets():
     labels = torch.randint(2, (6, 10), generator=torch.Generator().manual_seed(1))
     for key in set(METHODS) - {"kdcl"}:
-        contender = METHODS[key].build(source(), Setup(num_heads=2, budget=0.9, task="multilabel"))
-        assert contender.loss(X, labels, 0.5).isfinite(), key
+        task = METHODS[key].build(source(), Setup(num_heads=2, budget=0.9, task="multilabel"))
+        assert task.loss(X, labels, 0.5).isfinite(), key
     with pytest.raises(RuntimeError, match="KDCL's teacher is made of each example's one true class"):
         METHODS["kdcl"].build(source(), Setup(task="multilabel"))

@@ -1,0 +1,71 @@
+"""The command `benchmark`: how fast the heads of a network run, one by one, fused, and compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ensemblenet import convert, fuse
+from ensemblenet.cli.options import add_base, base_of, command_parser, positive_integer
+from ensemblenet.heads import tune
+from ensemblenet.inputs import InputSpec
+from ensemblenet.timing import measure, step
+
+__all__ = ["benchmark"]
+
+
+def benchmark(arguments: Sequence[str]) -> None:
+    """Time a network, and the model that it converts to with its heads run in each way.
+
+    Args:
+        arguments: command-line arguments.
+
+    Raises:
+        ConversionError: there is no such network, or it cannot be converted.
+    """
+    parser = command_parser(
+        "benchmark",
+        "Time a network and its conversion, whose heads run one after another (looped) or as one (fused), in turns "
+        "on random inputs. It trains nothing.",
+    )
+    add_base(parser)
+    parser.add_argument("--batch-size", type=positive_integer, default=64, help="N (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive_integer, default=7, help="of each (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="also under torch.compile, which takes minutes")
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    base, x = base_of(options)
+    looped = convert(base, x, options.num_heads, options.budget).to(options.device)
+    models: dict[str, nn.Module] = {"base": base.to(options.device), "looped": looped}
+    models["fused"] = fused = fuse(copy.deepcopy(looped))
+    batch = InputSpec.of(x).random(options.batch_size).to(options.device)
+    table = Table(title=f"{options.model}, {options.num_heads} heads, {torch.get_num_threads()} threads")
+    table.add_column("")
+    names = [*models, *(f"{name}, compiled" for name in models if options.compile)]
+    for name in names:
+        table.add_column(f"{name}\nms", justify="right")
+    for title, inputs, training in (
+        ("prediction of 1", batch[:1], False),
+        (f"prediction of {len(batch)}", batch, False),
+        (f"training step of {len(batch)}", batch, True),
+    ):
+        tune(fused.train(training), inputs)
+        steps = {name: step(model.train(training), inputs) for name, model in models.items()}
+        if options.compile:
+            torch.compiler.reset()
+            for name, model in models.items():
+                twin = copy.deepcopy(model)
+                twin.compile()
+                steps[f"{name}, compiled"] = step(twin, inputs)
+        seconds = measure(steps, options.repeats)
+        cells = (f"{1000 * seconds[name]:.1f} ({seconds[name] / seconds['base']:.2f}x)" for name in names)
+        table.add_row(title, *cells)
+    console = Console()
+    console.print(table)
+    note = f"medians of {options.repeats}, taken in turns; in brackets: against the base. fit chooses by itself."
+    console.print(note, style="dim", highlight=False)

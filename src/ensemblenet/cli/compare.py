@@ -1,0 +1,127 @@
+"""The command `compare`: every method with the same effort, and one page that says who wins."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningDataModule
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
+
+from ensemblenet.errors import TrainingError
+from ensemblenet.reports.comparison import PAGE, comparison_table, summary
+from ensemblenet.storage.runs import CONFIG, aside, create_run_folder
+from ensemblenet.study.compare import Watcher, run_study
+from ensemblenet.study.settings import Study, study_of
+from ensemblenet.study.trials import Outcome, Phase, Trial
+
+__all__ = ["compare", "progress", "read_study"]
+
+_DESCRIPTION = """Train every method on the same data with the same effort, and show who wins and by how much.
+
+It needs a YAML file: `ensemblenet compare --config configs/compare/mnist1d.yaml`. Every setting of the file is also
+an option below. `base` and `data` take a class_path with init_args, your own classes too if their folder is on
+PYTHONPATH. Learning rate and weight decay are tuned for each method on validation examples, with the same number of
+trials; then each is trained with several seeds and tested once, after the last epoch. The run gets a folder of its own
+under --runs with every finished trial, results.json, results.csv, figures and a page; a killed study goes on with
+--resume FOLDER. docs/compare.md has the details.
+"""
+
+
+def compare(arguments: Sequence[str]) -> Path:
+    """Run a study from a configuration, or go on with one.
+
+    Args:
+        arguments: command-line arguments.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        TrainingError: bad arguments, nothing to resume, or what [`ensemblenet.study.compare.run_study`][] raises.
+    """
+    study, plain = read_study(arguments)
+    folder = Path(plain["resume"]) if plain["resume"] else create_run_folder(Path(plain["runs"]), plain["name"])
+    with aside(folder / CONFIG) as unfinished:
+        stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "workers")}
+        unfinished.write_text(yaml.safe_dump(stored, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    console = Console()
+    console.print(
+        f"Finished trials are kept in {folder}; a killed study goes on with --resume {folder}", soft_wrap=True
+    )
+    with progress() as watch:
+        rows = run_study(folder, study, plain["workers"], watch=watch)
+    console.print(comparison_table(rows, title=plain["name"]))
+    console.print(summary(rows, study.task), highlight=False, soft_wrap=True)
+    console.print(f"Page, figures, results.json and results.csv: {folder / PAGE}", highlight=False, soft_wrap=True)
+    return folder
+
+
+@contextmanager
+def progress() -> Iterator[Watcher]:
+    """Shows how far a study is; yields what [`ensemblenet.study.compare.run_study`][] takes as `watch`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bars:
+        phases = {}
+
+        def watch(phase: Phase, done: int, total: int, trial: Trial | None, outcome: Outcome | None) -> None:
+            if phase not in phases:
+                phases[phase] = bars.add_task({"tune": "Tuning", "test": "Testing"}[phase])
+            bars.update(phases[phase], completed=done, total=total)
+            if trial and outcome and outcome["status"] == "failed":
+                line = f"failed: {trial.name}, seed {trial.seed}: {outcome['reason']}"
+                bars.console.print(line, markup=False, soft_wrap=True)
+
+        yield watch
+
+
+def read_study(arguments: Sequence[str]) -> tuple[Study, dict[str, Any]]:
+    """The study that arguments and their configuration describe, and all settings as plain data.
+
+    Raises:
+        TrainingError: bad arguments, or nothing to resume.
+    """
+    parser = _parser()
+    try:
+        options = parser.parse_args(_with_stored_config(list(arguments)))
+    except ArgumentError as error:
+        raise TrainingError(str(error)) from error
+    plain = yaml.safe_load(parser.dump(options, skip_unset=False))
+    if plain["workers"] < 0:
+        raise TrainingError(f"--workers must be at least 0, got {plain['workers']}.")
+    study = study_of(plain)
+    study.candidates()
+    return study, plain
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="ensemblenet compare", description=_DESCRIPTION, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file with any of these settings")
+    parser.add_argument("--name", default="compare", help="begins the name of the run's folder")
+    parser.add_argument("--runs", default="runs", help="where run folders are made")
+    parser.add_argument("--resume", type=str | None, help="go on with a killed study: its folder")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0 trains in this one")
+    parser.add_subclass_arguments(nn.Module, "base", required=True)
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+    parser.add_class_arguments(Study, skip={"base", "data"})
+    return parser
+
+
+def _with_stored_config(arguments: list[str]) -> list[str]:
+    """The arguments, behind the configuration of the study that they resume."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume")
+    resume = finder.parse_known_args(arguments)[0].resume
+    if resume is None:
+        return arguments
+    stored = Path(resume, CONFIG)
+    if not stored.is_file():
+        raise TrainingError(f"{resume} is no folder of a study: it has no {CONFIG}. Give one under runs/.")
+    return ["--config", str(stored), *arguments]

@@ -1,0 +1,56 @@
+"""The command `convert`: convert a network and save it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ensemblenet import convert as convert_network
+from ensemblenet import save
+from ensemblenet.cli.options import add_base, base_of, command_parser
+from ensemblenet.errors import ConversionError
+from ensemblenet.reports.tables import MACS_NOTE
+
+__all__ = ["convert"]
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Convert a network and save it.
+
+    Args:
+        arguments: command-line arguments.
+
+    Raises:
+        ConversionError: the output exists, there is no such network, or it cannot be converted.
+    """
+    parser = command_parser(
+        "convert",
+        "Convert a network into a multi-headed one with fresh weights, and save it. It needs no data.",
+        MACS_NOTE,
+    )
+    add_base(parser)
+    parser.add_argument("--output", type=Path, required=True, help="the folder to create")
+    parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.output.exists():
+        raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
+    base, x = base_of(options)
+    model = convert_network(base, x, options.num_heads, options.budget, options.split_at, options.seed)
+    save(model, options.output)
+    assert model.cost is not None
+    assert model.base_cost is not None
+    assert model.recipe is not None
+    table = Table(title=f"{options.model}, split at {model.recipe.split_at}", caption=MACS_NOTE)
+    table.add_column()
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    table.add_row("base", f"{model.base_cost.parameters:,}", f"{model.base_cost.macs:,.0f}")
+    table.add_row(f"{model.num_heads} heads", f"{model.cost.parameters:,}", f"{model.cost.macs:,.0f}")
+    table.add_row("share", *(f"{share:.1%}" for share in model.cost.share_of(model.base_cost)))
+    console = Console()
+    console.print(table)
+    console.print(f"Saved to {options.output}; load it with ensemblenet.load.", highlight=False)

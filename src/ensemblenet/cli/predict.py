@@ -1,0 +1,149 @@
+"""The command `predict`: what a trained network says of examples, and how far its heads agree."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from ensemblenet.cli.options import (
+    add_data,
+    add_split,
+    add_trained_models,
+    check_new,
+    command_parser,
+    positive_integer,
+)
+from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import LoadError
+from ensemblenet.evaluation.files import InputFiles, Reader, find_files, reader_of
+from ensemblenet.evaluation.predictions import Names, PredictionFile
+from ensemblenet.evaluation.scoring import Seen, chosen_data, observe
+from ensemblenet.evaluation.submission import write_submission
+from ensemblenet.storage.restore import Restored, restore
+from ensemblenet.storage.runs import quiet_lightning
+from ensemblenet.training.module import seen_outputs
+
+__all__ = ["predict"]
+
+_MOST_LINES = 10
+
+
+def predict(arguments: Sequence[str]) -> Path:
+    """Predict examples and write a file.
+
+    Args:
+        arguments: command-line arguments.
+
+    Returns:
+        The file.
+
+    Raises:
+        LoadError: there is no model to load, or no data that fits it.
+        DataError: files that are missing, damaged or of another kind.
+        FileExistsError: the file to write exists.
+    """
+    options, changes = _parser().parse_known_args(arguments)
+    check_new(options.output)
+    restored = restore(options.model)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    if options.data is None:
+        _predict_split(restored, options, changes)
+    elif changes:
+        raise LoadError(f"{changes[0]} is for the data of a run; it does not go with --data.")
+    elif (reader := reader_of(restored)) is not None:
+        _predict_files(restored, reader, options)
+    else:
+        write_submission(
+            restored,
+            options.data,
+            options.output,
+            options.top,
+            options.batch_size,
+            options.on_damage,
+            options.sample_frames,
+        )
+    return options.output
+
+
+def _predict_split(restored: Restored, options: argparse.Namespace, changes: Sequence[str]) -> None:
+    data = chosen_data(restored, options.config, changes)
+    name = data.example_name if isinstance(data, Names) else lambda split, place: str(place)
+    quiet_lightning()
+    with PredictionFile(options.output, restored) as file:
+
+        def saw(seen: Seen) -> None:
+            ids = [name(options.split, place) for place in seen.places]
+            file.write(ids, seen.outputs, seen.targets if restored.task == "multiclass" else None)
+
+        observe(restored, data, options.split, saw)
+    Console().print(f"{file.count:,} examples: {options.output}", highlight=False, soft_wrap=True)
+
+
+def _predict_files(restored: Restored, reader: Reader, options: argparse.Namespace) -> None:
+    files = InputFiles(find_files(options.data, reader.suffixes), reader.read)
+    batches = files.batches(options.batch_size, options.num_workers)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network, ndim = restored.network.to(device), len(restored.input_shape) + 1
+    skipped: list[str] = []
+    with PredictionFile(options.output, restored) as file:
+        for paths, inputs, unreadable in track(batches, "Predicting", transient=True):
+            if unreadable and options.on_damage == "error":
+                raise DataError(unreadable[0])
+            skipped += unreadable
+            if paths:
+                with torch.inference_mode():
+                    outputs = seen_outputs(network, inputs.to(device), ndim, restored.task)
+                file.write(paths, outputs.float().cpu())
+    console = Console()
+    for line in skipped[:_MOST_LINES]:
+        console.print(f"Skipped {line}", highlight=False, soft_wrap=True, markup=False)
+    more = f", {len(skipped):,} skipped" if skipped else ""
+    console.print(f"{file.count:,} files{more}: {options.output}", highlight=False, soft_wrap=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "predict",
+        "Predict examples with a trained network: those of --data, or without it a split of the data that "
+        "the network was trained on.",
+        "The file has a row for each example: id, label where it is known, predicted class, its probability, "
+        "the spread of that probability over heads, the share of pairs of heads that disagree, and the probabilities "
+        "of all classes. For files of YouTube-8M it is instead the CSV file of a submission to the challenge.",
+        allow_abbrev=False,
+    )
+    add_trained_models(parser)
+    parser.add_argument("--output", type=Path, required=True, help="the .csv or .parquet file to create")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        help="images or videos: files or folders. TFRecord files of YouTube-8M: files, folders or patterns such as "
+        "'test*.tfrecord', remote ones too",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_integer, default=64, help="of --data, examples at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        default=2,
+        help="processes that read images or videos; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on-damage", choices=("error", "skip"), default="error", help="for damaged examples (default: %(default)s)"
+    )
+    split = parser.add_argument_group("without --data")
+    add_split(split)
+    add_data(split)
+    tags = parser.add_argument_group("for YouTube-8M")
+    tags.add_argument("--top", type=positive_integer, default=20, help="classes a video (default: %(default)s)")
+    tags.add_argument(
+        "--sample-frames",
+        action="store_true",
+        help="for a saved model of frames: spread its frames over the whole video; a run's folder knows this itself",
+    )
+    return parser

@@ -1,0 +1,49 @@
+"""The command `report`: one page about trained networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ensemblenet.cli.options import add_data, add_split, add_trained_models, check_new, command_parser
+from ensemblenet.evaluation.scoring import chosen_data
+from ensemblenet.reports.networks import write_report
+from ensemblenet.storage.restore import restore
+from ensemblenet.storage.runs import quiet_lightning
+
+__all__ = ["report"]
+
+
+def report(arguments: Sequence[str]) -> Path:
+    """Evaluate trained networks and write a page about them.
+
+    Args:
+        arguments: command-line arguments.
+
+    Returns:
+        The page's file.
+
+    Raises:
+        LoadError: there is no model, no data, or the networks do not belong on one page.
+        FileExistsError: the file to write exists.
+    """
+    parser = command_parser(
+        "report",
+        "Evaluate trained networks and write one self-contained HTML page: scores of the whole, of single heads and "
+        "of the first heads; training curves, calibration, classes, how heads differ, and on what.",
+        allow_abbrev=False,
+    )
+    add_trained_models(parser, several=True)
+    add_split(parser)
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="a new file (default: %(default)s)")
+    add_data(parser)
+    options, changes = parser.parse_known_args(arguments)
+    check_new(options.output)
+    quiet_lightning()
+    networks = [restore(folder) for folder in options.runs]
+    data = [chosen_data(restored, options.config, changes) for restored in networks]
+    write_report(options.output, networks, data, options.split)
+    Console().print(f"Report: {options.output}", highlight=False, soft_wrap=True)
+    return options.output

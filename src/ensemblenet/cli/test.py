@@ -1,0 +1,68 @@
+"""The command `test`: how good a trained network is on test data, its heads alone, and its first heads together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ensemblenet.cli.options import add_data, add_trained_models, check_new, command_parser
+from ensemblenet.evaluation.scoring import Split, chosen_data, score
+from ensemblenet.metrics.scores import meanings
+from ensemblenet.reports.tables import results_table, scores_columns
+from ensemblenet.storage.restore import restore
+from ensemblenet.storage.runs import environment, quiet_lightning, write_json
+
+__all__ = ["score_split", "test"]
+
+
+def test(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Score a trained network on test examples, print a table, and write a file if asked.
+
+    Args:
+        arguments: command-line arguments.
+
+    Returns:
+        The rows of the table, see [`ensemblenet.evaluation.scoring.score`][].
+
+    Raises:
+        LoadError: there is no model, no data, or the data has other classes.
+        FileExistsError: the file to write exists.
+    """
+    return score_split("test", "test", arguments)
+
+
+def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The commands `test` and `validate`.
+
+    Args:
+        name: of the command.
+        split: "val" or "test".
+        arguments: command-line arguments.
+    """
+    parser = command_parser(
+        name,
+        f"Score a trained network on {'test' if split == 'test' else 'validation'} examples: the whole model, each "
+        "head alone, and the first heads together. It needs the folder of a run of `fit`, which knows its data, or a "
+        "saved model and a data module.",
+        f"{meanings(('nll', 'ece', 'brier', 'disagreement'))} Shares are in percent.",
+        allow_abbrev=False,
+    )
+    add_trained_models(parser)
+    add_data(parser)
+    parser.add_argument("--output", type=Path, help="a new JSON file for the scores")
+    options, changes = parser.parse_known_args(arguments)
+    if options.output:
+        check_new(options.output)
+    restored = restore(options.model)
+    quiet_lightning()
+    rows = score(restored, chosen_data(restored, options.config, changes), split)
+    console = Console()
+    console.print(results_table(rows, f"{restored.name}, {split}; shares in %", scores_columns(rows)))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.output, {"split": split, "rows": rows, "environment": environment()})
+        console.print(f"Scores: {options.output}", highlight=False, soft_wrap=True)
+    return rows

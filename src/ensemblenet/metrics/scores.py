@@ -1,0 +1,132 @@
+"""The one table of scores: what each is called, how it is shown, and which way is better.
+
+Tables, pages, cards and commands read it, and show those scores that they were given. A score of your own is a row here
+and a line where it is computed, in `metrics/heads.py` or `metrics/tagging.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ensemblenet.functional import Task
+
+__all__ = ["IN_PERCENT", "SCORES", "TASKS", "Score", "TaskScores", "in_row", "meanings", "row_scale"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a score is shown.
+
+    Args:
+        heading: in tables.
+        meaning: what it is, for captions, after "is".
+        scale: shown is the value times this.
+        digits: behind the point.
+        unit: of what is shown.
+        lower_is_better: or not; None where neither is better.
+        of_several: a single head has none.
+
+    Example:
+        >>> SCORES["accuracy"].text(0.98604), SCORES["accuracy"].label
+        ('98.60', 'top-1, %')
+    """
+
+    heading: str
+    meaning: str
+    scale: float = 1.0
+    digits: int = 2
+    unit: str = ""
+    lower_is_better: bool | None = False
+    of_several: bool = False
+
+    @property
+    def label(self) -> str:
+        """The heading with the unit."""
+        return f"{self.heading}, {self.unit}" if self.unit else self.heading
+
+    def text(self, value: float) -> str:
+        """A value as it is shown."""
+        return f"{self.scale * value:.{self.digits}f}"
+
+
+def _share(heading: str, meaning: str, of_several: bool = False, lower_is_better: bool | None = False) -> Score:
+    return Score(heading, meaning, 100, 2, "%", lower_is_better, of_several)
+
+
+SCORES = {
+    # of a metric's values
+    "accuracy": _share("top-1", "the share of examples whose most likely class is right"),
+    "top5": _share("top-5", "the share of examples whose class is among the five most likely"),
+    "gap": _share("GAP@20", "the average precision of one list with the 20 best predictions of every video"),
+    "map": _share("mAP", "the mean over classes of the average precision"),
+    "hit1": _share("Hit@1", "the share of videos whose best prediction is right"),
+    "perr": _share("PERR", "the precision among as many predictions as a video has labels"),
+    "nll": Score("NLL", "the negative log-likelihood, for labels summed over them", 1, 4, "nats", True),
+    "ece": Score("ECE", "the expected calibration error in 15 bins", 1, 4, lower_is_better=True),
+    "brier": Score("Brier", "the squared error of the probabilities, summed over classes", 1, 4, lower_is_better=True),
+    "disagreement": _share("disagree", "the share of pairs of heads whose most likely classes differ", True, None),
+    # of a study and of a run's results
+    "head_kl": Score("KL", "the mean KL divergence between two heads", 1, 4, "nats", None, of_several=True),
+    "error": Score("error", "the share of examples that are wrong, or 100 − GAP@20", unit="%", lower_is_better=True),
+    "head_error": Score("one head", "the error of a single head, mean over heads", unit="%", lower_is_better=True),
+    "head_gap": _share("one head", "GAP@20 of a single head, mean over heads"),
+}
+
+# What results.json holds in percent, by these names; it holds all else as it was measured.
+IN_PERCENT = ("error", "head_error", "gap", "head_gap", "map")
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Which scores speak for a task.
+
+    Args:
+        main: the one that decides, a share.
+        error: what 100 (1 - main) is called.
+        error_meaning: what it is.
+        best: says how often the most likely class is right.
+        of_class: what a single class is scored by.
+    """
+
+    main: str
+    error: str
+    error_meaning: str
+    best: str
+    of_class: str
+
+
+TASKS: dict[Task, TaskScores] = {
+    "multiclass": TaskScores("accuracy", "test error", "share of examples", "accuracy", "accuracy"),
+    "multilabel": TaskScores("gap", "100 − GAP@20", "100 (1 − GAP@20)", "hit1", "average precision"),
+}
+
+
+def in_row(name: str, value: float) -> float:
+    """A measured score as a row of results.json holds it.
+
+    Example:
+        >>> in_row("gap", 0.5), in_row("disagreement", 0.5)
+        (50.0, 0.5)
+    """
+    return SCORES[name].scale * value if name in IN_PERCENT else value
+
+
+def row_scale(name: str) -> float:
+    """What the value of a row of results.json is multiplied by to be shown.
+
+    Example:
+        >>> row_scale("gap"), row_scale("disagreement"), row_scale("cpu_seconds")
+        (1.0, 100, 1.0)
+    """
+    return 1.0 if name in IN_PERCENT or name not in SCORES else SCORES[name].scale
+
+
+def meanings(names: Collection[str]) -> str:
+    """A sentence that explains some scores, in the order of the table.
+
+    Example:
+        >>> meanings({"brier", "ece"})
+        'ECE is the expected calibration error in 15 bins; Brier is the squared error of the probabilities, summed over classes.'
+    """  # noqa: E501
+    return "; ".join(f"{score.heading} is {score.meaning}" for name, score in SCORES.items() if name in names) + "."

@@ -1,0 +1,33 @@
+"""The training curves that a run of `fit` logged."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+__all__ = ["Curve", "read_curves"]
+
+Curve = list[tuple[float, float]]
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Points (step, value) of each name that a run logged; empty for a folder without logs.
+
+    A resumed run logs some steps again; their last values count.
+
+    Args:
+        folder: of the run.
+
+    Example:
+        >>> read_curves(Path("nowhere"))
+        {}
+    """
+    curves: dict[str, dict[int, float]] = {}
+    files = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: int(path.parent.name.split("_")[1]))
+    for path in files:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        curves.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: sorted(points.items()) for name, points in curves.items()}

@@ -1,0 +1,261 @@
+"""What a study compares, as plain data: `Study`, its `Variant`s of methods, and how they are tuned."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from scipy.stats import qmc
+
+from ensemblenet.errors import TrainingError
+from ensemblenet.functional import Task
+from ensemblenet.study.methods import METHODS
+from ensemblenet.study.task import Setup
+from ensemblenet.study.trials import Phase, Precision, Trial
+from ensemblenet.training.optimization import Optimization
+
+__all__ = ["Candidate", "Study", "Tuning", "Variant", "study_of", "tuning_points"]
+
+_TUNING_SEED = 1000  # no test run has it
+
+
+def _check_at_least_1(name: str, number: int | None) -> None:
+    if number is not None and number < 1:
+        raise TrainingError(f"{name} must be at least 1, got {number}.")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How learning rate and weight decay are found, for every method alike.
+
+    Args:
+        trials: how many pairs each method tries.
+        lr: the least and the largest learning rate.
+        weight_decay: the least and the largest weight decay.
+        epochs: of a trial, for trials that are shorter than test runs; None takes the study's.
+
+    Raises:
+        TrainingError: a number out of its range.
+    """
+
+    trials: int = 8
+    lr: tuple[float, float] = (1e-3, 1e-1)
+    weight_decay: tuple[float, float] = (1e-2, 1.0)
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "epochs"):
+            _check_at_least_1(f"tuning.{name}", getattr(self, name))
+        for name, (low, high) in (("lr", self.lr), ("weight_decay", self.weight_decay)):
+            if not 0 < low <= high:
+                raise TrainingError(f"tuning.{name} must be two numbers above 0, the smaller first, got {low}, {high}.")
+
+
+def tuning_points(tuning: Tuning) -> list[tuple[float, float]]:
+    """Pairs of learning rate and weight decay that cover the ranges evenly, on a logarithmic scale.
+
+    They are the Halton sequence without its corner, so they depend on nothing but the ranges: every method tries the
+    same ones, none is luckier, and more trials keep the first ones.
+
+    Example:
+        >>> [(round(lr, 4), round(decay, 4)) for lr, decay in tuning_points(Tuning(2, (0.001, 0.1), (0.01, 1.0)))]
+        [(0.01, 0.0464), (0.0032, 0.2154)]
+    """
+    sequence = qmc.Halton(2, scramble=False).fast_forward(1).random(tuning.trials)
+    ranges = (tuning.lr, tuning.weight_decay)
+    return [
+        tuple(low * (high / low) ** share for share, (low, high) in zip(point.tolist(), ranges, strict=True))
+        for point in sequence
+    ]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with settings of its own, where they differ from the study's.
+
+    Args:
+        method: a key of `ensemblenet.study.methods.METHODS`.
+        name: what tables call it; None takes the method's title.
+        num_heads: K.
+        budget: share of the base's parameters and MACs.
+        split_at: a split point.
+        weight: lambda of co-distillation.
+        lr: a fixed learning rate; with `weight_decay` it replaces tuning.
+        weight_decay: a fixed weight decay.
+        seeds: how many test runs.
+
+    Raises:
+        TrainingError: only one of `lr` and `weight_decay`, or no seed.
+
+    Example:
+        >>> Variant("codistillation", name="2 heads", num_heads=2).setup(Setup(weight=3.0))
+        Setup(num_heads=2, budget=0.95, split_at='auto', weight=3.0, task='multiclass')
+    """
+
+    method: str
+    name: str | None = None
+    num_heads: int | None = None
+    budget: float | None = None
+    split_at: str | None = None
+    weight: float | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least_1(f"seeds of {self.name or self.method}", self.seeds)
+        if (self.lr is None) != (self.weight_decay is None):
+            raise TrainingError(f"{self.name or self.method} needs both lr and weight_decay, or neither to tune them.")
+
+    def setup(self, shared: Setup) -> Setup:
+        """The study's setup with this variant's own settings."""
+        own = {name: getattr(self, name) for name in ("num_heads", "budget", "split_at", "weight")}
+        return replace(shared, **{name: value for name, value in own.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method of a study, with all that it is trained with.
+
+    Args:
+        method: a key of `METHODS`.
+        setup: its network and loss.
+        seeds: how many test runs.
+        fixed: its optimization, where that is not tuned.
+    """
+
+    method: str
+    setup: Setup
+    seeds: int
+    fixed: Optimization | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared on what, as plain data.
+
+    Args:
+        base: `class_path` and `init_args` of the network.
+        data: `class_path` and `init_args` of the data module.
+        methods: which methods, by name or as variants; None takes all. The first must be the base.
+        task: what the outputs mean.
+        num_heads: K.
+        budget: the most that a conversion may cost, as a share of the base's parameters and MACs.
+        split_at: the split point, for methods that share a trunk.
+        weight: lambda of co-distillation.
+        epochs: passes over the training examples; the last epoch counts.
+        optimizer: for all methods.
+        seeds: how many test runs of each method.
+        tuning: how learning rate and weight decay are found.
+        device: where to train, such as "cpu" or "cuda".
+        precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
+
+    Raises:
+        TrainingError: a number out of its range.
+
+    Example:
+        >>> spec = {"class_path": "ensemblenet.models.MNIST1DNet"}, {"class_path": "ensemblenet.data.MNIST1D"}
+        >>> list(Study(*spec, methods=["base", "codistillation", Variant("joint", name="joint")]).candidates())
+        ['base', 'co-distillation, λ = 2', 'joint']
+    """
+
+    base: dict[str, Any]
+    data: dict[str, Any]
+    methods: Sequence[str | Variant] | None = None
+    task: Literal["multiclass", "multilabel"] = "multiclass"
+    num_heads: int = 4
+    budget: float = 0.95
+    split_at: str = "auto"
+    weight: float = 2.0
+    epochs: int = 40
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    seeds: int = 5
+    tuning: Tuning = Tuning()
+    device: str = "cpu"
+    precision: Precision = "32"
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "epochs", "num_heads"):
+            _check_at_least_1(name, getattr(self, name))
+
+    def candidates(self) -> dict[str, Candidate]:
+        """The methods by the names that tables give them.
+
+        Raises:
+            TrainingError: an unknown method, two of one name, or the first is not the base.
+        """
+        task: Task = self.task
+        shared = Setup(self.num_heads, self.budget, self.split_at, self.weight, task)
+        found: dict[str, Candidate] = {}
+        for choice in self.methods or [key for key, method in METHODS.items() if task in method.tasks]:
+            variant = Variant(choice) if isinstance(choice, str) else choice
+            if variant.method not in METHODS:
+                raise TrainingError(f"methods must be among {', '.join(METHODS)}; got {variant.method!r}.")
+            setup = variant.setup(shared)
+            name = variant.name or METHODS[variant.method].name(setup)
+            if name in found:
+                raise TrainingError(f"methods has {name!r} twice; give one of them a name of its own.")
+            fixed = None
+            if variant.lr is not None and variant.weight_decay is not None:
+                fixed = Optimization(self.optimizer, lr=variant.lr, weight_decay=variant.weight_decay)
+            found[name] = Candidate(variant.method, setup, variant.seeds or self.seeds, fixed)
+        if next(iter(found.values())).method != "base":
+            raise TrainingError("methods must begin with base: all others are compared with it.")
+        return found
+
+    def trials(self, phase: Phase, settings: Mapping[str, Sequence[Optimization]]) -> list[Trial]:
+        """The trials of a phase: each candidate with each of its settings, tuned with one seed, tested with all."""
+        tuned = phase == "tune"
+        epochs = (tuned and self.tuning.epochs) or self.epochs
+        return [
+            Trial(
+                name,
+                candidate.method,
+                candidate.setup,
+                self.base,
+                self.data,
+                phase,
+                seed,
+                setting,
+                epochs,
+                self.device,
+                self.precision,
+            )
+            for name, candidate in self.candidates().items()
+            for setting in settings.get(name, ())
+            for seed in ([_TUNING_SEED] if tuned else range(candidate.seeds))
+        ]
+
+    def cells(self, phase: Phase, settings: Mapping[str, Sequence[Optimization]]) -> list[Trial]:
+        """The old name of [`trials`][ensemblenet.study.settings.Study.trials]."""
+        warnings.warn("Study.cells is now Study.trials.", DeprecationWarning, stacklevel=2)
+        return self.trials(phase, settings)
+
+    def entrants(self) -> dict[str, tuple[str, Setup]]:
+        """The old form of [`candidates`][ensemblenet.study.settings.Study.candidates]."""
+        warnings.warn("Study.entrants is now Study.candidates.", DeprecationWarning, stacklevel=2)
+        return {name: (candidate.method, candidate.setup) for name, candidate in self.candidates().items()}
+
+
+def study_of(settings: Mapping[str, Any]) -> Study:
+    """The study that plain data describe, such as a YAML file of `configs/compare` or a run's `config.yaml`.
+
+    Args:
+        settings: the arguments of [`Study`][ensemblenet.study.settings.Study], variants and tuning as dictionaries;
+            other keys, which belong to the run, are passed over.
+
+    Example:
+        >>> spec = {"base": {"class_path": "a.Net"}, "data": {"class_path": "a.Data"}, "name": "my-run"}
+        >>> study_of(spec | {"methods": ["base", {"method": "joint"}], "tuning": {"lr": [0.01, 0.1]}}).tuning.lr
+        (0.01, 0.1)
+    """
+    known = {field.name for field in fields(Study)}
+    given = {key: value for key, value in settings.items() if key in known}
+    if given.get("methods"):
+        given["methods"] = [Variant(**item) if isinstance(item, Mapping) else item for item in given["methods"]]
+    if "tuning" in given:
+        ranges = {name: tuple(given["tuning"][name]) for name in ("lr", "weight_decay") if name in given["tuning"]}
+        given["tuning"] = Tuning(**(given["tuning"] | ranges))
+    return Study(**given)

@@ -1,0 +1,174 @@
+"""What a method trains: a network and its loss as one module, and how it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ensemblenet.conversion.convert import convert
+from ensemblenet.cost import Cost, measure_cost
+from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.functional import Task, codistillation, combine_heads
+from ensemblenet.training.module import head_outputs
+
+__all__ = ["Loss", "Method", "Setup", "Source", "TrainingTask", "codistilled", "pooled", "run_once"]
+
+# called with head outputs (K, N, C), targets, and the share of all training steps that are done
+Loss = Callable[[Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is set up with; those of single networks do not read all of it.
+
+    Args:
+        num_heads: K.
+        budget: the most that a conversion may cost, as a share of the base's parameters and MACs.
+        split_at: the split point, for methods that share a trunk.
+        weight: lambda of co-distillation.
+        task: what the outputs mean.
+    """
+
+    num_heads: int = 4
+    budget: float = 0.95
+    split_at: str = "auto"
+    weight: float = 2.0
+    task: Task = "multiclass"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a method's networks come from.
+
+    Args:
+        make_base: gives a fresh base.
+        example: inputs for it, shape (N, *) with N of at least 2.
+        seed: of all weights.
+
+    Example:
+        >>> base = lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+        >>> Source(base, torch.zeros(2, 4)).convert(Setup(num_heads=2)).num_heads
+        2
+    """
+
+    make_base: Callable[[], nn.Module]
+    example: Tensor
+    seed: int = 0
+
+    def convert(self, setup: Setup, *, num_heads: int | None = None, split_at: str | None = None) -> EnsembleNet:
+        """Convert a fresh base as a setup asks, or otherwise where a value is given.
+
+        Raises:
+            ConversionError: the base cannot be converted so.
+        """
+        return convert(
+            self.make_base(),
+            self.example,
+            num_heads or setup.num_heads,
+            setup.budget,
+            split_at or setup.split_at,
+            self.seed,
+            task=setup.task,
+        )
+
+
+class TrainingTask(nn.Module):
+    """A network and its loss as one module, and what the network predicts.
+
+    Args:
+        network: an `EnsembleNet`, or a plain network, which counts as one head.
+        objective: the loss, called with head outputs (K, N, C), targets and the share of training that is done.
+        students: which heads the method would deploy alone; None is all of them.
+
+    Shape:
+        - input: (N, *).
+        - output: head outputs (K, N, C), and the prediction (N, C).
+
+    Example:
+        >>> task = TrainingTask(nn.Linear(4, 3), lambda z, y, progress: codistillation(z, y, 1.0))
+        >>> [tuple(outputs.shape) for outputs in task(torch.zeros(5, 4))]
+        [(1, 5, 3), (5, 3)]
+    """
+
+    def __init__(self, network: nn.Module, objective: Loss, students: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.objective = objective
+        self.students = students
+
+    def loss(self, x: Tensor, target: Tensor, progress: float) -> Tensor:
+        """The loss of a batch; `progress` is the share of all training steps that are done."""
+        return self.objective(head_outputs(self.network, x), target, progress)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs of all heads, and the prediction."""
+        outputs = head_outputs(self.network, x)
+        return outputs, combine_heads(outputs)
+
+    def training_only(self) -> int:
+        """Parameters that prediction does not need."""
+        return 0
+
+    def cost(self, example: Tensor) -> Cost:
+        """What a prediction costs: parameters, and MACs for one example."""
+        total = measure_cost(self, example)
+        return Cost(total.parameters - self.training_only(), total.macs)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to turn a base into a prediction.
+
+    Args:
+        key: its name in a study's settings.
+        title: what tables call it; `{weight}` and `{num_heads}` are filled in.
+        summary: what it is, and whose.
+        make: makes the untrained network with its loss.
+        several: whether it has several heads or networks.
+        tasks: those that it has a loss for.
+    """
+
+    key: str
+    title: str
+    summary: str
+    make: Callable[[Source, Setup], TrainingTask]
+    several: bool = True
+    tasks: tuple[Task, ...] = ("multiclass", "multilabel")
+
+    def build(self, source: Source, setup: Setup) -> TrainingTask:
+        """The untrained network with its loss, which depends on the source's seed alone."""
+        torch.manual_seed(source.seed)
+        return self.make(source, setup)
+
+    def name(self, setup: Setup) -> str:
+        """The title for a setup.
+
+        Example:
+            >>> method = Method("mine", "{num_heads} heads, λ = {weight}", "", codistilled)
+            >>> method.name(Setup(num_heads=2, weight=3.0))
+            '2 heads, λ = 3'
+        """
+        return self.title.format(weight=f"{setup.weight:g}", num_heads=setup.num_heads)
+
+
+def codistilled(network: nn.Module, weight: float, task: Task) -> TrainingTask:
+    """A network with the co-distillation loss; for a single network it is the plain loss."""
+    return TrainingTask(network, lambda outputs, target, progress: codistillation(outputs, target, weight, task))
+
+
+# -- for methods whose gates or projections read a network's features
+
+
+def pooled(features: Tensor) -> Tensor:
+    """Features (N, C, *) averaged over positions, shape (N, C)."""
+    return features.flatten(2).mean(2) if features.ndim > 2 else features
+
+
+@torch.no_grad()
+def run_once(network: nn.Module, example: Tensor) -> None:
+    """A forward pass for its hooks, in evaluation mode; the network is left in training mode."""
+    network.eval()(example)
+    network.train()

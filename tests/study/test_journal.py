@@ -1,0 +1,65 @@
+"""The journal of finished trials, that of version 0.1 included."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from studies import lines, trial
+
+from ensemblenet.cli.compare import compare
+from ensemblenet.errors import TrainingError
+from ensemblenet.study.journal import Journal
+
+
+def test_a_journal_reads_what_it_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    journal = Journal(path)
+    assert trial() not in journal
+    journal.add(trial(), {"status": "done", "error": 1.5})
+    again = Journal(path)
+    assert again[trial()] == {"status": "done", "error": 1.5}
+    assert trial(seed=1) not in again
+
+
+def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"cell": {}, "outcome": {}}\n{"cell"\n')
+    with pytest.raises(TrainingError, match=re.escape("cells.jsonl, line 2 is no finished trial; remove that line.")):
+        Journal(path)
+
+
+STORED = Path(__file__).parent / "stored"  # a finished study, as version 0.1 left it
+
+
+def test_a_stored_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    folder = tmp_path / "stored"
+    shutil.copytree(STORED, folder)
+    old = json.loads((folder / "results.json").read_text())["rows"]
+    compare(["--resume", str(folder), "--workers", "0"])
+    assert (folder / "cells.jsonl").read_text() == (STORED / "cells.jsonl").read_text()  # nothing was trained again
+    new = json.loads((folder / "results.json").read_text())["rows"]
+    for row, expected in zip(new, old, strict=True):
+        assert row.pop("milliseconds") > 0
+        assert row.pop("divergence_mean") == expected.pop("agreement_mean")
+        assert row.pop("divergence_std") == expected.pop("agreement_std")
+        assert row == expected
+
+    compare(["--resume", str(folder), "--workers", "0", "--seeds", "3"])
+    assert [line["cell"]["seed"] for line in lines(folder)[len(lines(STORED)) :]] == [2, 2]  # one more for each method
+
+
+def test_a_trial_without_an_argument_that_a_class_has_got_since_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    Journal(path).add(trial(), {"status": "done", "error": 1.5})
+    line = json.loads(path.read_text())
+    assert "data_seed" not in line["cell"]["data"]["init_args"]
+    line["cell"]["data"]["init_args"]["data_seed"] = 42  # the default, written out
+    del line["cell"]["optimization"]["layer_decay"], line["cell"]["precision"]
+    path.write_text(json.dumps(line) + "\n")
+    assert trial() in Journal(path)
+    other = {**trial().data, "init_args": {**trial().data["init_args"], "data_seed": 7}}
+    assert trial(data=other) not in Journal(path)

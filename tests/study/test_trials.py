@@ -1,0 +1,88 @@
+"""One trial: what it depends on, what it reads, what it measures, and workers that run several."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from studies import trial
+
+from ensemblenet.data import MNIST1D
+from ensemblenet.errors import TrainingError
+from ensemblenet.study import trials as trials_module
+from ensemblenet.study.methods import TrainingTask
+from ensemblenet.study.trials import Workers, run_trial, train, training_memory
+from ensemblenet.training.optimization import Optimization
+
+
+def test_tuning_never_reads_test_data_and_testing_no_validation_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MNIST1D, "test_dataloader", lambda self: 1 / 0)
+    assert run_trial(trial("tune"))["status"] == "done"
+    assert run_trial(trial("test")) == {"status": "failed", "reason": "ZeroDivisionError: division by zero"}
+    monkeypatch.undo()
+    monkeypatch.setattr(MNIST1D, "val_dataloader", lambda self: 1 / 0)
+    assert run_trial(trial("test"))["status"] == "done"
+
+
+def test_a_trial_depends_on_its_settings_alone() -> None:
+    def outcome(**changes):
+        found = run_trial(trial("test", **changes))
+        return {key: value for key, value in found.items() if not key.endswith("seconds")}
+
+    first = outcome()
+    torch.manual_seed(1)  # what ran before does not matter
+    assert outcome() == first
+    assert outcome(seed=1) != first
+
+
+def test_bfloat16_trains_as_float32_does_to_its_precision() -> None:
+    losses = {}
+    for precision in ("32", "bf16"):
+        chosen = trial(optimization=Optimization(lr=0.02), precision=precision)
+        data = chosen.data_module()
+        x, y = next(iter(data.train_dataloader()))
+        task = chosen.task(x)
+        before = task.loss(x, y, 0.0).item()
+        train(task, data, chosen.optimization, 50, 0, precision)
+        losses[precision] = task.loss(x, y, 1.0).item()
+        assert losses[precision] < before / 2  # autocast that keeps the weights it has cast would not get there
+    assert losses["bf16"] == pytest.approx(losses["32"], rel=0.5)  # of one batch after a long way
+    assert losses["bf16"] != losses["32"]
+
+
+def test_outputs_that_are_not_finite_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingTask, "forward", lambda self, x: (self.network(x, per_head=True) * math.nan,) * 2)
+    assert run_trial(trial())["status"] == "failed"
+    diverged = {"error": 90.0, "head_errors": [90.0], "nll": math.inf}
+    monkeypatch.undo()
+    monkeypatch.setattr(trials_module.Measures, "compute", lambda self: diverged)
+    assert run_trial(trial())["reason"] == "TrainingError: The trained network's outputs are not finite."
+
+
+def test_workers_give_outcomes_and_a_dying_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dying.py").write_text(
+        "import os, torch\nclass Dying(torch.nn.Linear):\n    def __init__(self):\n        os._exit(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    dying = trial(base={"class_path": "dying.Dying"}, method="base")
+    with Workers(1) as workers:
+        [(done, outcome)] = workers.run([trial("test")])
+        assert done == trial("test")
+        assert outcome["head_errors"] == run_trial(done)["head_errors"]
+        with pytest.raises(TrainingError, match="A worker process died, perhaps for want of memory"):
+            list(workers.run([dying]))
+
+
+def test_memory_grows_with_the_batch_by_what_backward_needs() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    task = TrainingTask(network, lambda z, y, progress: z.sum())
+
+    def of(batch):
+        return training_memory(task, torch.zeros(batch, 4), torch.zeros(batch), Optimization())
+
+    parameters, tensors = 4 * 8 + 8 + 8 * 3 + 3, 4
+    state = 4 * 4 * parameters + 4 * tensors  # weights, gradients, two moments; a count of steps each
+    assert of(10) == state + 10 * 4 * (4 + 8)  # the two linear layers' inputs; ReLU keeps its output, which is one
+    assert of(20) == state + 20 * 4 * (4 + 8)
