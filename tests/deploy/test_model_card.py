@@ -108,7 +108,7 @@ def test_the_card_of_a_run(hub, model, tmp_path):
     base_run = tmp_path / "base"
     base_run.mkdir()
     (base_run / "results.json").write_text(json.dumps({"rows": [{"error_mean": 4.125}]}))
-    push_to_hub(run, "someone/digits", base_run=base_run)
+    push_to_hub(run, "someone/digits", base_run=base_run, trust=True)
     card = (hub / "someone" / "digits" / "README.md").read_text()
     _, header, _ = card.split("---\n", 2)
     assert yaml.safe_load(header) == {"library_name": "ensemblenet", "tags": ["ensemblenet", "pytorch", "multiclass"]}

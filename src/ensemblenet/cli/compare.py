@@ -17,7 +17,9 @@ from torch import nn
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.reports.comparison import PAGE, comparison_table, summary
+from ensemblenet.storage import TRUST_HELP
 from ensemblenet.storage.runs import CONFIG, aside, create_run_folder
+from ensemblenet.storage.trust import config_option
 from ensemblenet.study.compare import Watcher, run_study
 from ensemblenet.study.settings import Study, study_of
 from ensemblenet.study.trials import Outcome, Phase, Trial
@@ -50,7 +52,7 @@ def compare(arguments: Sequence[str]) -> Path:
     study, plain = read_study(arguments)
     folder = Path(plain["resume"]) if plain["resume"] else create_run_folder(Path(plain["runs"]), plain["name"])
     with aside(folder / CONFIG) as unfinished:
-        stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "workers")}
+        stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "trust", "workers")}
         unfinished.write_text(yaml.safe_dump(stored, sort_keys=False, allow_unicode=True), encoding="utf-8")
     console = Console()
     console.print(
@@ -107,6 +109,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--name", default="compare", help="begins the name of the run's folder")
     parser.add_argument("--runs", default="runs", help="where run folders are made")
     parser.add_argument("--resume", type=str | None, help="go on with a killed study: its folder")
+    parser.add_argument("--trust", action="store_true", default=argparse.SUPPRESS, help=f"with --resume: {TRUST_HELP}")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0 trains in this one")
     parser.add_subclass_arguments(nn.Module, "base", required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
@@ -118,10 +121,11 @@ def _with_stored_config(arguments: list[str]) -> list[str]:
     """The arguments, behind the configuration of the study that they resume."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume")
-    resume = finder.parse_known_args(arguments)[0].resume
-    if resume is None:
-        return arguments
-    stored = Path(resume, CONFIG)
+    finder.add_argument("--trust", action="store_true")
+    found, others = finder.parse_known_args(arguments)
+    if found.resume is None:
+        return others
+    stored = Path(found.resume, CONFIG)
     if not stored.is_file():
-        raise TrainingError(f"{resume} is no folder of a study: it has no {CONFIG}. Give one under runs/.")
-    return ["--config", str(stored), *arguments]
+        raise TrainingError(f"{found.resume} is no folder of a study: it has no {CONFIG}. Give one under runs/.")
+    return [*config_option(stored, found.trust), "--resume", found.resume, *others]

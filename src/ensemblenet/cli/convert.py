@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from ensemblenet import convert as convert_network
 from ensemblenet import save
 from ensemblenet.cli.options import add_base, base_of, command_parser
 from ensemblenet.errors import ConversionError
+from ensemblenet.models.sources import source_named
 from ensemblenet.reports.tables import MACS_NOTE
 
 __all__ = ["convert"]
@@ -40,10 +42,12 @@ def convert(arguments: Sequence[str]) -> None:
         raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
     base, x = base_of(options)
     model = convert_network(base, x, options.num_heads, options.budget, options.split_at, options.seed)
-    save(model, options.output)
     assert model.cost is not None
     assert model.base_cost is not None
     assert model.recipe is not None
+    if model.recipe.base is None and ":" in options.model:
+        model.recipe = replace(model.recipe, base=source_named(options.model, options.num_classes))
+    save(model, options.output)
     table = Table(title=f"{options.model}, split at {model.recipe.split_at}", caption=MACS_NOTE)
     table.add_column()
     table.add_column("parameters", justify="right")

@@ -41,7 +41,7 @@ def export(arguments: Sequence[str]) -> Path:
     options = _parser().parse_args(arguments)
     check_new(options.output, "path")
     base = create(options.base) if options.base else None
-    restored = restore(options.model, base)
+    restored = restore(options.model, base, trust=options.trust)
     network = restored.network
     if options.fuse:
         if not isinstance(network, EnsembleNet):

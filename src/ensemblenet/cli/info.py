@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ensemblenet import Capacity, EnsembleNet, measure_cost, plans, spare_capacity
-from ensemblenet.cli.options import add_base, base_of, command_parser
+from ensemblenet.cli.options import add_base, add_trust, base_of, command_parser
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import InputSpec
 from ensemblenet.reports.tables import MACS_NOTE
@@ -37,11 +37,12 @@ def info(arguments: Sequence[str]) -> None:
         MACS_NOTE,
     )
     add_base(parser)
+    add_trust(parser)
     options = parser.parse_args(arguments)
     run = Path(options.model)
     capacity = None
     if (run / "config.yaml").is_file():
-        base, x, capacity = _trained(run)
+        base, x, capacity = _trained(run, options.trust)
     else:
         base, x = base_of(options)
     cost = measure_cost(base, x)
@@ -74,11 +75,11 @@ def info(arguments: Sequence[str]) -> None:
         console.print(str(capacity), highlight=False)
 
 
-def _trained(run: Path) -> tuple[nn.Module, Tensor, Capacity]:
+def _trained(run: Path, trust: bool) -> tuple[nn.Module, Tensor, Capacity]:
     """A run's base, an input for it, and its spare capacity."""
     from ensemblenet.storage.restore import data_module, restore  # slow to import
 
-    restored = restore(run)
+    restored = restore(run, trust=trust)
     if isinstance(restored.network, EnsembleNet):
         raise ConversionError(f"{run} trained a conversion; spare capacity is a base's: give the run of one.")
     data: Any = data_module(restored)

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ensemblenet.storage import TRUST_HELP
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ __all__ = [
     "add_data",
     "add_split",
     "add_trained_models",
+    "add_trust",
     "base_of",
     "check_new",
     "command_parser",
@@ -86,10 +89,9 @@ def base_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     Raises:
         ConversionError: there is no such network, or it does not say what inputs it takes.
     """
-    import torch
 
+    from ensemblenet.errors import ConversionError
     from ensemblenet.inputs import InputSpec
-from ensemblenet.errors import ConversionError
     from ensemblenet.models.sources import create, default_input_shape
 
     base = create(options.model, options.num_classes)
@@ -108,6 +110,12 @@ def add_trained_models(parser: argparse.ArgumentParser, several: bool = False) -
         parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{_TRAINED}; several are shown together")
     else:
         parser.add_argument("model", metavar="MODEL", help=_TRAINED)
+    add_trust(parser)
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add --trust."""
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
 
 
 def add_data(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:

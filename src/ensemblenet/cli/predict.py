@@ -49,7 +49,7 @@ def predict(arguments: Sequence[str]) -> Path:
     """
     options, changes = _parser().parse_known_args(arguments)
     check_new(options.output)
-    restored = restore(options.model)
+    restored = restore(options.model, trust=options.trust)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.data is None:
         _predict_split(restored, options, changes)

@@ -42,7 +42,7 @@ def report(arguments: Sequence[str]) -> Path:
     options, changes = parser.parse_known_args(arguments)
     check_new(options.output)
     quiet_lightning()
-    networks = [restore(folder) for folder in options.runs]
+    networks = [restore(folder, trust=options.trust) for folder in options.runs]
     data = [chosen_data(restored, options.config, changes) for restored in networks]
     write_report(options.output, networks, data, options.split)
     Console().print(f"Report: {options.output}", highlight=False, soft_wrap=True)

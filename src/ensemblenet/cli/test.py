@@ -56,7 +56,7 @@ def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[
     options, changes = parser.parse_known_args(arguments)
     if options.output:
         check_new(options.output)
-    restored = restore(options.model)
+    restored = restore(options.model, trust=options.trust)
     quiet_lightning()
     rows = score(restored, chosen_data(restored, options.config, changes), split)
     console = Console()

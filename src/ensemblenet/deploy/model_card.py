@@ -68,6 +68,7 @@ def push_to_hub(
     base: nn.Module | None = None,
     base_run: str | os.PathLike[str] | None = None,
     private: bool = False,
+    trust: bool = False,
 ) -> str:
     """Put a converted model on the Hugging Face Hub: safetensors, its recipe, plain JSON, and a model card.
 
@@ -81,6 +82,7 @@ def push_to_hub(
         base: a fresh instance of the base, for a saved directory whose base no known factory makes.
         base_run: the folder of a run of the base, whose figures the card sets beside the model's.
         private: who may see a new repository.
+        trust: run what the folder names of its author's own code.
 
     Returns:
         The address that [`ensemblenet.load`][] takes, `hf://owner/name`.
@@ -93,7 +95,7 @@ def push_to_hub(
         from ensemblenet.storage.restore import restore  # loads Lightning
 
         folder = Path(model)
-        restored = restore(folder, base)
+        restored = restore(folder, base, trust=trust)
         network, config = restored.network, restored.config
         description = {**restored.description, **(description or {})}
         results = _read_row(folder / _RESULTS)
@@ -140,7 +142,7 @@ def model_card(
     recipe = model.recipe
     if recipe is None:
         raise LoadError("The model was built by hand and cannot be loaded from the hub; make it with convert.")
-    source = recipe.base
+    source = recipe.base if recipe.base and recipe.base.factory != "module" else None
     header: dict[str, Any] = {"library_name": "ensemblenet", "tags": ["ensemblenet", "pytorch", model.task]}
     if pipeline := _PIPELINES.get(len(recipe.inputs.shape)):
         header["pipeline_tag"] = pipeline

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ensemblenet.errors import EnsembleNetError, LoadError
 
-__all__ = ["BaseSource", "ModelNameError", "create", "default_input_shape", "find_source"]
+__all__ = ["BaseSource", "ModelNameError", "create", "default_input_shape", "find_source", "is_known", "source_named"]
 
 _OWN = "ensemblenet.models"
 
@@ -61,6 +64,26 @@ def create(
     return network
 
 
+def is_known(name: object) -> bool:
+    """Whether a name is one of timm's, torchvision's or this project's own networks; other names run what they name.
+
+    Example:
+        >>> [is_known(name) for name in ("resnet18", "ensemblenet.models:S3D", "os:system", "hf-hub:timm/resnet18")]
+        [True, True, False, False]
+    """
+    if not isinstance(name, str):
+        return False
+    source, colon, rest = name.partition(":")
+    if not colon:
+        import timm  # slow to import
+
+        return re.fullmatch(r"\w+(\.\w+)?", name) is not None and timm.is_model(name)
+    if source == "torchvision":
+        return rest in _torchvision_names()
+    own = importlib.import_module(_OWN)
+    return source == _OWN and rest in own.__all__ and isinstance(getattr(own, rest), type)
+
+
 def default_input_shape(network: nn.Module) -> tuple[int, ...] | None:
     """The shape of one input that the network was made for, where it says so.
 
@@ -88,8 +111,7 @@ def _from_timm(name: str, arguments: dict[str, Any], weights: str | None) -> nn.
             "torchvision:NAME or module.path:callable."
         )
     if weights not in (None, "pretrained"):
-        if not Path(weights).is_file():
-            raise ModelNameError(f"There is no file {weights} with weights of {name}.")
+        _check_weights(Path(weights))
         arguments = arguments | {"pretrained_cfg_overlay": {"file": weights}}
     try:
         return timm.create_model(name, pretrained=weights is not None, **arguments)
@@ -101,15 +123,33 @@ def _from_timm(name: str, arguments: dict[str, Any], weights: str | None) -> nn.
         raise ModelNameError(f"{weights} cannot be had as weights of {name}: {error}") from error
 
 
+def _check_weights(path: Path) -> None:
+    """Refuse a pickle that holds more than tensors: not every version of timm does."""
+    if not path.is_file():
+        raise ModelNameError(f"There is no file {path} with weights.")
+    if path.suffix == ".safetensors":
+        return
+    try:
+        torch.load(path, "meta", weights_only=True)
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ModelNameError(f"{path} is not a state dict of tensors alone: {error}") from error
+
+
 def _from_torchvision(name: str) -> Callable[..., nn.Module]:
+    known = _torchvision_names()
+    if name not in known:
+        raise ModelNameError(f"torchvision has no classification model {name!r}.{_suggest(name, known)}")
+    from torchvision import models
+
+    return lambda **arguments: models.get_model(name, weights=None, **arguments)
+
+
+def _torchvision_names() -> list[str]:
     try:
         from torchvision import models  # an optional library
     except ImportError as error:
         raise ModelNameError("torchvision:NAME needs torchvision: pip install torchvision") from error
-    known = models.list_models(module=models) + models.list_models(module=models.video)
-    if name not in known:
-        raise ModelNameError(f"torchvision has no classification model {name!r}.{_suggest(name, known)}")
-    return lambda **arguments: models.get_model(name, weights=None, **arguments)
+    return models.list_models(module=models) + models.list_models(module=models.video)
 
 
 def _from_module(module: str, name: str) -> Callable[..., Any]:
@@ -132,11 +172,11 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A base that a known factory makes: a timm model, or one of `ensemblenet.models`.
+    """Who makes a base.
 
     Attributes:
-        factory: "timm" or "ensemblenet".
-        name: the model's name there.
+        factory: "timm", "torchvision" or "ensemblenet"; or "module" for code of the model's author.
+        name: the model's name there; of "module", `module.path:callable`.
         arguments: keyword arguments, plain numbers and lists.
 
     Example:
@@ -148,13 +188,26 @@ class BaseSource:
     name: str
     arguments: dict[str, Any]
 
-    def build(self) -> nn.Module:
+    def build(self, trust: bool = False) -> nn.Module:
         """Make the base, with random weights.
 
+        Args:
+            trust: run code of the model's author, too.
+
         Raises:
-            LoadError: the factory does not know it.
+            LoadError: the factory does not know it, or it is code that is not trusted.
         """
-        makers = {"timm": self._build_timm, "ensemblenet": self._build_own}
+        if self.factory == "module" and not trust:
+            raise LoadError(
+                f"The base {self.name!r} is code of the model's author. If you trust whoever saved the model, pass "
+                "trust=True (on the command line --trust); else pass base, a fresh instance."
+            )
+        makers = {
+            "timm": self._build_timm,
+            "torchvision": lambda: create(f"torchvision:{self.name}", options=self.arguments),
+            "ensemblenet": self._build_own,
+            "module": lambda: create(self.name, options=self.arguments),
+        }
         if self.factory not in makers:
             raise LoadError(f"Unknown base factory {self.factory!r}: expected one of {sorted(makers)}.")
         try:
@@ -167,9 +220,8 @@ class BaseSource:
         return _from_timm(self.name, {key: value for key, value in self.arguments.items() if key in known}, None)
 
     def _build_own(self) -> nn.Module:
-        known = importlib.import_module(_OWN).__all__
-        if self.name not in known:
-            raise ModelNameError(f"{_OWN} has {known}.")
+        if not is_known(f"{_OWN}:{self.name}"):
+            raise ModelNameError(f"{_OWN} has {importlib.import_module(_OWN).__all__}.")
         return create(f"{_OWN}:{self.name}", options=self.arguments)
 
 
@@ -192,6 +244,18 @@ def find_source(base: nn.Module, input_shape: tuple[int, ...]) -> BaseSource | N
     elif module.startswith(f"{_OWN}.") and isinstance(getattr(base, "arguments", None), dict):
         candidates.append(BaseSource("ensemblenet", type(base).__name__, dict(base.arguments)))  # pyright: ignore[reportArgumentType, reportCallIssue]
     return next((source for source in candidates if _makes(source, base)), None)
+
+
+def source_named(name: str, num_classes: int | None = None) -> BaseSource:
+    """The source of a network that the user named as `torchvision:NAME` or `module.path:callable`.
+
+    Example:
+        >>> source_named("torchvision:resnet18", 10)
+        BaseSource(factory='torchvision', name='resnet18', arguments={'num_classes': 10})
+    """
+    factory, _, rest = name.partition(":")
+    arguments = {} if num_classes is None else {"num_classes": num_classes}
+    return BaseSource(factory, rest, arguments) if factory == "torchvision" else BaseSource("module", name, arguments)
 
 
 def _makes(source: BaseSource, base: nn.Module) -> bool:

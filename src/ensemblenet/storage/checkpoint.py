@@ -1,4 +1,4 @@
-"""Save a converted model as safetensors and JSON, and load it again; nothing in a saved directory is ever executed."""
+"""Save a converted model as safetensors and JSON, and load it again; no code that a directory names is run unasked."""
 
 from __future__ import annotations
 
@@ -82,14 +82,15 @@ def save(model: EnsembleNet, directory: str | os.PathLike[str], description: Map
 
 
 @torch.inference_mode(False)  # weights of inference mode could not be trained on
-def load(directory: str | os.PathLike[str], base: nn.Module | None = None) -> EnsembleNet:
+def load(directory: str | os.PathLike[str], base: nn.Module | None = None, *, trust: bool = False) -> EnsembleNet:
     """Load a saved model, in evaluation mode.
 
     Args:
         directory: what [`ensemblenet.save`][] wrote; or its address on the Hugging Face Hub, `hf://owner/name`, from
             which only safetensors and JSON are fetched.
-        base: a fresh instance of the base; not needed where the recipe names a known factory (timm's models and
-            `ensemblenet.models`).
+        base: a fresh instance of the base; not needed where the recipe names a known factory: timm, torchvision or
+            `ensemblenet.models`.
+        trust: make also a base that the recipe names as `module.path:callable`, which imports and runs that code.
 
     Raises:
         LoadError: the directory is damaged or foreign, or the base is missing or another one.
@@ -102,7 +103,7 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None) -> En
                 f"The base of {folder} comes from no known factory: pass a fresh instance of it, "
                 f"ensemblenet.load(directory, base=...)."
             )
-        base = recipe.base.build()
+        base = recipe.base.build(trust)
     shapes = _saved_shapes(folder / _WEIGHTS)
     if sum(name.startswith("heads.") and name.split(".")[1] == "0" for name in shapes) == 0:
         raise LoadError(f"{folder / _WEIGHTS} holds no heads; it is not one of ensemblenet's.")

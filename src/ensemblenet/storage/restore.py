@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import yaml
 from lightning.pytorch import LightningDataModule
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
@@ -24,6 +23,7 @@ from ensemblenet.storage.checkpoint import read_description
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.runs import CONFIG, write_json
 from ensemblenet.storage.specs import instantiate
+from ensemblenet.storage.trust import read_config
 from ensemblenet.training.module import Classifier, ClassifierTask
 
 __all__ = [
@@ -111,29 +111,36 @@ def store(module: Classifier, data: LightningDataModule, folder: Path) -> None:
     save_model(network, str(folder / _MODEL / _WEIGHTS))
 
 
-def restore(directory: str | os.PathLike[str], base: nn.Module | None = None) -> Restored:
+def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *, trust: bool = False) -> Restored:
     """The network of a finished run, or of a directory that [`ensemblenet.save`][] wrote.
+
+    Nothing there is run: what is stored may name networks and data modules that are known, and no others.
 
     Args:
         directory: a run's folder or a saved directory, or its address on the hub, `hf://owner/name`.
         base: a fresh instance of the base, for a saved directory whose base no known factory makes; a run knows its
             own.
+        trust: run what the directory names of its author's own code.
 
     Raises:
         LoadError: there is no model, it is damaged, or its base is not known.
     """
     folder = local_folder(directory)
     address = None if folder == Path(directory) else str(directory)
-    if not (folder / CONFIG).is_file():
-        network = load(folder, base)
+    if address is not None or not (folder / CONFIG).is_file():  # none belongs on the hub
+        network = load(folder, base, trust=trust)
         assert network.recipe is not None
         described = {"task": network.task, "input_shape": network.recipe.inputs.shape} | read_description(folder)
         return _restored(network, described, None, folder, address)
-    config = yaml.safe_load((folder / CONFIG).read_text())
+    config = read_config(folder / CONFIG, trust)
     if not (folder / _MODEL).is_dir():
         raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
-    network = instantiate(nn.Module, config["model"]["base"])
-    if config["model"]["conversion"] is not None:
+    match config:
+        case {"model": {"base": {"class_path": str()} as spec} as model, "data": {"class_path": str()}}:
+            network = instantiate(nn.Module, _without_weights(spec))
+        case _:
+            raise LoadError(f"{folder / CONFIG} does not say by class_path what model.base and data are.")
+    if model.get("conversion") is not None:
         network = load(folder / _MODEL, network)
     else:
         _load_weights(network, folder / _MODEL / _WEIGHTS)
@@ -201,6 +208,14 @@ def _classes(described: Mapping[str, Any], folder: Path) -> list[str] | None:
     if classes is None or (isinstance(classes, list) and all(isinstance(name, str | int) for name in classes)):
         return classes
     raise LoadError(f"{folder}: the classes in {DESCRIPTION} must be a list of names, got {str(classes)[:40]}.")
+
+
+def _without_weights(base: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The base, which need not look for the weights that it was trained from: those it was trained to are loaded."""
+    arguments = base.get("init_args") or {}
+    if not str(base.get("class_path")).startswith("ensemblenet.models.") or "weights" not in arguments:
+        return base
+    return {**base, "init_args": {**arguments, "weights": None}}
 
 
 def _load_weights(network: nn.Module, path: Path) -> None:

@@ -31,7 +31,7 @@ def instantiate(kind: type[Any], spec: Mapping[str, Any]) -> Any:
     parser = _parser(kind)
     try:
         return parser.instantiate(parser.parse_object({"made": dict(spec)}))["made"]
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, EnsembleNetError):
             raise
         raise _refused(spec, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -27,6 +28,7 @@ from ensemblenet.data import __all__ as data_modules
 from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
+from ensemblenet.storage import TRUST_HELP
 from ensemblenet.storage.restore import expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CHECKPOINT,
@@ -41,6 +43,7 @@ from ensemblenet.storage.runs import (
     unfinished_run,
     write_json,
 )
+from ensemblenet.storage.trust import config_option
 from ensemblenet.training.averaging import AveragedWeights
 from ensemblenet.training.classes import KeepClasses
 from ensemblenet.training.module import Classifier
@@ -60,6 +63,7 @@ folder of its own under --runs with the configuration, the environment, logs for
 checkpoints, and results.json.
 """
 _MLFLOW_RUN = "mlflow_run.txt"
+_TRUST = "--trust"
 
 
 def fit(arguments: Sequence[str]) -> Path:
@@ -76,8 +80,8 @@ def fit(arguments: Sequence[str]) -> Path:
     """
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
     cli = _opened(arguments)
-    if cli.config["plan"] == "search":
-        cli = _opened(["--resume", str(cli.folder), *_arguments(_searched(cli))])
+    if cli.config["plan"] == "search":  # the configuration that is then stored has just been used
+        cli = _opened(["--resume", str(cli.folder), _TRUST, *_arguments(_searched(cli))])
     folder, module, data = cli.folder, cli.model, cli.datamodule
     if is_first_process():
         write_json(folder / ENVIRONMENT, environment())
@@ -94,8 +98,9 @@ def fit(arguments: Sequence[str]) -> Path:
 def _opened(arguments: Sequence[str]) -> _FitCLI:
     """A run that is ready to begin, or to go on."""
     quiet_lightning()
+    complete = _with_stored_config(_with_data_folder(arguments))
     try:
-        return _FitCLI(args=_with_stored_config(_with_data_folder(arguments)))
+        return _FitCLI(args=complete)
     except ArgumentError as error:
         raise TrainingError(_plain(error)) from error
     except MisconfigurationException as error:
@@ -137,7 +142,7 @@ def _searched(cli: _FitCLI) -> Candidate:
     def score(candidate: Candidate, length: int) -> float:
         where = ["--runs", str(cli.folder / "search"), "--name", f"{candidate.name}-{length}-epochs"]
         short = ["--resume", "auto", *where, "--trainer.max_epochs", str(length)]
-        proxy = _opened(["--config", str(cli.folder / CONFIG), *short, *_arguments(candidate)])
+        proxy = _opened([*config_option(cli.folder / CONFIG, trust=True), *short, *_arguments(candidate)])
         _train(proxy)
         [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
         gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
@@ -281,6 +286,7 @@ class _FitCLI(LightningCLI):
             help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' "
             "for the newest unfinished run of this name, or a new one if there is none",
         )
+        parser.add_argument(_TRUST, action="store_true", default=argparse.SUPPRESS, help=f"with --resume: {TRUST_HELP}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
@@ -361,13 +367,14 @@ def _listed(chosen: Any) -> list[Any]:
 
 def _with_stored_config(arguments: list[str]) -> list[str]:
     """The arguments, behind the configuration of the run that they resume."""
+    trust = _TRUST in arguments
+    untrusting = [argument for argument in arguments if argument != _TRUST]
     resume = _value_of("--resume", arguments)
     if resume in (None, "auto"):
-        return arguments
-    stored = Path(resume, CONFIG)
-    if not stored.is_file():
+        return untrusting
+    if not Path(resume, CONFIG).is_file():
         raise TrainingError(f"{resume} is no run folder: it has no {CONFIG}. Give a folder under runs/, or 'auto'.")
-    return ["--config", str(stored), *arguments]
+    return [*config_option(Path(resume, CONFIG), trust), *untrusting]
 
 
 def _with_data_folder(arguments: Sequence[str]) -> list[str]:
