@@ -2,6 +2,7 @@
 
 __all__ = [
     "BudgetError",
+    "BusyError",
     "ConversionError",
     "EnsembleNetError",
     "ExportError",
@@ -37,3 +38,7 @@ class LoadError(EnsembleNetError, ValueError):
 
 class TrainingError(EnsembleNetError, RuntimeError):
     """A training run that cannot go on, such as one whose loss became non-finite."""
+
+
+class BusyError(TrainingError):
+    """A run folder that another process is writing."""

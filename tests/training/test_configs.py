@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ CONFIGS = sorted(
 def test_a_shipped_config_makes_module_data_and_trainer(config, tmp_path):
     model = yaml.safe_load(config.read_text())["model"]
     offline = ["--model.base.init_args.weights", "null"] if "weights" in model["base"]["init_args"] else []
-    cli = _FitCLI(["--config", str(config), "--runs", str(tmp_path), "--trainer.accelerator", "cpu", *offline])
-    assert (cli.model.conversion is None) == (model["conversion"] is None)
-    assert cli.folder.parent == tmp_path
-    assert (cli.folder / "config.yaml").is_file()
+    arguments = ["--config", str(config), "--runs", str(tmp_path), "--trainer.accelerator", "cpu", *offline]
+    with ExitStack() as held:
+        cli = _FitCLI(arguments, held)
+        assert (cli.model.conversion is None) == (model["conversion"] is None)
+        assert cli.folder.parent == tmp_path
+        assert (cli.folder / "config.yaml").is_file()
 
 
 def test_base_and_conversion_share_base_data_and_effort():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ensemblenet.storage.runs import aside, create_run_folder, unfinished_run, write_json
+from ensemblenet.storage.runs import aside, create_run_folder, unfinished_runs, write_json
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
 
 
@@ -49,11 +49,20 @@ def test_run_folders_are_always_new(tmp_path):
 def test_the_unfinished_run_is_the_newest_of_its_name(tmp_path):
     for name in ("a-20260101-000000", "a-20260102-000000", "a-20260103-000000", "a-b-20260104-000000"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
     (tmp_path / "a-20260103-000000" / "results.json").touch()
-    found = unfinished_run(tmp_path, "a")
-    assert found is not None
-    assert found.name == "a-20260102-000000"
-    assert unfinished_run(tmp_path, "c") is None
+    (tmp_path / "a-20260105-000000").mkdir()  # not yet begun
+    found = unfinished_runs(tmp_path, "a")
+    assert [folder.name for folder in found] == ["a-20260102-000000", "a-20260101-000000"]
+    assert unfinished_runs(tmp_path, "c") == []
+
+
+def test_runs_of_one_second_are_in_the_order_of_their_numbers(tmp_path):
+    made = ["a-20260101-000000", *(f"a-20260101-000000-{number}" for number in (2, 9, 10, 11))]
+    for name in made:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    assert [folder.name for folder in unfinished_runs(tmp_path, "a")] == made[::-1]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

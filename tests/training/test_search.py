@@ -68,6 +68,13 @@ def test_a_killed_search_goes_on_after_what_is_finished(tmp_path):
     assert len(log) == len(set(log)) == 13  # nothing ran twice
 
 
+def test_the_scores_of_a_search_with_other_settings_are_not_taken(tmp_path):
+    search(tmp_path, entrants(), 8, scorer(dict.fromkeys(["base", *"abcdef"], 0.5), []))
+    others = [Candidate("base"), Candidate("a", Conversion(split_at="a", budget=0.5))]
+    with pytest.raises(TrainingError, match=r"plan.json is of a search with other settings of a; start a new run"):
+        search(tmp_path, others, 8, scorer({}, []))
+
+
 def test_candidates_keep_the_settings_and_fit_the_budget():
     base, x = MNIST1DNet(16), torch.randn(4, 40)
     found = candidates(base, x, Conversion(budget=0.9, seed=7))

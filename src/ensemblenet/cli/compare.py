@@ -18,11 +18,13 @@ from torch import nn
 from ensemblenet.errors import TrainingError
 from ensemblenet.reports.comparison import PAGE, comparison_table, summary
 from ensemblenet.storage import TRUST_HELP
+from ensemblenet.storage.lock import sole_writer
 from ensemblenet.storage.runs import CONFIG, aside, create_run_folder
 from ensemblenet.storage.trust import config_option
 from ensemblenet.study.compare import Watcher, run_study
 from ensemblenet.study.settings import Study, study_of
 from ensemblenet.study.trials import Outcome, Phase, Trial
+from ensemblenet.training.resume import changed_setting
 
 __all__ = ["compare", "progress", "read_study"]
 
@@ -47,19 +49,20 @@ def compare(arguments: Sequence[str]) -> Path:
         The run's folder.
 
     Raises:
-        TrainingError: bad arguments, nothing to resume, or what [`ensemblenet.study.compare.run_study`][] raises.
+        TrainingError: bad arguments, nothing to resume, a study that another process is writing or that has another
+            base, data or task, or what [`ensemblenet.study.compare.run_study`][] raises.
     """
     study, plain = read_study(arguments)
     folder = Path(plain["resume"]) if plain["resume"] else create_run_folder(Path(plain["runs"]), plain["name"])
-    with aside(folder / CONFIG) as unfinished:
-        stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "trust", "workers")}
-        unfinished.write_text(yaml.safe_dump(stored, sort_keys=False, allow_unicode=True), encoding="utf-8")
     console = Console()
-    console.print(
-        f"Finished trials are kept in {folder}; a killed study goes on with --resume {folder}", soft_wrap=True
-    )
-    with progress() as watch:
-        rows = run_study(folder, study, plain["workers"], watch=watch)
+    with sole_writer(folder):
+        with aside(folder / CONFIG) as unfinished:
+            stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "trust", "workers")}
+            unfinished.write_text(yaml.safe_dump(stored, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        kept = f"Finished trials are kept in {folder}; a killed study goes on with --resume {folder}"
+        console.print(kept, soft_wrap=True)
+        with progress() as watch:
+            rows = run_study(folder, study, plain["workers"], watch=watch)
     console.print(comparison_table(rows, title=plain["name"]))
     console.print(summary(rows, study.task), highlight=False, soft_wrap=True)
     console.print(f"Page, figures, results.json and results.csv: {folder / PAGE}", highlight=False, soft_wrap=True)
@@ -88,19 +91,30 @@ def read_study(arguments: Sequence[str]) -> tuple[Study, dict[str, Any]]:
     """The study that arguments and their configuration describe, and all settings as plain data.
 
     Raises:
-        TrainingError: bad arguments, or nothing to resume.
+        TrainingError: bad arguments, nothing to resume, or a study with another base, data or task to resume.
     """
-    parser = _parser()
-    try:
-        options = parser.parse_args(_with_stored_config(list(arguments)))
-    except ArgumentError as error:
-        raise TrainingError(str(error)) from error
-    plain = yaml.safe_load(parser.dump(options, skip_unset=False))
+    plain = _parsed(_with_stored_config(list(arguments)))
+    if plain["resume"]:
+        stored = _parsed(config_option(Path(plain["resume"], CONFIG), trust=True))  # checked with the arguments
+        if change := changed_setting(stored, plain, ("base", "data", "task")):
+            raise TrainingError(
+                f"{plain['resume']} is a study with {change}. Leave that out, or --resume for a new one."
+            )
     if plain["workers"] < 0:
         raise TrainingError(f"--workers must be at least 0, got {plain['workers']}.")
     study = study_of(plain)
     study.candidates()
     return study, plain
+
+
+def _parsed(arguments: list[str]) -> dict[str, Any]:
+    """Settings as plain data."""
+    parser = _parser()
+    try:
+        options = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise TrainingError(str(error)) from error
+    return yaml.safe_load(parser.dump(options, skip_unset=False))
 
 
 def _parser() -> ArgumentParser:

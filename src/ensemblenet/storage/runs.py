@@ -33,7 +33,7 @@ __all__ = [
     "quiet_lightning",
     "result_row",
     "scores_row",
-    "unfinished_run",
+    "unfinished_runs",
     "write_json",
 ]
 
@@ -56,11 +56,12 @@ def create_run_folder(runs: Path, name: str) -> Path:
     raise AssertionError("unreachable")
 
 
-def unfinished_run(runs: Path, name: str) -> Path | None:
-    """The newest run of that name that has no results yet, if there is one."""
-    names = re.compile(re.escape(name) + r"-\d{8}-\d{6}(-\d+)?")
-    folders = [path for path in runs.glob("*") if names.fullmatch(path.name) and not (path / RESULTS).exists()]
-    return max(folders, key=lambda folder: folder.name, default=None)
+def unfinished_runs(runs: Path, name: str) -> list[Path]:
+    """The runs of that name that have begun and have no results yet, the newest first."""
+    names = re.compile(re.escape(name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
+    made = {path: match for path in runs.glob("*") if (match := names.fullmatch(path.name))}
+    begun = [path for path in made if (path / CONFIG).exists() and not (path / RESULTS).exists()]
+    return sorted(begun, key=lambda path: (made[path][1], int(made[path][2] or 1)), reverse=True)
 
 
 @contextmanager

@@ -9,12 +9,14 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentError
+import yaml
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -29,6 +31,7 @@ from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage import TRUST_HELP
+from ensemblenet.storage.lock import KeepFolder, sole_writer
 from ensemblenet.storage.restore import expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CHECKPOINT,
@@ -36,11 +39,11 @@ from ensemblenet.storage.runs import (
     ENVIRONMENT,
     RESULTS,
     AsideCheckpointIO,
+    aside,
     create_run_folder,
     environment,
     quiet_lightning,
     scores_row,
-    unfinished_run,
     write_json,
 )
 from ensemblenet.storage.trust import config_option
@@ -49,7 +52,8 @@ from ensemblenet.training.classes import KeepClasses
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.processes import agreed_folder, is_first_process
 from ensemblenet.training.progress import Progress, Speed
-from ensemblenet.training.search import Candidate, candidates, search
+from ensemblenet.training.resume import changed_setting, take_unfinished
+from ensemblenet.training.search import Candidate, before_search, candidates, search
 
 __all__ = ["EpochSeed", "fit"]
 
@@ -76,12 +80,21 @@ def fit(arguments: Sequence[str]) -> Path:
         The run's folder.
 
     Raises:
-        TrainingError: bad arguments, nothing to resume, or a loss that became non-finite.
+        TrainingError: bad arguments, nothing to resume, a run that another process is writing or that was made
+            with other settings, or a loss that became non-finite.
     """
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
-    cli = _opened(arguments)
-    if cli.config["plan"] == "search":  # the configuration that is then stored has just been used
-        cli = _opened(["--resume", str(cli.folder), _TRUST, *_arguments(_searched(cli))])
+    with ExitStack() as held:
+        cli = _opened(arguments, held)
+        if cli.config["plan"] == "search":
+            # what is stored was checked or typed before
+            found = [*config_option(cli.folder / CONFIG, trust=True), *_arguments(_searched(cli))]
+            cli = _opened(found, held, cli.folder)
+        return _finished(cli)
+
+
+def _finished(cli: _FitCLI) -> Path:
+    """The folder of a run after its training, its test and its results."""
     folder, module, data = cli.folder, cli.model, cli.datamodule
     if is_first_process():
         write_json(folder / ENVIRONMENT, environment())
@@ -95,12 +108,12 @@ def fit(arguments: Sequence[str]) -> Path:
     return folder
 
 
-def _opened(arguments: Sequence[str]) -> _FitCLI:
-    """A run that is ready to begin, or to go on."""
+def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = None) -> _FitCLI:
+    """A run that is ready to begin, or to go on; its folder is this process's until held ends."""
     quiet_lightning()
     complete = _with_stored_config(_with_data_folder(arguments))
     try:
-        return _FitCLI(args=complete)
+        return _FitCLI(complete, held, folder)
     except ArgumentError as error:
         raise TrainingError(_plain(error)) from error
     except MisconfigurationException as error:
@@ -142,9 +155,11 @@ def _searched(cli: _FitCLI) -> Candidate:
     def score(candidate: Candidate, length: int) -> float:
         where = ["--runs", str(cli.folder / "search"), "--name", f"{candidate.name}-{length}-epochs"]
         short = ["--resume", "auto", *where, "--trainer.max_epochs", str(length)]
-        proxy = _opened([*config_option(cli.folder / CONFIG, trust=True), *short, *_arguments(candidate)])
-        _train(proxy)
-        [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
+        with ExitStack() as held:
+            stored = config_option(cli.folder / CONFIG, trust=True)
+            proxy = _opened([*stored, *short, *_arguments(candidate)], held)
+            _train(proxy)
+            [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
         gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
         return metrics[f"val/{'accuracy' if proxy.model.task == 'multiclass' else 'gap'}"]
 
@@ -231,11 +246,18 @@ class Announce(Callback):
 
 
 class _FitCLI(LightningCLI):
-    """Reads the configuration and makes module, data and trainer, and the run's folder."""
+    """Reads the configuration and makes module, data and trainer, and the run's folder.
+
+    Args:
+        args: command-line arguments.
+        held: when it ends, other processes may write the folder.
+        folder: of a run that this process has opened before; None makes or finds one.
+    """
 
     folder: Path
 
-    def __init__(self, args: list[str]) -> None:
+    def __init__(self, args: list[str], held: ExitStack, folder: Path | None = None) -> None:
+        self.held, self.opened = held, folder
         super().__init__(
             Classifier,
             LightningDataModule,
@@ -283,8 +305,8 @@ class _FitCLI(LightningCLI):
         parser.add_argument(
             "--resume",
             type=str | None,
-            help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' "
-            "for the newest unfinished run of this name, or a new one if there is none",
+            help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' for the "
+            "newest unfinished run of this name and these settings that no process is writing, or else a new one",
         )
         parser.add_argument(_TRUST, action="store_true", default=argparse.SUPPRESS, help=f"with --resume: {TRUST_HELP}")
 
@@ -292,7 +314,8 @@ class _FitCLI(LightningCLI):
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
         self.folder = agreed_folder(self._choose_folder)
         if is_first_process():
-            self.parser.save(self.config, self.folder / CONFIG, overwrite=True, skip_unset=False)
+            with aside(self.folder / CONFIG) as unfinished:
+                self.parser.save(self.config, unfinished, overwrite=True, skip_unset=False)
         chosen = self.config_init["trainer"]
         steps, ema = self.config["checkpoint_steps"], self.config["ema"]
         speed = Speed()
@@ -306,6 +329,7 @@ class _FitCLI(LightningCLI):
         kwargs["callbacks"] = [
             EpochSeed(self.config["seed_everything"]),
             Announce(self.folder),
+            KeepFolder(self.folder),
             KeepClasses(self.folder),
             speed,
             *([] if chosen["enable_progress_bar"] is False else [Progress(speed)]),
@@ -321,15 +345,35 @@ class _FitCLI(LightningCLI):
         return ModelCheckpoint(self.folder / CHECKPOINT.parent, CHECKPOINT.stem, enable_version_counter=False, **when)
 
     def _choose_folder(self) -> Path:
+        """The run's folder, whose one writer this process is from now on."""
         name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
-        if resume is None:
-            return create_run_folder(Path(runs), name)
-        if resume == "auto":
-            return unfinished_run(Path(runs), name) or create_run_folder(Path(runs), name)
+        if self.opened is not None:
+            return self.opened
+        if resume == "auto" and (found := take_unfinished(Path(runs), name, self._change, self.held)):
+            return found
+        if resume in (None, "auto"):
+            folder = create_run_folder(Path(runs), name)
+            self.held.enter_context(sole_writer(folder))
+            return folder
         folder = Path(resume)
+        # settings newer than the run get their defaults; what may be named was checked with the arguments
+        stored = self.parser.parse_args(config_option(folder / CONFIG, trust=True))
+        self.held.enter_context(sole_writer(folder))
         if (folder / RESULTS).exists():
             raise TrainingError(f"{folder} is finished: it has {RESULTS}. Leave --resume out for a new run.")
+        if change := self._change(folder, self._plain(stored)):
+            raise TrainingError(f"{folder} was made with {change}. Leave that out, or --resume for a new run.")
         return folder
+
+    def _change(self, folder: Path, stored: Mapping[str, Any]) -> str | None:
+        """The first setting that decides the result and that the folder's run was made with otherwise."""
+        now = self._plain(self.config)
+        if now["plan"] == "search":
+            return changed_setting(before_search(stored, folder), before_search(now))
+        return changed_setting(stored, now)
+
+    def _plain(self, config: Namespace) -> dict[str, Any]:
+        return yaml.safe_load(self.parser.dump(config, skip_unset=False))
 
 
 def _more_loggers(name: str | None, folder: Path) -> list[Logger]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,9 +13,9 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistStoreError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import EnsembleNetError, TrainingError
 
 __all__ = ["agreed_folder", "is_first_process"]
 
@@ -37,18 +39,37 @@ def agreed_folder(choose: Callable[[], Path]) -> Path:
         choose: makes or finds the folder; only the first process calls it.
 
     Raises:
-        TrainingError: the first process did not answer.
+        TrainingError: the first process did not answer, or found no folder, for the reason that it gives.
     """
     cluster = _cluster()
     if is_first_process():
-        folder = choose()
+        try:
+            folder = choose()
+        except EnsembleNetError as error:
+            if cluster is not None:
+                _tell(cluster, {"error": str(error)})
+            raise
         os.environ[_FOLDER] = str(folder)
         if cluster is not None:
-            _meet(cluster).set(_FOLDER, str(folder))
+            _tell(cluster, {"folder": str(folder)})
         return folder
     if cluster is None:
         return Path(os.environ[_FOLDER])
-    return Path(_meet(cluster).get(_FOLDER).decode())
+    store = _meet(cluster)
+    answer = json.loads(store.get(_FOLDER))
+    if "error" in answer:
+        store.set(f"{_FOLDER}/{cluster.global_rank()}", "heard")
+        raise TrainingError(answer["error"])
+    return Path(answer["folder"])
+
+
+def _tell(cluster: ClusterEnvironment, answer: dict[str, str]) -> None:
+    """Answer the other processes; one that ends then must not take the answer with it."""
+    store = _meet(cluster)
+    store.set(_FOLDER, json.dumps(answer))
+    if "error" in answer:
+        with suppress(DistStoreError):
+            store.wait([f"{_FOLDER}/{rank}" for rank in range(1, cluster.world_size())])
 
 
 def _cluster() -> ClusterEnvironment | None:

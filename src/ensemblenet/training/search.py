@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.runs import write_json
 
-__all__ = ["Candidate", "candidates", "rungs", "search"]
+__all__ = ["Candidate", "before_search", "candidates", "rungs", "search"]
 
 _PLAN = "plan.json"
 _HEADS = (2, 4)
@@ -102,6 +102,9 @@ def search(folder: Path, entrants: Sequence[Candidate], epochs: int, score: Scor
 
     Returns:
         The candidate to train in full.
+
+    Raises:
+        TrainingError: the folder has a search with other settings.
     """
     _recall(folder / _PLAN, entrants)
     base, conversions = entrants[0], list(entrants[1:])
@@ -122,12 +125,33 @@ def search(folder: Path, entrants: Sequence[Candidate], epochs: int, score: Scor
     return chosen
 
 
+def before_search(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """A configuration with what a search keeps of it: the rest of model.conversion is what the search finds.
+
+    Args:
+        config: of a run that searches its plan, as plain data.
+        folder: the run's, if it has one: its `plan.json` knows what was asked, where config has what was found.
+    """
+    model = config.get("model") or {}
+    conversion = model.get("conversion") or asdict(Conversion())
+    if folder is not None and (folder / _PLAN).exists():
+        found = json.loads((folder / _PLAN).read_text())["candidates"]
+        conversion = next(entry["conversion"] for entry in found if entry["conversion"])
+        config = {**config, "plan": "search"}
+    kept = {key: value for key, value in conversion.items() if key not in ("num_heads", "split_at")}
+    return {**config, "model": {**model, "conversion": kept}}
+
+
 def _recall(path: Path, entrants: Sequence[Candidate]) -> None:
     if not path.exists():
         return
     known: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in json.loads(path.read_text())["candidates"]}
     for candidate in entrants:
         if candidate.name in known:
+            settings = asdict(candidate)["conversion"] or {}
+            stored = known[candidate.name]["conversion"] or {}
+            if any(settings[key] != value for key, value in stored.items()):
+                raise TrainingError(f"{path} is of a search with other settings of {candidate.name}; start a new run.")
             scores = known[candidate.name]["scores"]
             candidate.scores = {int(length): value for length, value in scores.items()}
 

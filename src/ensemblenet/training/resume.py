@@ -1,0 +1,124 @@
+"""Which run goes on: one that was made with the same settings, and that no other process is writing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from ensemblenet.errors import BusyError
+from ensemblenet.storage.lock import read_writer, sole_writer
+from ensemblenet.storage.runs import CONFIG, RESULTS, unfinished_runs
+
+__all__ = ["changed_setting", "take_unfinished"]
+
+# What decides the result of a run; all else, such as devices, precision, logs and callbacks, may change.
+_FIXED = (
+    "seed_everything",
+    "plan",
+    "model",
+    "data",
+    "ema",
+    *(f"trainer.{name}" for name in ("max_epochs", "max_steps", "limit_train_batches", "overfit_batches")),
+    *(f"trainer.{name}" for name in ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")),
+)
+_FREE = (
+    "model.heads",
+    "model.channels_last",
+    *(f"data.init_args.{name}" for name in ("num_workers", "eval_batch_size", "cache")),
+    *(f"data.init_args.{name}" for name in ("on_broken", "max_broken", "on_damage")),
+)
+_MAY_GROW = ("trainer.max_epochs", "trainer.max_steps")
+_MAY_MOVE = "data.init_args.folder"
+_UNLIMITED = (None, -1)
+_SHOWN = 3  # runs that one line names
+
+
+def changed_setting(stored: Mapping[str, Any], now: Mapping[str, Any], fixed: Sequence[str] = _FIXED) -> str | None:
+    """The first setting that decides the result and is not what it was.
+
+    A run may be made longer. Data may move: a folder may be named otherwise, and anew where it is no longer there.
+
+    Args:
+        stored: a run's configuration, as plain data.
+        now: the same of the command that would go on with it.
+        fixed: the settings, or groups of them, that decide the result.
+
+    Returns:
+        Its name with both values; None if there is no such setting.
+
+    Example:
+        >>> changed_setting({"seed_everything": 3, "name": "a"}, {"seed_everything": 4, "name": "b"})
+        'seed_everything 3, not 4'
+    """
+    before, after = dict(_leaves(stored)), dict(_leaves(now))
+    for name in before | after:
+        old, new = before.get(name), after.get(name)
+        decides = name not in _FREE and any(f"{name}.".startswith(f"{group}.") for group in fixed)
+        if decides and old != new and not _is_allowed(name, old, new):
+            return f"{name} {json.dumps(old)}, not {json.dumps(new)}"
+    return None
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, tree
+
+
+def _is_allowed(name: str, old: Any, new: Any) -> bool:
+    if name in _MAY_GROW:
+        return new in _UNLIMITED or (old not in _UNLIMITED and new > old)
+    if name == _MAY_MOVE and isinstance(old, str) and isinstance(new, str) and "://" not in old:
+        return not Path(old).exists() or Path(old).resolve() == Path(new).resolve()
+    return False
+
+
+def take_unfinished(
+    runs: Path, name: str, change: Callable[[Path, Mapping[str, Any]], str | None], held: ExitStack
+) -> Path | None:
+    """Become the writer of the newest unfinished run that fits, and say which ones were passed over.
+
+    Args:
+        runs: where run folders are.
+        name: begins the names of those that count.
+        change: what a run's folder and configuration have that keeps it from going on, such as
+            [`changed_setting`][] says; None where nothing does.
+        held: when it ends, other processes may write the folder.
+    """
+    passed: list[str] = []
+    found = None
+    for folder in unfinished_runs(runs, name):
+        # Before it is locked: a process that only looks must not seem to write it to one whose run it is.
+        if changed := change(folder, _stored(folder)):
+            passed.append(f"{folder}, made with {changed}")
+            continue
+        with ExitStack() as attempt:
+            try:
+                attempt.enter_context(sole_writer(folder))
+            except BusyError:
+                passed.append(f"{folder}, being written by {read_writer(folder) or 'another process'}")
+                continue
+            if (folder / RESULTS).exists() or change(folder, _stored(folder)):  # another process had it until now
+                continue
+            held.enter_context(attempt.pop_all())
+            found = folder
+            break
+    if passed:
+        more = f"; and {len(passed) - _SHOWN} more" if len(passed) > _SHOWN else ""
+        Console().print(f"Passed over: {'; '.join(passed[:_SHOWN])}{more}.", highlight=False, soft_wrap=True)
+    return found
+
+
+def _stored(folder: Path) -> Mapping[str, Any]:
+    try:
+        return yaml.safe_load((folder / CONFIG).read_text()) or {}
+    except yaml.YAMLError:
+        return {}
