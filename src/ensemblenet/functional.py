@@ -1,4 +1,4 @@
-"""The co-distillation loss and what it is made of, as pure functions of tensors.
+"""The co-distillation loss as pure functions of tensors, in one file, since all share the shapes and tasks named here.
 
 Shapes: K heads, N examples, C outputs (classes, labels or regression targets), * further output dimensions.
 A *position* is one entry of (N, *): what one class index describes.

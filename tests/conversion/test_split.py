@@ -73,7 +73,7 @@ def test_the_two_parts_make_the_whole_at_every_split_point(base: type[nn.Module]
     x = torch.randn(5, *shape)
     expected = network(x)
     for cut in find_cuts(traced):
-        first, _ = cut_graph(traced, cut.trunk, traced.placeholder, cut.node, lambda node: False)
-        second, _ = cut_graph(traced, cut.head, cut.node, traced.output, lambda node: False)
+        first, _ = cut_graph(traced, cut.trunk, traced.placeholder, cut.node)
+        second, _ = cut_graph(traced, cut.head, cut.node, traced.output)
         trunk, head = (fx.GraphModule(traced.module, graph).eval() for graph in (first, second))
         torch.testing.assert_close(head(trunk(x)), expected, rtol=1e-5, atol=1e-6, msg=cut.point.name)

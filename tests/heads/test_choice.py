@@ -12,7 +12,6 @@ from ensemblenet import EnsembleNet, convert
 from ensemblenet.cli.main import main
 from ensemblenet.errors import FusionError
 from ensemblenet.heads import FusedEnsembleNet, choice, choose, fuse, tune
-from ensemblenet.timing import measure
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -97,13 +96,6 @@ def test_convolutions_run_head_by_head_where_that_is_faster(slow, training: bool
     network.load_state_dict(fused.state_dict())  # tuning ran training steps
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(fused(IMAGES), network(IMAGES))
-
-
-def test_measurements_take_turns() -> None:
-    calls: list[str] = []
-    seconds = measure({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3)
-    assert "".join(calls) == "abababab"  # the first of each is not counted
-    assert seconds.keys() == {"a", "b"}
 
 
 def test_the_command_shows_every_way(capsys) -> None:

@@ -86,18 +86,15 @@ def design_head(trace: Trace, cut: Cut, pinned: set[fx.Node]) -> HeadDesign:
         pinned: nodes that must keep their sizes.
     """
     shape = trace.refs[cut.node].shape
-    for dim in _channel_dims(len(shape)):
+    rank = len(shape)
+    # the dimensions that may hold the channels, the likelier first
+    for dim in {1: [], 2: [1], 3: [2, 1]}.get(rank, [1, rank - 1]):
         design = _solve(trace, cut, pinned, dim)
         stream = set(design.entry[dim].unknowns())
         written = {unknown for axis in design.equations.written for unknown in axis.unknowns()}
         if design.entry[dim].is_free() and stream & written:
             return design
     return _solve(trace, cut, pinned, None)
-
-
-def _channel_dims(rank: int) -> list[int]:
-    """The dimensions that may hold the channels of a tensor, the likelier first."""
-    return {1: [], 2: [1], 3: [2, 1]}.get(rank, [1, rank - 1])
 
 
 def _solve(trace: Trace, cut: Cut, pinned: set[fx.Node], projected: int | None) -> HeadDesign:
@@ -187,7 +184,7 @@ _Copies = dict[str, fx.Node]
 
 def build_trunk(trace: Trace, cut: Cut, initialiser: Initialiser) -> fx.GraphModule:
     """Build the trunk from the modules of the trace's private copy of the base."""
-    graph, _ = cut_graph(trace, [n for n in cut.trunk if n.op != "placeholder"], trace.placeholder, cut.node, _never)
+    graph, _ = cut_graph(trace, [n for n in cut.trunk if n.op != "placeholder"], trace.placeholder, cut.node)
     ref = trace.refs[trace.placeholder]
     equations = Equations(trace, set(cut.trunk), ref, [kept(size) for size in ref.shape], set(cut.trunk))
     with torch.no_grad():
@@ -198,10 +195,6 @@ def build_trunk(trace: Trace, cut: Cut, initialiser: Initialiser) -> fx.GraphMod
     trunk = fx.GraphModule(trace.module, graph, class_name="Trunk")
     initialiser.finish(trunk)
     return trunk
-
-
-def _never(node: fx.Node) -> bool:
-    return False
 
 
 def _new_tensors(design: HeadDesign, shape: HeadShape, initialiser: Initialiser) -> dict[int, Tensor]:

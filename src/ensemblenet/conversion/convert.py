@@ -241,7 +241,7 @@ def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node]) -> bool:
 def _features(design: HeadDesign) -> Tensor:
     """What the base computes at the split point for the example inputs."""
     cut, traced = design.cut, design.trace
-    graph, _ = cut_graph(traced, cut.trunk, traced.placeholder, cut.node, lambda node: False)
+    graph, _ = cut_graph(traced, cut.trunk, traced.placeholder, cut.node)
     with torch.no_grad():
         return fx.GraphModule(traced.module, graph).eval()(traced.input)
 

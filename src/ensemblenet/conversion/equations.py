@@ -72,14 +72,12 @@ class Equations:
     # -- for operations: see `Sizes`
 
     def axes(self, ref: TensorRef) -> Axes:
-        """The axes of a tensor; a parameter's are unknown at first, any other constant keeps its sizes."""
         if ref.id not in self.values:
             new = free if ref.source in self._parameters else kept
             self.values[ref.id] = self._source(ref, new) if ref.source else [kept(size) for size in ref.shape]
         return self.values[ref.id]
 
     def vector(self, ref: TensorRef | None, axis: Axis) -> None:
-        """State that a vector of parameters or statistics has one entry for each position of an axis."""
         if ref is None:
             return
         if ref.source and ref.id not in self.values:
@@ -87,7 +85,6 @@ class Equations:
         unify(self.axes(ref)[0], axis)
 
     def set(self, out: Any, axes: Axes) -> None:
-        """Give the axes of an output; one that was written in place has them already, and they are unified."""
         assert isinstance(out, TensorRef)
         if tuple(axis.size for axis in axes) != out.shape:
             raise ValueError(f"rule gives sizes {[axis.size for axis in axes]} for a tensor of shape {out.shape}")
@@ -98,18 +95,15 @@ class Equations:
             self.values[out.id] = axes
 
     def reorder(self, out: TensorRef, axes: Axes) -> None:
-        """Give a tensor whose dimensions were moved in place its axes in their new order."""
         del self.values[out.id]
         self.set(out, axes)
 
     def keep(self, value: Any) -> None:
-        """Keep all sizes of all tensors in a value."""
         for ref in refs(value):
             for axis in self.axes(ref):
                 axis.keep()
 
     def weight(self, ref: TensorRef, contracted: Axes, written: Axis | None = None) -> None:
-        """Note that a tensor multiplies features, if it is a parameter: its fan-in, and the axis of what it writes."""
         name = ref.source or self._weight_of.get(ref.id)
         if name is not None:
             self.contracted.setdefault(name, contracted)
@@ -117,24 +111,19 @@ class Equations:
             self.written.append(written)
 
     def bias(self, ref: TensorRef) -> None:
-        """Note that a tensor is added to features, if it is a parameter."""
         if ref.source:
             self.biases.add(ref.source)
 
     def is_weight(self, ref: TensorRef) -> bool:
-        """Whether a tensor is a parameter, perhaps reshaped."""
         return ref.source is not None or ref.id in self._weight_of
 
     def group(self, node: fx.Node, axis: Axis) -> None:
-        """Note the axis that counts the groups that a node works in."""
         self.groups[node] = axis
 
     def parameter(self, node: fx.Node, name: str) -> Axes:
-        """The axes of a parameter of the layer that a node calls."""
         return self.sources[f"{node.target}.{name}"]
 
     def value(self, node: fx.Node) -> Axes:
-        """The axes of a node's tensor."""
         return self.axes(self.trace.refs[node])
 
     # -- inside

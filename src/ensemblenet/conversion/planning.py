@@ -68,9 +68,12 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
     def cost(shape: HeadShape) -> Cost:
         return design.cut.trunk_cost + num_heads * design.cost(shape)
 
+    def fits(cost: Cost) -> bool:
+        return cost.parameters <= limit.parameters and cost.macs <= limit.macs * (1 + 1e-9)
+
     best: Plan | None = None
     for multiple in _MULTIPLES:
-        width = _widest(lambda width, m=multiple: _fits(cost(HeadShape(width, m)), limit))
+        width = _widest(lambda width, m=multiple: fits(cost(HeadShape(width, m))))
         if width is None:
             continue
         shape = HeadShape(width, multiple, design.pinned)
@@ -82,10 +85,6 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
         if width == 1 or used >= _BUDGET_USED:
             break
     return best or Plan(design.cut.point, cost(HeadShape(0.0, 1)), None)
-
-
-def _fits(cost: Cost, limit: Cost) -> bool:
-    return cost.parameters <= limit.parameters and cost.macs <= limit.macs * (1 + 1e-9)
 
 
 def _widest(fits: Callable[[float], bool]) -> float | None:

@@ -186,7 +186,11 @@ def _names(trace: Trace, node: fx.Node, taken: set[str]) -> tuple[str, tuple[str
 
 
 def cut_graph(
-    trace: Trace, nodes: list[fx.Node], entry: fx.Node, end: fx.Node, base_size: Callable[[fx.Node], bool]
+    trace: Trace,
+    nodes: list[fx.Node],
+    entry: fx.Node,
+    end: fx.Node,
+    base_size: Callable[[fx.Node], bool] = lambda node: False,
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Copy a part of the graph into one of its own.
 
@@ -198,7 +202,7 @@ def cut_graph(
         nodes: the part, in order, without its entry.
         entry: the node whose tensor is the part's input.
         end: the node whose tensor is its output.
-        base_size: whether a size, of a tensor inside, is to be written as the number that it is in the base.
+        base_size: whether a size of a tensor inside the part is written as the number that it is in the base.
 
     Returns:
         The graph, and where each node went.

@@ -9,6 +9,7 @@ another.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -81,57 +82,47 @@ class Program:
         value = None if operation is None else operation.fuse(self, node)
         if value is not None:
             return value
-        if self.is_shared(node) and (layer is None or not _has_state(layer)):
+        has_state = layer is not None and next(chain(layer.parameters(), layer.buffers()), None) is not None
+        if self.is_shared(node) and not has_state:
             return self.same(node, SHARED)
         return self._map(node) or self._loop(node)
 
-    # -- what rules read
+    # -- what operations read: see `ensemblenet.operations.Program`
 
     def module(self, node: fx.Node) -> Any:
-        """The first head's module that a node calls."""
         return self._heads[0].get_submodule(str(node.target))
 
     def modules(self, node: fx.Node) -> list[Any]:
-        """The modules of all heads that a node calls."""
         return [head.get_submodule(str(node.target)) for head in self._heads]
 
     def value(self, argument: Any) -> Value:
-        """The value of all heads of an argument of a node of the first head."""
         return self._values[argument] if isinstance(argument, fx.Node) else Value(argument, SHARED)
 
     def set_value(self, argument: fx.Node, value: Value) -> None:
-        """Let later nodes read another value: what an operation in place has made of it."""
         self._values[argument] = value
 
     def layouts(self, node: fx.Node) -> set[Layout]:
-        """The layouts of all that a node reads."""
         return {self._values[argument].layout for argument in node.all_input_nodes}
 
     def is_shared(self, node: fx.Node) -> bool:
-        """Whether all that a node reads is the same for all heads."""
         return self.layouts(node) <= {SHARED}
 
     def shape(self, node: Any) -> tuple[int, ...]:
-        """The shape of the first head's tensor for an example batch; () for a number."""
         example = self._examples.get(node) if isinstance(node, fx.Node) else None
         return tuple(example.shape) if isinstance(example, Tensor) else ()
 
     def is_tensor(self, node: Any) -> bool:
-        """Whether a node of the first head gives a tensor, not a number or a tuple."""
         return isinstance(node, fx.Node) and isinstance(self._examples.get(node), Tensor)
 
-    # -- what rules write
+    # -- what operations write
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Write the call of a function."""
         return self._graph.call_function(function, args, kwargs)
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """Write the call of a method of the first argument."""
         return self._graph.call_method(name, args, kwargs)
 
     def run(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
-        """Write the call of a module, under that name or one like it."""
         name = name.replace(".", "_")
         while getattr(self._root, name, module) is not module:
             name += "_"
@@ -139,33 +130,22 @@ class Program:
         return self._graph.call_module(name, args, kwargs)
 
     def parameter(self, node: fx.Node, name: str) -> fx.Node | None:
-        """The stack (K, *) of a parameter or buffer of the module that a node calls; None where it has none."""
         owner, _, name = f"{node.target}.{name}".rpartition(".")
         return self._stack(owner, name)
 
     def first(self, argument: Any) -> Any:
-        """A value as FIRST; a SHARED one is repeated, without a copy."""
         value = self.value(argument)
         if value.layout is FIRST:
             return value.node
         return self.call(unfold if value.layout is FOLDED else repeat, value.node, self.num_heads)
 
     def folded(self, argument: Any) -> Any:
-        """A value as FOLDED; a SHARED one is repeated."""
         value = self.value(argument)
         return value.node if value.layout is FOLDED else self.call(fold, self.first(argument))
 
     def same(
         self, node: fx.Node, layout: Layout, given: dict[Any, fx.Node] | None = None, method: str | None = None
     ) -> Value:
-        """Write the node unchanged on the fused arguments; modules are taken from head 0.
-
-        Args:
-            node: of the first head.
-            layout: of what comes out.
-            given: other nodes to read for some of its arguments.
-            method: another operation to call in its place.
-        """
         given = given or {}
         args, kwargs = fx.map_arg(  # type: ignore[misc]
             (node.args, node.kwargs), lambda argument: given.get(argument, self._values[argument].node)
@@ -272,10 +252,6 @@ def as_function(node: fx.Node) -> Callable[..., Any]:
         return node.target  # type: ignore[return-value]
     name = str(node.target)
     return lambda x, *args, **kwargs: getattr(x, name)(*args, **kwargs)
-
-
-def _has_state(layer: nn.Module) -> bool:
-    return next(layer.parameters(), None) is not None or next(layer.buffers(), None) is not None
 
 
 def has_hooks(layer: nn.Module, recurse: bool = True) -> bool:

@@ -23,7 +23,6 @@ class AttentionOperator(Operation):
     """Queries (N, H, L, D), keys (N, H, S, D), values (N, H, S, E): (N, H, L, E)."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Heads, positions of keys and values, and the features that are compared are one."""
         query, key, value = (sizes.axes(ref) for ref in event.args[:3])
         for dim in (0, 1):
             unify(query[dim], key[dim])
@@ -38,7 +37,6 @@ class AttentionOperator(Operation):
         sizes.set(event.out[0], [*query[:3], value[3]])
 
     def work(self, sizes: Sizes, event: Event) -> Axes:
-        """Every query by every key: (N, H, L, D) x S."""
         return [*sizes.axes(event.args[0]), sizes.axes(event.args[1])[-2]]
 
 
@@ -78,7 +76,6 @@ class MultiheadAttention(Operation):
         sizes.group(node, heads)
 
     def narrow(self, layer: nn.MultiheadAttention, base: nn.MultiheadAttention, sizes: LayerSizes) -> None:
-        """Width and heads."""
         width = layer.out_proj.weight.shape[0]
         layer.embed_dim = layer.kdim = layer.vdim = width
         layer.num_heads = sizes.groups or base.num_heads

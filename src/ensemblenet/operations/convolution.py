@@ -72,7 +72,6 @@ class AnyConvolution(Operation):
     """Layers of convolution, of any rank and either direction."""
 
     def narrow(self, layer: nn.Conv2d, base: nn.Conv2d, sizes: LayerSizes) -> None:
-        """Channels and groups."""
         layer.groups = sizes.groups or layer.groups
         layer.in_channels, layer.out_channels = sizes.input[1], sizes.output[1]
 
@@ -82,7 +81,6 @@ class Convolution(AnyConvolution):
     """Convolutions, as layers and as functions."""
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        """The function's groups."""
         set_groups(narrowed, node, copy, 6, "groups")
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
@@ -112,7 +110,6 @@ class ScaledConvolution(Convolution):
         layer.scale = base.scale * math.sqrt(base.weight[0].numel() / layer.weight[0].numel())
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Standardise all heads' weights in one step."""
         layer = program.module(node)
         stacks = program.parameter(node, "weight"), program.parameter(node, "gain")
         return self.fuse_with(program, node, program.call(standardised, *stacks, layer.scale, layer.eps))
@@ -130,7 +127,6 @@ class TransposedConvolution(AnyConvolution):
     """Transposed convolutions."""
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """One grouped, transposed convolution."""
         layer = program.module(node)
         if len(node.args) != 1 or node.kwargs or len(program.shape(node.args[0])) != layer.weight.ndim:
             return None
@@ -154,7 +150,6 @@ class WeightNorm(Operation):
     """Directions of a weight and their lengths along one dimension."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """The weight has the directions' shape."""
         direction, length = (sizes.axes(ref) for ref in event.args[:2])
         for own, axis in zip(length, direction, strict=True):
             if own.size != 1:

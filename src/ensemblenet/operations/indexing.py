@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
@@ -18,10 +18,9 @@ from ensemblenet.operations.fusion import (
     Value,
     arguments_of,
     behind_heads,
-    fuse_along,
     rewritten,
 )
-from ensemblenet.operations.registry import Operation, register
+from ensemblenet.operations.registry import AlongOperation, Operation, register
 
 __all__ = ["Item", "Narrow", "Select"]
 
@@ -31,7 +30,6 @@ class Slice(Operation):
     """A segment of a dimension."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """The segment is a part of the dimension's sum."""
         before = sizes.axes(event.args[0])
         dim, start, end, step = (*event.args[1:], *(0, None, None, 1)[len(event.args) - 1 :])
         dim, size = (dim or 0) % len(before), before[(dim or 0) % len(before)].size
@@ -47,11 +45,12 @@ class Slice(Operation):
 
 
 @register("narrow")
-class Narrow(Operation):
+class Narrow(AlongOperation):
     """A segment of a dimension, by its start and length."""
 
+    dimensions: ClassVar[Dimensions] = {"narrow": ((1, "dim", None),)}
+
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        """Start and length."""
         dim, start, length = (argument(copy, k, key) for k, key in ((1, "dim"), (2, "start"), (3, "length")))
         axis = narrowed.axes(node.all_input_nodes[0])[dim]
         if narrowed.size(axis) == axis.size or not isinstance(start, int):
@@ -60,20 +59,17 @@ class Narrow(Operation):
         set_argument(copy, 2, "start", narrowed.position(axis, start % axis.size))
         set_argument(copy, 3, "length", new_size(narrowed, axes[dim], length, copy))
 
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
-        return fuse_along(program, node, {"narrow": ((1, "dim", None),)})
-
 
 _SELECTS: Dimensions = dict.fromkeys(("select", "index_select"), ((1, "dim", None),)) | {"unbind": ((1, "dim", 0),)}
 
 
 @register(*_SELECTS)
-class Select(Operation):
-    """Positions of a dimension."""
+class Select(AlongOperation):
+    """Positions of a dimension, which keeps its size."""
+
+    dimensions: ClassVar[Dimensions] = _SELECTS
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """The dimension keeps its size; the others stay."""
         before = list(sizes.axes(event.args[0]))
         dim = (event.args[1] if len(event.args) > 1 else 0) % len(before)
         before[dim].keep()
@@ -81,17 +77,12 @@ class Select(Operation):
             same_rank = len(out.shape) == len(before)
             sizes.set(out, [*before[:dim], *([kept(out.shape[dim])] if same_rank else []), *before[dim + 1 :]])
 
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
-        return fuse_along(program, node, _SELECTS)
-
 
 @register("index", "_unsafe_index")
 class Lookup(Operation):
     """Positions that tensors name."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Dimensions that are looked up keep their sizes; the others stay."""
         before = sizes.axes(event.args[0])
         lookups = list(event.args[1]) + [None] * (len(before) - len(event.args[1]))
         looked_up = [dim for dim, lookup in enumerate(lookups) if lookup is not None]
@@ -112,7 +103,6 @@ class Item(Operation):
     """`x[...]`, of a tensor or of a tuple."""
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        """Bounds of slices."""
         source, index = node.args[0], copy.args[1]
         if node.target is not operator.getitem or not isinstance(source, fx.Node):
             return
@@ -125,7 +115,6 @@ class Item(Operation):
             copy.update_arg(1, new if isinstance(index, tuple) else new[0])
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """All of the heads, and of each what the index says."""
         source, index = node.args
         value = program.value(source)
         if not program.is_tensor(source):  # of a tuple
@@ -188,7 +177,6 @@ class Size(Operation):
     """`x.size()`."""
 
     def fuse(self, program: Program, node: fx.Node) -> Value:
-        """Of the dimensions behind the heads."""
         tensor, dim = arguments_of(node, input=None, dim=None)
         if program.is_shared(node):
             return program.same(node, SHARED)
@@ -202,7 +190,6 @@ class Attribute(Operation):
     """`x.shape`, `x.device`, `x.dtype`."""
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Of the dimensions behind the heads."""
         tensor, name = node.args
         value = program.value(tensor)
         if value.layout is SHARED or name in ("device", "dtype"):

@@ -19,7 +19,6 @@ class Linear(Operation):
     """Linear layers, and the function."""
 
     def narrow(self, layer: nn.Linear, base: nn.Linear, sizes: LayerSizes) -> None:
-        """Features in and out."""
         layer.out_features, layer.in_features = layer.weight.shape
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
@@ -60,15 +59,12 @@ class MatrixProduct(Operation):
     """(*, A, B) x (*, B, C) = (*, A, C)."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """The inner sizes are one."""
         _multiply(sizes, event.args[0], event.args[1], event.out)
 
     def work(self, sizes: Sizes, event: Event) -> Axes:
-        """B products for each number of the result."""
         return [*sizes.axes(event.out), sizes.axes(event.args[0])[-1]]
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """A product with one more dimension in front."""
         ranks = [len(program.shape(argument)) for argument in node.args]
         if program.is_shared(node):
             return program.same(node, SHARED)
@@ -83,7 +79,6 @@ class AddedMatrixProduct(Operation):
     """bias + (*, A, B) x (*, B, C)."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """The bias broadcasts to the product."""
         bias, left, right = event.args[:3]
         _multiply(sizes, left, right, event.out)
         axes, own = sizes.axes(event.out), sizes.axes(bias)
@@ -93,7 +88,6 @@ class AddedMatrixProduct(Operation):
         sizes.bias(bias)
 
     def work(self, sizes: Sizes, event: Event) -> Axes:
-        """B products for each number of the result."""
         return [*sizes.axes(event.out), sizes.axes(event.args[1])[-1]]
 
 
@@ -113,12 +107,10 @@ class Embedding(Operation):
     """Rows (V, D) looked up by (N, *): (N, *, D)."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """The rows stay as many."""
         rows, columns = sizes.axes(event.args[0])
         rows.keep()
         sizes.weight(event.args[0], [])
         sizes.set(event.out, [*sizes.axes(event.args[1]), columns])
 
     def narrow(self, layer: nn.Embedding, base: nn.Embedding, sizes: LayerSizes) -> None:
-        """The rows' length."""
         layer.embedding_dim = layer.weight.shape[1]

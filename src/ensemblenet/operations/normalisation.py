@@ -36,7 +36,6 @@ class BatchNormOperator(Operation):
     """(N, C, *) with vectors of C."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Weights and statistics have an entry for each channel."""
         axes = sizes.axes(event.args[0])
         for ref in event.args[1:5]:
             if isinstance(ref, TensorRef):
@@ -53,7 +52,6 @@ class ChannelNorm(Operation):
     """Layers that normalise channels, over a batch or in each example."""
 
     def narrow(self, layer: nn.BatchNorm2d, base: nn.BatchNorm2d, sizes: LayerSizes) -> None:
-        """Channels."""
         layer.num_features = sizes.input[1]
 
     def reset(self, layer: nn.BatchNorm2d, generator: torch.Generator) -> None:
@@ -66,7 +64,6 @@ class BatchNorm(ChannelNorm):
     """Batch normalisation."""
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Heads are more channels."""
         if len(program.shape(node.args[0])) < 2:
             return None
         names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -130,7 +127,6 @@ class LayerNormOperator(Operation):
     """(*, normalized) with weights of the normalised dimensions."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Weights have the normalised dimensions' sizes."""
         axes = sizes.axes(event.args[0])
         for ref in event.args[2:4]:
             if isinstance(ref, TensorRef):
@@ -147,14 +143,12 @@ class RMSNorm(LayerNormOperator):
     """Normalisation by the root of the mean square; older versions of PyTorch have an operator of that name."""
 
     def narrow(self, layer: nn.LayerNorm, base: nn.LayerNorm, sizes: LayerSizes) -> None:
-        """The shape that is normalised."""
         if layer.weight is not None:
             layer.normalized_shape = tuple(layer.weight.shape)
         else:
             layer.normalized_shape = sizes.input[-len(layer.normalized_shape) :]
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        """The shape that the function normalises."""
         (axes,) = narrowed.outputs(node)
         old = argument(copy, 1, "normalized_shape")
         if isinstance(old, (tuple, list)):
@@ -196,7 +190,6 @@ class ChannelLayerNorm(LayerNorm):
     """Layer normalisation over the channels of images."""
 
     def fuse(self, program: Program, node: fx.Node) -> Value:
-        """Channels move to the end and back."""
         layer = program.module(node)
         weight, bias = program.parameter(node, "weight"), program.parameter(node, "bias")
         x = program.method("movedim", program.first(node.args[0]), 2, -1)
@@ -221,7 +214,6 @@ class GroupNormOperator(Operation):
     """(N, C, *) in groups, with vectors of C."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Groups of channels may become fewer."""
         features, weight, bias = event.args[:3]
         axes = sizes.axes(features)
         groups = event.args[6]
@@ -239,12 +231,10 @@ class GroupNorm(Operation):
     """Group normalisation, as a layer and as a function."""
 
     def narrow(self, layer: nn.GroupNorm, base: nn.GroupNorm, sizes: LayerSizes) -> None:
-        """Channels and groups."""
         layer.num_groups = sizes.groups or layer.num_groups
         layer.num_channels = sizes.input[1]
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        """The function's groups."""
         set_groups(narrowed, node, copy, 1, "num_groups")
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:

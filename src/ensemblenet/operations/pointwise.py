@@ -75,7 +75,6 @@ class PointwiseOperator(Operation):
     """Operators that PyTorch tags as pointwise, and others like them."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Dimensions meet their like."""
         if event.name == "as_strided_" and event.out.shape != refs((event.args, event.kwargs))[0].shape:
             raise NotImplementedError
         couple_pointwise(sizes, event)
@@ -156,7 +155,6 @@ class ChannelDropout(Operation):
     """Dropout of whole channels."""
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Heads are more channels."""
         return per_channel(program, node)
 
 
@@ -167,7 +165,6 @@ class DropPath(Operation):
     is_whole = False
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Heads are more examples."""
         layer = program.module(node)
         if getattr(layer, "mode", "row") != "row":
             return None
@@ -181,11 +178,9 @@ class PReLU(Operation):
     """Leaky activations whose slopes are learned."""
 
     def narrow(self, layer: nn.PReLU, base: nn.PReLU, sizes: LayerSizes) -> None:
-        """The number of slopes."""
         layer.num_parameters = layer.weight.numel()
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Heads are more channels, where every channel has a slope."""
         layer, rank = program.module(node), len(program.shape(node.args[0]))
         if layer.num_parameters == 1 or rank < 2:
             return None

@@ -47,7 +47,6 @@ class Pooling(Operation):
             sizes.set(out, [*before[:first], *(kept(size) for size in out.shape[first:])])
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Heads are more channels."""
         return per_channel(program, node)
 
 
@@ -81,7 +80,6 @@ class Unfold(Operation):
     """(N, C, H, W) to (N, C * window, L)."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Channels times what a window holds."""
         batch, channels, *space = sizes.axes(event.args[0])
         for axis in space:
             axis.keep()
@@ -94,7 +92,6 @@ class Fold(Operation):
     """(N, C * window, L) to (N, C, H, W)."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Channels times what a window holds."""
         batch, columns, length = sizes.axes(event.args[0])
         length.keep()
         channels = free(event.out.shape[1])
@@ -107,7 +104,6 @@ class PixelShuffle(Operation):
     """(N, C * r * r, H, W) and (N, C, H * r, W * r), either way."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Channels times the pixels that each of them holds."""
         batch, channels, *space = sizes.axes(event.args[0])
         for axis in space:
             axis.keep()
@@ -125,7 +121,6 @@ class ChannelShuffle(Operation):
     """(N, C, *) in groups of channels that change places."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """The groups stay as many."""
         axes = sizes.axes(event.args[0])
         groups = event.args[1]
         unify(axes[1], multiplied([kept(groups), free(axes[1].size // groups)]))

@@ -35,6 +35,5 @@ class GRU(Recurrent):
         return True
 
     def narrow(self, layer: nn.GRU, base: nn.GRU, sizes: LayerSizes) -> None:
-        """Features in, and of the state."""
         layer.input_size = layer.get_parameter("weight_ih_l0").shape[1]
         layer.hidden_size = layer.get_parameter("weight_hh_l0").shape[1]

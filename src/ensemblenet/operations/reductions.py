@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -9,7 +11,7 @@ from ensemblenet.operations.axes import concatenated, free, kept, unify
 from ensemblenet.operations.coupling import Event, Sizes, refs
 from ensemblenet.operations.fusion import ALL, FIRST, SHARED, Dimensions, Program, Value, behind_heads, fuse_along
 from ensemblenet.operations.pointwise import couple_pointwise
-from ensemblenet.operations.registry import Operation, register
+from ensemblenet.operations.registry import AlongOperation, Operation, register
 
 __all__ = ["Along", "Gate", "Reduction"]
 
@@ -21,11 +23,12 @@ _OF_ONE: Dimensions = dict.fromkeys(("argmax", "argmin"), ((1, "dim", None),))
     *_OF_ALL, *_OF_ONE, "var_mean", "std_mean", "max", "min", "prod", "linalg_vector_norm", "norm", "any", "all",
     "median",
 )  # fmt: skip
-class Reduction(Operation):
-    """Sums, means, largest values."""
+class Reduction(AlongOperation):
+    """Sums, means, largest values: some dimensions vanish or become one."""
+
+    dimensions: ClassVar[Dimensions] = {**_OF_ALL, **_OF_ONE}
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Some dimensions vanish or become one."""
         before = sizes.axes(event.args[0])
         named = [event.kwargs.get("dim"), *event.args[1:3]]
         dims = next((dim for dim in named if isinstance(dim, (list, tuple))), None)
@@ -38,10 +41,6 @@ class Reduction(Operation):
             else:
                 axes = [axis for dim, axis in enumerate(before) if dim not in gone]
             sizes.set(out, axes)
-
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
-        return fuse_along(program, node, {**_OF_ALL, **_OF_ONE})
 
 
 _ALONG: Dimensions = dict.fromkeys(("softmax", "log_softmax", "cumsum"), ((1, "dim", None),)) | {
@@ -57,11 +56,9 @@ class Along(Operation):
     is_whole = False
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """The result has the input's sizes."""
         couple_pointwise(sizes, event)
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
         if node.op != "call_module":
             return fuse_along(program, node, _ALONG)
         layer = program.module(node)
@@ -89,7 +86,6 @@ class Gate(Operation):
     is_whole = False
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Both halves are one size."""
         axes = list(sizes.axes(event.args[0]))
         dim = (event.args[1] if len(event.args) > 1 else -1) % len(axes)
         half = free(axes[dim].size // 2)
@@ -98,7 +94,6 @@ class Gate(Operation):
         sizes.set(event.out, axes)
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
         return fuse_along(program, node, _GATE) if node.op != "call_module" else fuse_layer_along(program, node, F.glu)
 
 
@@ -106,9 +101,7 @@ _ANY: Dimensions = {"sort": ((1, "dim", None),), "normalize": ((2, "dim", 1),), 
 
 
 @register(*_ANY)
-class AlongUnknown(Operation):
+class AlongUnknown(AlongOperation):
     """What works along a dimension, and keeps the sizes of all that it touches."""
 
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
-        return fuse_along(program, node, _ANY)
+    dimensions: ClassVar[Dimensions] = _ANY

@@ -6,15 +6,15 @@ Add a class of your own with [`ensemblenet.operations.register`][]; one file is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import fx, nn
 
 from ensemblenet.operations.coupling import Axes, Event, LayerSizes, Narrowed, Sizes
-from ensemblenet.operations.fusion import Program, Value
+from ensemblenet.operations.fusion import Dimensions, Program, Value, fuse_along
 
-__all__ = ["Operation", "fusing_operation", "operation_named", "operation_of", "register"]
+__all__ = ["AlongOperation", "Operation", "fusing_operation", "operation_named", "operation_of", "register"]
 
 
 class Operation:
@@ -96,6 +96,20 @@ class Operation:
         For a layer it serves the types that derive from the registered one too, as long as they keep its `forward`.
         """
         return None
+
+
+class AlongOperation(Operation):
+    """A function of named dimensions; fused, these lie behind the heads.
+
+    Attributes:
+        dimensions: which arguments of which function are dimensions; others run in the general way.
+    """
+
+    dimensions: ClassVar[Dimensions] = {}
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        """Write the function with the heads as one more dimension in front."""
+        return fuse_along(program, node, self.dimensions)
 
 
 _OPERATIONS: dict[type[nn.Module] | str, Operation] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -34,7 +34,7 @@ from ensemblenet.operations.fusion import (
     concatenate_channels,
     fuse_along,
 )
-from ensemblenet.operations.registry import Operation, register
+from ensemblenet.operations.registry import AlongOperation, Operation, register
 
 __all__ = ["Concatenation", "Reshape", "Split", "Unflatten"]
 
@@ -43,7 +43,6 @@ class _OfShape(Operation):
     """Functions whose arguments are a shape."""
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        """The shape, as one argument or as several."""
         (axes,) = narrowed.outputs(node)
         for key in ("shape", "size"):
             if isinstance(copy.kwargs.get(key), (tuple, list)):
@@ -77,11 +76,9 @@ class Reshape(_OfShape):
     """The same numbers in another shape."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Dimensions are multiplied and cut, in order."""
         _couple_reshape(sizes, event)
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """The heads stay in front."""
         if program.is_shared(node):
             return program.same(node, SHARED)
         sizes = _given_sizes(program, node)
@@ -116,16 +113,13 @@ def _reshape(before: Axes, shape: Sequence[int]) -> Axes:
 
 
 @register("squeeze", "unsqueeze", "squeeze_copy")
-class Squeeze(Operation):
+class Squeeze(AlongOperation):
     """Dimensions of one come or go."""
 
-    def couple(self, sizes: Sizes, event: Event) -> None:
-        """A reshape."""
-        _couple_reshape(sizes, event)
+    dimensions: ClassVar[Dimensions] = dict.fromkeys(("squeeze", "unsqueeze"), ((1, "dim", None),))
 
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
-        return fuse_along(program, node, dict.fromkeys(("squeeze", "unsqueeze"), ((1, "dim", None),)))
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        _couple_reshape(sizes, event)
 
 
 @register("flatten", nn.Flatten)
@@ -135,7 +129,6 @@ class Flatten(Operation):
     is_whole = False
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
         if node.op != "call_module":
             return fuse_along(program, node, {"flatten": ((1, "start_dim", 0), (2, "end_dim", -1))})
         if program.is_shared(node):
@@ -152,20 +145,17 @@ class Unflatten(Operation):
     is_whole = False
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        """The function's new sizes."""
         (axes,) = narrowed.outputs(node)
         dim, sizes = argument(copy, 1, "dim"), argument(copy, 2, "sizes")
         first = dim % len(narrowed.axes(node.all_input_nodes[0]))
         set_argument(copy, 2, "sizes", new_sizes(narrowed, axes[first : first + len(sizes)], sizes, copy))
 
     def narrow(self, layer: nn.Unflatten, base: nn.Unflatten, sizes: LayerSizes) -> None:
-        """The layer's new sizes."""
         rank = len(sizes.input)
         dim = layer.dim % rank if isinstance(layer.dim, int) else rank - 1
         layer.unflattened_size = sizes.output[dim : dim + len(layer.unflattened_size)]
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
         if node.op != "call_module":
             return fuse_along(program, node, {"unflatten": ((1, "dim", None),)})
         layer = program.module(node)
@@ -182,12 +172,10 @@ class Permute(Operation):
     """(d0, d1, ...) in another order."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Dimensions move with their sizes."""
         before = sizes.axes(event.args[0])
         sizes.set(event.out, [before[dim] for dim in event.args[1]])
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """The heads stay in front."""
         if program.is_shared(node):
             return program.same(node, SHARED)
         dims = _given_sizes(program, node)
@@ -203,11 +191,12 @@ _TRANSPOSES: Dimensions = dict.fromkeys(
 
 
 @register(*_TRANSPOSES, "t", "transpose_copy")
-class Transpose(Operation):
+class Transpose(AlongOperation):
     """Two dimensions change places."""
 
+    dimensions: ClassVar[Dimensions] = _TRANSPOSES
+
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Dimensions move with their sizes."""
         axes = list(sizes.axes(event.args[0]))
         if len(axes) > 1:
             a, b = event.args[1:3] if len(event.args) > 2 else (0, 1)
@@ -216,10 +205,6 @@ class Transpose(Operation):
             sizes.reorder(event.out, axes)
         else:
             sizes.set(event.out, axes)
-
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
-        return fuse_along(program, node, _TRANSPOSES)
 
 
 @register("broadcast_to")
@@ -246,7 +231,6 @@ class Expand(_OfShape):
         )
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """The heads stay in front."""
         return _fuse_repeat(program, node, -1)
 
 
@@ -276,20 +260,17 @@ class Repeat(Operation):
     """Each dimension a number of times."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Times the old size."""
         before = sizes.axes(event.args[0])
         times = list(event.args[1])
         before = [kept(1)] * (len(times) - len(before)) + before
         sizes.set(event.out, [multiplied([kept(n), axis]) for n, axis in zip(times, before, strict=True)])
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """The heads stay in front."""
         return _fuse_repeat(program, node, 1)
 
 
 class _Joined(Operation):
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
         tensors, dim = arguments_of(node, tensors=None, dim=0)
         if program.is_shared(node):
             return program.same(node, SHARED)
@@ -306,7 +287,6 @@ class Concatenation(_Joined):
     """Tensors side by side along a dimension."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """One dimension adds up, the others are equal."""
         parts = [sizes.axes(ref) for ref in event.args[0]]
         dim = event.argument(1, "dim", 0) % len(parts[0])
         axes = list(parts[0])
@@ -334,12 +314,11 @@ class Stacking(_Joined):
         sizes.set(event.out, axes)
 
 
-_CUTS: Dimensions = dict.fromkeys(("chunk", "split", "split_with_sizes"), ((2, "dim", 0),))
-
-
 @register("chunk", "unsafe_split", "unsafe_chunk")
-class Chunk(Operation):
+class Chunk(AlongOperation):
     """A dimension in segments."""
+
+    dimensions: ClassVar[Dimensions] = dict.fromkeys(("chunk", "split", "split_with_sizes"), ((2, "dim", 0),))
 
     def couple(self, sizes: Sizes, event: Event) -> None:
         """Equal segments stay equal, as whoever asks for equal segments expects."""
@@ -353,17 +332,12 @@ class Chunk(Operation):
         for out, part in zip(event.out, parts, strict=True):
             sizes.set(out, [*before[:dim], part, *before[dim + 1 :]])
 
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Dimensions lie behind the heads."""
-        return fuse_along(program, node, _CUTS)
-
 
 @register("split", "split_with_sizes")
 class Split(Chunk):
     """A dimension in segments of given sizes."""
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        """The segments' sizes, or the size of each."""
         outputs = narrowed.outputs(node)
         key = next((key for key in ("split_size_or_sections", "split_size", "split_sizes") if key in copy.kwargs), "")
         dim = argument(copy, 2, "dim", 0)

@@ -179,7 +179,9 @@ class Recorder(TorchFunctionMode):
             return self._sizes(args[0]).numel()
         if name == "__iter__":
             return iter(self._function(torch.Tensor.unbind, "unbind", args[:1], {}))
-        if name in _VALUE_READERS and any(self._depends_on_input(arg) for arg in args):
+        if name in _VALUE_READERS and any(
+            isinstance(arg, Tensor) and arg in self.nodes and depends_on_input(self.nodes[arg]) for arg in args
+        ):
             raise ConversionError(
                 f"{self.where()} reads the values of a tensor ({name}), so the network's course depends on its "
                 f"input. {BY_HAND}"
@@ -293,9 +295,6 @@ class Recorder(TorchFunctionMode):
             self.attributes[name].meta["constant"] = True
             self.refs[self.attributes[name]] = self.observer.ref(tensor)
         return self.attributes[name]
-
-    def _depends_on_input(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value in self.nodes and depends_on_input(self.nodes[value])
 
     # -- errors
 
