@@ -17,7 +17,8 @@ from networks import Volume
 from torch import nn
 
 import ensemblenet
-from ensemblenet import EnsembleNet, ExportError, cli, convert, deployment, export, fuse
+from ensemblenet import EnsembleNet, ExportError, convert, deployment, export, fuse
+from ensemblenet.cli import main as cli
 from ensemblenet.models import MLPTagger, MNIST1DNet, MoETagger
 
 CLASSES = ["cat", 'a "quoted" dog', "Ünicode"]
@@ -312,7 +313,8 @@ def test_mistakes_are_one_line(saved, arguments, message, capsys, monkeypatch, t
     assert message in error
 
 
-def test_a_base_by_name(tmp_path, capsys):
+def test_a_base_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     base = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     ensemblenet.save(convert(base, torch.randn(2, 8)), tmp_path / "saved")
     output = tmp_path / "model.pt2"
