@@ -34,7 +34,11 @@ def test_a_new_score_gets_a_column_and_a_meaning(monkeypatch: pytest.MonkeyPatch
         console.print(results_table([row], columns=scores_columns([row])))
     assert "worst class" in captured.get()
     assert "12.5" in captured.get()
-    assert meanings(row) == f"top-1 is {SCORES['accuracy'].meaning}; worst class is the accuracy of the worst class."
+    assert meanings(row) == (
+        f"top-1 is {SCORES['accuracy'].meaning}; worst class is the accuracy of the worst class. "
+        "Higher is better for top-1, worst class."
+    )
+    assert meanings(["nll", "accuracy"]).endswith("Higher is better for top-1. Lower is better for NLL.")
 
 
 def test_diversity_of_one_head_is_not_shown() -> None:

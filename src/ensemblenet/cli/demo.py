@@ -54,11 +54,11 @@ def demo(arguments: Sequence[str]) -> Path:
 
 
 def demo_study(seeds: int = 5, epochs: int = _EPOCHS) -> Study:
-    """What the demo trains: the base, its conversion, cheaper versions of both, and other values of lambda.
+    """The demo's study: the base, its conversion, cheaper versions of both, and other values of lambda.
 
     Args:
-        seeds: of the base and of its conversion; the others have one.
-        epochs: of a training.
+        seeds: the number of runs of the base and of its conversion; the others have one.
+        epochs: the length of a training.
 
     Example:
         >>> list(demo_study().candidates())[:3]

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `ensemblenet COMMAND --help` says what it needs.
 
     Args:
-        arguments: what follows the program's name; None takes it from the command line.
+        arguments: the arguments behind the program's name; None takes those of the command line.
 
     Returns:
         The exit status: 0, or 2 for an error that the user can mend, which is then one line on stderr. Bugs

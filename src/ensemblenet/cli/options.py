@@ -139,6 +139,9 @@ def check_new(path: Path, what: str = "file") -> None:
 
     Raises:
         FileExistsError: it exists.
+
+    Example:
+        >>> check_new(Path("nowhere"))
     """
     if path.exists():
         raise FileExistsError(f"{path} exists; --output needs a new {what}.")

@@ -38,7 +38,7 @@ def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[
     """The commands `test` and `validate`.
 
     Args:
-        name: of the command.
+        name: the command's name.
         split: "val" or "test".
         arguments: command-line arguments.
     """

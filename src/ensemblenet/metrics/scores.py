@@ -123,10 +123,15 @@ def row_scale(name: str) -> float:
 
 
 def meanings(names: Collection[str]) -> str:
-    """A sentence that explains some scores, in the order of the table.
+    """What some scores are and which way is better, in the order of the table.
 
     Example:
-        >>> meanings({"brier", "ece"})
-        'ECE is the expected calibration error in 15 bins; Brier is the squared error of the probabilities, summed over classes.'
-    """  # noqa: E501
-    return "; ".join(f"{score.heading} is {score.meaning}" for name, score in SCORES.items() if name in names) + "."
+        >>> meanings({"ece"})
+        'ECE is the expected calibration error in 15 bins. Lower is better for ECE.'
+    """
+    chosen = [score for name, score in SCORES.items() if name in names]
+    sentences = ["; ".join(f"{score.heading} is {score.meaning}" for score in chosen)]
+    for lower, word in ((False, "Higher"), (True, "Lower")):
+        if headings := [score.heading for score in chosen if score.lower_is_better is lower]:
+            sentences.append(f"{word} is better for {', '.join(headings)}")
+    return " ".join(f"{sentence}." for sentence in sentences)

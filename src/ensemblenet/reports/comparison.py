@@ -1,4 +1,4 @@
-"""What `compare` shows: the table, the result in two sentences, and the page."""
+"""The results of a study: a table, two sentences, and a page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,16 @@ def comparison_table(rows: Sequence[Row], title: str | None = None) -> Table:
 
 
 def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
-    """Who wins, and by how much, in two sentences."""
+    """Who wins, and by how much, in two sentences.
+
+    Args:
+        rows: the rows of a study's `results.json`, the base first.
+        task: names the error.
+
+    Example:
+        >>> summary([{"method": "base", "kind": "base", "error_mean": 2.0, "seeds": 1}])
+        'The base has test error 2.00 %; nothing of at most its cost was compared with it.'
+    """
     base, others = rows[0], [row for row in rows[1:] if row["kind"] != "larger"]
     start = f"The base has {TASKS[task].error} {with_spread(base, 'error')} %"
     if not others:
@@ -53,10 +62,11 @@ def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
     wins = [row for row in others if row["difference"] is not None and row["difference"] < 0]
     sure = [row for row in wins if row["p"] is not None and row["p"] < 0.05]
     verdict = "Best" if best["error_mean"] < base["error_mean"] else "No method beats it; closest"
+    relation = f"< {p[1:]}" if (p := _p(best)).startswith("<") else f"= {p}"
     next_best = f", before {rest[0]['method']} with {with_spread(rest[0], 'error')} %" if rest else ""
     return (
         f"{start}. {verdict} at no more than its cost: {best['method']} with {with_spread(best, 'error')} % "
-        f"({_change(best, base)} against the base, p {_relation(best)}){next_best}. "
+        f"({_change(best, base)} against the base, p {relation}){next_best}. "
         f"{len(wins)} of {len(others)} methods at no more than the base's cost have a lower mean error, "
         f"{len(sure)} of them with p < 0.05."
     )
@@ -71,12 +81,14 @@ def write_comparison(
         path: the page's file.
         results: the content of `results.json`.
         environment: versions and machine.
-        headline: what the page says first; None takes [`summary`][ensemblenet.reports.comparison.summary].
+        headline: the first sentences of the page; None takes [`summary`][ensemblenet.reports.comparison.summary].
     """
     study, rows = results["study"], results["rows"]
     shown = ranked(rows)
     effort = "every method, the same effort" if all(row["trials"] for row in rows) else "methods compared"
-    failures = [{"method": name, "kind": "failed"} for name in _failed_methods(results)]
+    finished = {row["method"] for row in rows}
+    unfinished = dict.fromkeys(trial["method"] for trial in results["failed"] if trial["method"] not in finished)
+    failures = [{"method": name, "kind": "failed"} for name in unfinished]
     error = f"{TASKS[study['task']].error}, %"
     lead = Figure(
         "errors",
@@ -102,7 +114,7 @@ def _figures(unranked: Sequence[Row], error: str) -> list[Figure]:
 
     Args:
         unranked: rows in the order of the study.
-        error: what the error is called.
+        error: the name of the error.
     """
     rows = ranked(unranked)
     several = [row for row in rows if row["num_heads"] > 1]
@@ -184,7 +196,8 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     base = rows[0]
 
     def of(heading: str, cell: Callable[[Row], str]) -> Column:
-        return Column(heading, lambda row: _failed(heading) if row["kind"] == "failed" else cell(row))
+        if_failed = "failed" if heading == SCORES["error"].label else ""
+        return Column(heading, lambda row: if_failed if row["kind"] == "failed" else cell(row))
 
     def score(name: str) -> Column:
         alone = SCORES[name].of_several
@@ -211,17 +224,8 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     ]
 
 
-def _failed(heading: str) -> str:
-    return "failed" if heading.startswith("error") else ""
-
-
 def _change(row: Row, base: Row) -> str:
     return f"{100 * (row['error_mean'] / base['error_mean'] - 1):+.0f} %".replace("-", "−")
-
-
-def _relation(row: Row) -> str:
-    p = _p(row)
-    return p.replace("<", "< ") if p.startswith("<") else f"= {p}"
 
 
 def _p(row: Row) -> str:
@@ -276,11 +280,6 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             else []
         ),
     ]
-
-
-def _failed_methods(results: Mapping[str, Any]) -> list[str]:
-    finished = {row["method"] for row in results["rows"]}
-    return list(dict.fromkeys(trial["method"] for trial in results["failed"] if trial["method"] not in finished))
 
 
 def _short(spec: Mapping[str, Any]) -> str:

@@ -104,7 +104,7 @@ def draw_weights(rows: Sequence[Row], base: Row, label: str) -> Drawing:
     """Error of the ensemble and of its single heads against lambda, with the base's as a line.
 
     Args:
-        rows: of one conversion, by rising `weight` of their `setup`.
+        rows: the rows of one conversion, by rising `weight` of their `setup`.
         base: the base's row.
         label: the error's name.
     """

@@ -16,7 +16,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     A resumed run logs some steps again; their last values count.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
 
     Example:
         >>> read_curves(Path("nowhere"))

@@ -27,8 +27,12 @@ class Figure:
 
     Args:
         name: its file's name, without an ending.
-        caption: what it shows, one or two sentences.
+        caption: one or two sentences below it.
         draw: draws it; called once for each theme.
+
+    Example:
+        >>> Figure("empty", "Nothing.", Drawing).png("dark")[1:4]
+        b'PNG'
     """
 
     name: str
@@ -65,6 +69,10 @@ def draw_pairs(pairs: Sequence[Sequence[float]]) -> Drawing:
 
     Args:
         pairs: shares in percent, K lists of K.
+
+    Example:
+        >>> [text.get_text() for text in draw_pairs([[100, 80], [80, 100]]).axes[0].texts]
+        ['80.0', '80.0']
     """
     others = [value for i, line in enumerate(pairs) for j, value in enumerate(line) if i != j]
     drawing = Drawing(figsize=(4.6, 3.4), layout="constrained")

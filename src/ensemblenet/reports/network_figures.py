@@ -41,11 +41,11 @@ _SMALL: dict[str, Any] = {"fontsize": 10}
 
 @dataclass(frozen=True)
 class Looks:
-    """How a run is shown in every figure.
+    """The legend name and the colour of a run, the same in every figure.
 
     Args:
-        name: in legends.
-        colour: of its marks.
+        name: its name in legends.
+        colour: the colour of its marks.
     """
 
     name: str
@@ -56,8 +56,8 @@ def choose_looks(names: Sequence[str], converted: Sequence[bool]) -> list[Looks]
     """Legend name and colour of each run; the timestamp is dropped if the rest is unique.
 
     Args:
-        names: of the runs.
-        converted: which are multi-headed models; bases are orange.
+        names: the names of the runs.
+        converted: True for each multi-headed model; bases are orange.
 
     Example:
         >>> [looks.name for looks in choose_looks(["mlp-20250131-120000", "heads"], [False, True])]
@@ -77,10 +77,10 @@ class Panel:
     """A panel of training curves.
 
     Args:
-        label: of its axis.
+        label: the label of its axis.
         curve: the name of the curve to draw as a line.
         dashed: the name of one to draw beside it; empty for none.
-        scale: what values are multiplied by.
+        scale: a factor for the values.
     """
 
     label: str
@@ -154,7 +154,7 @@ def draw_curves(runs: Sequence[tuple[Looks, Mapping[str, Line]]], panels: Sequen
 
     Args:
         runs: each with its curves by name, points (step, value).
-        panels: what to draw, from top to bottom.
+        panels: the panels from top to bottom.
     """
     drawing = Drawing(figsize=(NARROW, 0.4 + 2 * len(panels)), layout="constrained")
     axes = drawing.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -195,7 +195,7 @@ def draw_classes(names: Sequence[str], runs: Sequence[tuple[Looks, Sequence[floa
     """A score of each class, one below the other.
 
     Args:
-        names: of the classes, from top to bottom; an empty one leaves a gap.
+        names: the names of the classes, from top to bottom; an empty one leaves a gap.
         runs: each with the scores of the classes, shares.
         label: the score's name.
     """
@@ -228,12 +228,12 @@ def draw_signal(values: Sequence[float], colour: str) -> Drawing:
 
 @dataclass(frozen=True)
 class Design:
-    """What the picture of a multi-headed network says.
+    """The content of the picture of a multi-headed network.
 
     Args:
-        input_shape: of one example.
-        split_shape: of what every head reads.
-        output_shape: of the prediction.
+        input_shape: the shape of one example.
+        split_shape: the shape of the trunk's output, which every head reads.
+        output_shape: the shape of the prediction.
         split_at: the split point's name.
         num_heads: K.
         trunk: size of the trunk, in words; None where heads read the input.
@@ -266,7 +266,8 @@ def draw_design(design: Design, colour: str) -> Drawing:
     _arrow(axes, (0.0, middle), (1.7, middle))
     axes.text(1.65, middle - 0.08, f"input\n{_shape(design.input_shape)}", ha="right", va="bottom", **_SMALL)
     trunk = min(1.4, height - 0.2)
-    _box(axes, (1.8, middle - trunk / 2), (2.4, trunk), ink, _trunk_text(design))
+    text = "no trunk:\nheads read\nthe input" if design.trunk is None else f"trunk\n{design.trunk}"
+    _box(axes, (1.8, middle - trunk / 2), (2.4, trunk), ink, text)
     features = f"{_shape(design.split_shape)}\nat {design.split_at}"
     axes.text(3.0, middle + trunk / 2 + 0.08, features, ha="center", va="top", **_SMALL)
     for place, head in enumerate(shown):
@@ -279,10 +280,6 @@ def draw_design(design: Design, colour: str) -> Drawing:
         _arrow(axes, (8.0, centre), (8.6, middle))
     axes.text(8.7, middle, f"{design.combine}\n{_shape(design.output_shape)}", ha="left", va="center", **_SMALL)
     return drawing
-
-
-def _trunk_text(design: Design) -> str:
-    return "no trunk:\nheads read\nthe input" if design.trunk is None else f"trunk\n{design.trunk}"
 
 
 def _box(axes: Axes, corner: tuple[float, float], size: tuple[float, float], colour: str, text: str) -> None:

@@ -53,9 +53,9 @@ def write_report(
 
     Args:
         path: the page's file; its folder is made if need be.
-        networks: of the same task and the same classes.
+        networks: trained networks of one task and with the same classes.
         data: the examples for each network.
-        split: which of them.
+        split: the split to evaluate them on.
 
     Raises:
         LoadError: the networks do not belong on one page, or the data does not fit them.

@@ -40,7 +40,7 @@ class Cards:
     """Examples side by side, as many as the screen is wide enough for.
 
     Args:
-        caption: what they show.
+        caption: a sentence below them.
         cards: the examples.
     """
 
@@ -66,13 +66,21 @@ def write_page(
         path: the page's file.
         title: its heading.
         summary: the result in a sentence or two.
-        rows: of the table; a row's `kind` chooses its colour.
+        rows: the rows of the table; a row's `kind` chooses its colour.
         sections: figures by heading, drawn for light and dark screens; the files beside the page are the light ones.
-        notes: how it was measured, one paragraph each.
+        notes: paragraphs on how it was measured.
         environment: versions and machine.
-        columns: of the table; without any it has those that runs have in common.
+        columns: the columns of the table; if empty, [`ensemblenet.reports.tables.results_columns`][].
         lead: a figure to stand before the table.
-        figure_files: whether to write the files beside the page.
+        figure_files: False writes the page alone, without the files beside it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "page.html")
+        >>> rows = [{"method": "a < b"}]
+        >>> write_page(path, "Title", "Summary.", rows, {}, [], {}, [Column("method", lambda row: row["method"])])
+        >>> "<td>a &lt; b</td>" in path.read_text()
+        True
     """
 
     def shown(item: Figure | Cards) -> Cards | dict[str, Any]:

@@ -32,8 +32,12 @@ class Column:
     """A column of a table.
 
     Args:
-        heading: what stands above it.
-        cell: the text of a row.
+        heading: the text above it.
+        cell: gives the text of a row.
+
+    Example:
+        >>> Column("K", lambda row: str(row["num_heads"])).cell({"num_heads": 4})
+        '4'
     """
 
     heading: str
@@ -45,8 +49,12 @@ def results_table(rows: Sequence[Row], title: str | None = None, columns: Sequen
 
     Args:
         rows: one a line.
-        title: stands above.
-        columns: what to show; without any, [`results_columns`][ensemblenet.reports.tables.results_columns].
+        title: the line above the table.
+        columns: the columns; if empty, [`results_columns`][ensemblenet.reports.tables.results_columns].
+
+    Example:
+        >>> results_table([{"method": "base"}], columns=[Column("method", lambda row: row["method"])]).row_count
+        1
     """
     columns = columns or results_columns(rows)
     table = Table(title=title, caption=MACS_NOTE, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -58,7 +66,12 @@ def results_table(rows: Sequence[Row], title: str | None = None, columns: Sequen
 
 
 def results_columns(rows: Sequence[Row]) -> list[Column]:
-    """For rows of a `results.json`: size, errors or the like, and the time of a prediction where it was measured."""
+    """For rows of a `results.json`: size, errors or the like, and the time of a prediction where it was measured.
+
+    Example:
+        >>> [column.heading for column in results_columns([{"error_mean": 1.5}])]
+        ['method', 'K', 'params', 'MACs', 'error, %', 'runs']
+    """
     timed = any(row.get("milliseconds") is not None for row in rows)
     return [
         Column("method", lambda row: row["method"]),
@@ -76,7 +89,12 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def scores_columns(rows: Sequence[Row]) -> list[Column]:
-    """For rows of [`ensemblenet.evaluation.scoring.score`][]: cost, and the scores that they have."""
+    """For rows of [`ensemblenet.evaluation.scoring.score`][]: cost, and the scores that they have.
+
+    Example:
+        >>> [column.heading for column in scores_columns([{"accuracy": 0.9, "nll": 0.3}])]
+        ['', 'params', 'MACs', 'top-1', 'NLL']
+    """
 
     def text(row: Row, name: str) -> str:
         return "" if SCORES[name].of_several and row["num_heads"] == 1 else SCORES[name].text(row[name])

@@ -20,7 +20,7 @@ _FRAMES = 4
 
 
 def glimpse(inputs: Tensor, ndim: int) -> Tensor:
-    """What is enough of a batch for pictures of it: of several views the middle one, of clips four frames.
+    """The part of a batch that its pictures need: the middle one of several views, four frames of each clip.
 
     Args:
         inputs: (N, *), or V views of each, (N, V, *).
@@ -42,12 +42,12 @@ def thumbnail(inputs: Tensor, preprocessing: Mapping[str, Any] | None, colour: s
 
     Args:
         inputs: as the network takes them: a signal (T,), an image (C, H, W), or four frames (C, 4, H, W).
-        preprocessing: what was done to them; its `mean` and `std` are undone, and without these the values are
-            stretched from black to white.
-        colour: of a signal's line.
+        preprocessing: the `mean` and `std` that they were normalised by; without these the values are stretched from
+            black to white.
+        colour: the colour of a signal's line.
 
     Returns:
-        Nothing for inputs of another form.
+        One image for each theme, or "light" alone for both; empty for inputs of another form.
 
     Example:
         >>> sorted(thumbnail(torch.rand(3, 8, 8), None, "red")), thumbnail(torch.rand(2, 3), None, "red")
@@ -57,7 +57,8 @@ def thumbnail(inputs: Tensor, preprocessing: Mapping[str, Any] | None, colour: s
         signal = Figure("signal", "", lambda: draw_signal(inputs.tolist(), colour))
         return {theme: signal.png(theme) for theme in ("light", "dark")}
     if inputs.ndim == 4 and inputs.shape[1] == _FRAMES:
-        inputs = _side_by_side(inputs)
+        rows = [torch.cat([inputs[:, k], inputs[:, k + 1]], 2) for k in (0, 2)]
+        inputs = torch.cat(rows, 1)  # four frames in two rows, (C, 2 H, 2 W)
     if inputs.ndim != 3 or inputs.shape[0] not in (1, 3):
         return {}
     pixels = (255 * _unit(inputs, preprocessing or {})).round().byte()
@@ -66,12 +67,6 @@ def thumbnail(inputs: Tensor, preprocessing: Mapping[str, Any] | None, colour: s
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return {"light": buffer.getvalue()}
-
-
-def _side_by_side(frames: Tensor) -> Tensor:
-    """Four frames in two rows: (C, 4, H, W) to (C, 2 H, 2 W)."""
-    rows = [torch.cat([frames[:, k], frames[:, k + 1]], 2) for k in (0, 2)]
-    return torch.cat(rows, 1)
 
 
 def _unit(image: Tensor, preprocessing: Mapping[str, Any]) -> Tensor:

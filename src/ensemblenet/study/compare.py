@@ -45,7 +45,7 @@ _TABLE = "results.csv"
 _TIMINGS = 7
 
 Row = dict[str, Any]
-# called with the phase, the trials that are done and all of them; and, behind each, with the trial and its outcome
+# called with the phase, the number of finished trials, the number of all; and the trial that has just finished, if any
 Watcher = Callable[[Phase, int, int, Trial | None, Outcome | None], None]
 
 
@@ -61,10 +61,10 @@ def run_study(
 
     Args:
         folder: a run folder, new or of a study that was killed.
-        study: what to compare.
+        study: the settings.
         workers: processes of one thread each; 0 trains in this one.
-        headline: what the page says first, made of the rows and the task.
-        watch: told when a phase begins, and of each finished trial.
+        headline: makes the first sentences of the page from the rows and the task.
+        watch: called when a phase begins, and after each trial.
 
     Returns:
         The rows of `results.json`, one for each method that finished a test run.
@@ -91,7 +91,18 @@ def run_study(
     times = _milliseconds(tests)  # now that no worker runs
     rows = _rows(study, costs, times, best, tests, journal)
     trials = [*tuning, *tests]
-    failed = [_failure(trial, journal[trial]) for trial in trials if journal[trial]["status"] == "failed"]
+    failed = [
+        {
+            "method": trial.name,
+            "phase": trial.phase,
+            "seed": trial.seed,
+            "lr": trial.optimization.lr,
+            "weight_decay": trial.optimization.weight_decay,
+            "reason": journal[trial]["reason"],
+        }
+        for trial in trials
+        if journal[trial]["status"] == "failed"
+    ]
     cpu_minutes = sum(journal[trial].get("cpu_seconds", 0.0) for trial in trials) / 60
     results = {"study": asdict(study), "cpu_minutes": cpu_minutes, "rows": rows, "failed": failed}
     write_json(folder / ENVIRONMENT, environment())
@@ -108,11 +119,11 @@ def run_study(
 
 
 def paired_test(values: Mapping[int, float], base: Mapping[int, float]) -> dict[str, Any]:
-    """How values differ from the base's over the seeds that both have.
+    """The difference of a method from the base, over the seeds that both have, and a paired t-test.
 
     Args:
-        values: of each seed.
-        base: of each seed.
+        values: a value of the method for each seed.
+        base: the base's values.
 
     Returns:
         `difference` of the means; `p`, of a two-sided paired t-test, and `interval`, of 95 % for the difference, which
@@ -139,7 +150,7 @@ def paired_test(values: Mapping[int, float], base: Mapping[int, float]) -> dict[
 
 
 def _costs(study: Study) -> dict[str, dict[str, Any]]:
-    """What each method costs; it finds mistakes in the settings before anything is trained."""
+    """The cost of each method; mistakes in the settings are found here, before anything is trained."""
     costs = {}
     optimization = Optimization(study.optimizer)
     for trial in study.trials("tune", {name: [optimization] for name in study.candidates()}):
@@ -159,14 +170,13 @@ def _milliseconds(tests: Sequence[Trial]) -> dict[str, float]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return {name: 1000 * _seconds(trial) for name, trial in {trial.name: trial for trial in tests}.items()}
+        times = {}
+        for name, trial in {trial.name: trial for trial in tests}.items():
+            x = next(iter(trial.data_module().train_dataloader()))[0].to(trial.device)
+            times |= measure({name: step(trial.task(x).eval(), x)}, _TIMINGS)
+        return {name: 1000 * seconds for name, seconds in times.items()}
     finally:
         torch.set_num_threads(threads)
-
-
-def _seconds(trial: Trial) -> float:
-    x = next(iter(trial.data_module().train_dataloader()))[0].to(trial.device)
-    return measure({trial.name: step(trial.task(x).eval(), x)}, _TIMINGS)[trial.name]
 
 
 def _finish(journal: Journal, phase: Phase, trials: Sequence[Trial], pool: Workers, watch: Watcher) -> None:
@@ -187,17 +197,6 @@ def _best(trials: Sequence[Trial], journal: Journal) -> Trial | None:
 
 
 # -- what is written down
-
-
-def _failure(trial: Trial, outcome: Outcome) -> Row:
-    return {
-        "method": trial.name,
-        "phase": trial.phase,
-        "seed": trial.seed,
-        "lr": trial.optimization.lr,
-        "weight_decay": trial.optimization.weight_decay,
-        "reason": outcome["reason"],
-    }
 
 
 def _rows(
@@ -247,7 +246,7 @@ def _rows(
 
 
 def _kind(method: str, cost: Any, base: Any) -> str:
-    """How figures mark it: the base, what costs more than it, this project's method, or another one."""
+    """The kind of a method, which figures show by colour: "base", "larger" than the base, "ours", or "other"."""
     if method == "base":
         return "base"
     if cost.parameters > base.parameters or cost.macs > base.macs:

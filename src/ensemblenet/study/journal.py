@@ -49,7 +49,8 @@ class Journal:
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                self.outcomes[trial_key(entry["cell"])] = _with_todays_names(entry["outcome"])
+                outcome: dict[str, Any] = entry["outcome"]
+                self.outcomes[trial_key(entry["cell"])] = {_RENAMED.get(k, k): value for k, value in outcome.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TrainingError(f"{path}, line {number} is no finished trial; remove that line.") from error
 
@@ -67,7 +68,3 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.outcomes[trial.key] = outcome
-
-
-def _with_todays_names(outcome: dict[str, Any]) -> Outcome:
-    return {_RENAMED.get(key, key): value for key, value in outcome.items()}

@@ -1,4 +1,4 @@
-"""What a study measures of predictions, streaming over batches."""
+"""The scores of a trial's predictions, and how much its heads differ; streaming over batches."""
 
 from __future__ import annotations
 

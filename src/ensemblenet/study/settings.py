@@ -1,4 +1,4 @@
-"""What a study compares, as plain data: `Study`, its `Variant`s of methods, and how they are tuned."""
+"""The settings of a study, as plain data: `Study`, its `Variant`s of methods, and their `Tuning`."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ def _check_at_least_1(name: str, number: int | None) -> None:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How learning rate and weight decay are found, for every method alike.
+    """The search for learning rate and weight decay, the same for every method.
 
     Args:
-        trials: how many pairs each method tries.
+        trials: the number of pairs that each method tries.
         lr: the least and the largest learning rate.
         weight_decay: the least and the largest weight decay.
-        epochs: of a trial, for trials that are shorter than test runs; None takes the study's.
+        epochs: the length of a trial, if it is shorter than a test run; None takes the study's.
 
     Raises:
         TrainingError: a number out of its range.
+
+    Example:
+        >>> Tuning(trials=4, lr=(0.005, 0.05), epochs=10)
+        Tuning(trials=4, lr=(0.005, 0.05), weight_decay=(0.01, 1.0), epochs=10)
     """
 
     trials: int = 8
@@ -77,14 +81,14 @@ class Variant:
 
     Args:
         method: a key of `ensemblenet.study.methods.METHODS`.
-        name: what tables call it; None takes the method's title.
+        name: its name in tables; None takes the method's title.
         num_heads: K.
         budget: share of the base's parameters and MACs.
         split_at: a split point.
         weight: lambda of co-distillation.
         lr: a fixed learning rate; with `weight_decay` it replaces tuning.
         weight_decay: a fixed weight decay.
-        seeds: how many test runs.
+        seeds: the number of test runs.
 
     Raises:
         TrainingError: only one of `lr` and `weight_decay`, or no seed.
@@ -122,7 +126,7 @@ class Candidate:
     Args:
         method: a key of `METHODS`.
         setup: its network and loss.
-        seeds: how many test runs.
+        seeds: the number of test runs.
         fixed: its optimization, where that is not tuned.
     """
 
@@ -134,22 +138,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared on what, as plain data.
+    """Which methods are compared on which base and data, as plain data.
 
     Args:
         base: `class_path` and `init_args` of the network.
         data: `class_path` and `init_args` of the data module.
-        methods: which methods, by name or as variants; None takes all. The first must be the base.
-        task: what the outputs mean.
+        methods: keys of methods, or variants; None takes all. The first must be the base.
+        task: "multiclass" or "multilabel".
         num_heads: K.
         budget: the most that a conversion may cost, as a share of the base's parameters and MACs.
         split_at: the split point, for methods that share a trunk.
         weight: lambda of co-distillation.
         epochs: passes over the training examples; the last epoch counts.
-        optimizer: for all methods.
-        seeds: how many test runs of each method.
-        tuning: how learning rate and weight decay are found.
-        device: where to train, such as "cpu" or "cuda".
+        optimizer: the optimizer of all methods.
+        seeds: the number of test runs of each method.
+        tuning: the search for learning rate and weight decay.
+        device: the device to train on, such as "cpu" or "cuda".
         precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
 
     Raises:
@@ -244,7 +248,7 @@ def study_of(settings: Mapping[str, Any]) -> Study:
 
     Args:
         settings: the arguments of [`Study`][ensemblenet.study.settings.Study], variants and tuning as dictionaries;
-            other keys, which belong to the run, are passed over.
+            other keys, which belong to the run, are ignored.
 
     Example:
         >>> spec = {"base": {"class_path": "a.Net"}, "data": {"class_path": "a.Data"}, "name": "my-run"}

@@ -1,4 +1,4 @@
-"""What a method trains: a network and its loss as one module, and how it is made."""
+"""A network and its loss as one module, and how a method makes it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ Loss = Callable[[Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method is set up with; those of single networks do not read all of it.
+    """The settings of a method; methods of single networks do not read all of them.
 
     Args:
         num_heads: K.
         budget: the most that a conversion may cost, as a share of the base's parameters and MACs.
         split_at: the split point, for methods that share a trunk.
         weight: lambda of co-distillation.
-        task: what the outputs mean.
+        task: "multiclass" or "multilabel".
+
+    Example:
+        >>> Setup(num_heads=2)
+        Setup(num_heads=2, budget=0.95, split_at='auto', weight=2.0, task='multiclass')
     """
 
     num_heads: int = 4
@@ -41,12 +45,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a method's networks come from.
+    """Makes a method's networks.
 
     Args:
-        make_base: gives a fresh base.
-        example: inputs for it, shape (N, *) with N of at least 2.
-        seed: of all weights.
+        make_base: returns a fresh base.
+        example: inputs of the base, shape (N, *) with N of at least 2.
+        seed: the seed of all weights.
 
     Example:
         >>> base = lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
@@ -81,7 +85,7 @@ class TrainingTask(nn.Module):
     Args:
         network: an `EnsembleNet`, or a plain network, which counts as one head.
         objective: the loss, called with head outputs (K, N, C), targets and the share of training that is done.
-        students: which heads the method would deploy alone; None is all of them.
+        students: the heads that the method would deploy alone; None means all.
 
     Shape:
         - input: (N, *).
@@ -113,7 +117,7 @@ class TrainingTask(nn.Module):
         return 0
 
     def cost(self, example: Tensor) -> Cost:
-        """What a prediction costs: parameters, and MACs for one example."""
+        """The cost of a prediction: parameters, and MACs for one example."""
         total = measure_cost(self, example)
         return Cost(total.parameters - self.training_only(), total.macs)
 
@@ -124,11 +128,16 @@ class Method:
 
     Args:
         key: its name in a study's settings.
-        title: what tables call it; `{weight}` and `{num_heads}` are filled in.
-        summary: what it is, and whose.
+        title: its name in tables; `{weight}` and `{num_heads}` are filled in.
+        summary: a short description, with its authors.
         make: makes the untrained network with its loss.
-        several: whether it has several heads or networks.
-        tasks: those that it has a loss for.
+        several: True if it has several heads or networks.
+        tasks: the tasks that its loss is defined for.
+
+    Example:
+        >>> mine = Method("mine", "mine", "", lambda source, setup: codistilled(source.make_base(), 0.0, setup.task))
+        >>> type(mine.build(Source(lambda: nn.Linear(4, 3), torch.zeros(2, 4)), Setup()).network).__name__
+        'Linear'
     """
 
     key: str
@@ -155,7 +164,13 @@ class Method:
 
 
 def codistilled(network: nn.Module, weight: float, task: Task) -> TrainingTask:
-    """A network with the co-distillation loss; for a single network it is the plain loss."""
+    """A network with the co-distillation loss; for a single network it is the plain loss.
+
+    Example:
+        >>> task = codistilled(nn.Identity(), 0.0, "multiclass")
+        >>> round(task.loss(torch.zeros(5, 4), torch.tensor([0, 1, 2, 3, 0]), progress=0.0).item(), 4)
+        1.3863
+    """
     return TrainingTask(network, lambda outputs, target, progress: codistillation(outputs, target, weight, task))
 
 
@@ -163,7 +178,12 @@ def codistilled(network: nn.Module, weight: float, task: Task) -> TrainingTask:
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Features (N, C, *) averaged over positions, shape (N, C)."""
+    """Features (N, C, *) averaged over positions, shape (N, C).
+
+    Example:
+        >>> pooled(torch.ones(2, 3, 8, 8)).shape
+        torch.Size([2, 3])
+    """
     return features.flatten(2).mean(2) if features.ndim > 2 else features
 
 

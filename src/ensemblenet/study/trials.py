@@ -40,17 +40,24 @@ class Trial:
     """All that the outcome of one training depends on, as plain data.
 
     Args:
-        name: of the method in this study.
+        name: the method's name in this study.
         method: a key of `METHODS`.
-        setup: what the method is set up with.
+        setup: the method's settings.
         base: `class_path` and `init_args` of the network.
         data: `class_path` and `init_args` of the data module.
         phase: "tune" is measured on validation examples, "test" on test examples.
-        seed: of the weights, the order of examples and augmentation.
+        seed: the seed of weights, order of examples and augmentation.
         optimization: optimizer, learning rate and weight decay.
         epochs: passes over the training examples.
-        device: where to train.
+        device: the device to train on.
         precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
+
+    Example:
+        >>> base = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 40, "out_features": 10}}
+        >>> data = {"class_path": "ensemblenet.data.MNIST1D"}
+        >>> trial = Trial("base", "base", Setup(), base, data, "test", 0, Optimization(), epochs=1)
+        >>> trial.task(torch.zeros(2, 40)).network
+        Linear(in_features=40, out_features=10, bias=True)
     """
 
     name: str
@@ -71,10 +78,10 @@ class Trial:
         return trial_key(asdict(self))
 
     def data_module(self) -> LightningDataModule:
-        """The data, set up; a process keeps those of its last trial."""
+        """The data module, set up; a process keeps that of its last trial."""
         data: Any = _data_module(json.dumps(self.data))
         if self.data.get("init_args", {}).get("seed", 0) is None:
-            data.seed = self.seed  # of data that asks for the run's own
+            data.seed = self.seed  # `seed: null` asks for the seed of the run
         return data
 
     def task(self, example: Tensor) -> TrainingTask:
@@ -93,7 +100,8 @@ class Trial:
 def trial_key(stored: Mapping[str, Any]) -> str:
     """The key of a stored trial.
 
-    What a class or a setting has got since is filled in with its default, so that older studies go on.
+    Arguments that a class or the settings did not have yet are filled in with their defaults, so that older studies
+    can be resumed.
 
     Args:
         stored: a trial as a dictionary.
@@ -116,7 +124,7 @@ def _complete(name: str, spec: str) -> str:
     stored = json.loads(spec)
     try:
         return json.dumps(with_defaults(kind, stored)) if "class_path" in stored else spec
-    except LoadError:  # such a trial fails, and is found by what it says
+    except LoadError:  # an unknown class: such a trial fails, and its key is what was stored
         return spec
 
 
@@ -126,6 +134,12 @@ def run_trial(trial: Trial) -> Outcome:
     Returns:
         `status` "done" with what [`ensemblenet.study.measures.Measures`][] lists, `seconds` and `cpu_seconds` of
         training; or `status` "failed" with the `reason`.
+
+    Example:
+        >>> base = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 40, "out_features": 10}}
+        >>> data = {"class_path": "no.such.Data"}
+        >>> run_trial(Trial("base", "base", Setup(), base, data, "test", 0, Optimization(), epochs=1))["status"]
+        'failed'
     """
     try:
         data = trial.data_module()
@@ -142,7 +156,12 @@ class Workers:
     """Processes of one thread each that run trials; a context manager, as they end with it.
 
     Args:
-        number: how many processes; 0 runs the trials in this one, one after another.
+        number: the number of processes; 0 runs the trials in this one, one after another.
+
+    Example:
+        >>> with Workers(0) as workers:
+        ...     list(workers.run([]))
+        []
     """
 
     def __init__(self, number: int) -> None:
@@ -214,7 +233,7 @@ def train(
         optimization: optimizer and learning rate; all modules of the method are trained by it.
         epochs: passes over the training examples.
         seed: every epoch starts from a seed of its own, made of this one.
-        precision: of the forward pass.
+        precision: the precision of the forward pass.
 
     Returns:
         `seconds` by the clock, and `cpu_seconds` of this process.

@@ -32,7 +32,7 @@ def co_training(
         head_outputs: logits, shape (K, N, C).
         target: as [`ensemblenet.functional.codistillation`][] takes it.
         task: "multiclass" or "multilabel".
-        weight: of the divergence.
+        weight: the weight of the divergence.
         ramp: the share of the divergence that counts.
 
     Returns:

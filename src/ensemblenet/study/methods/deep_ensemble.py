@@ -10,17 +10,16 @@ from ensemblenet.study.task import Method, Setup, Source, TrainingTask, codistil
 __all__ = ["BASES", "NARROW"]
 
 
-def _narrow(source: Source, setup: Setup) -> TrainingTask:
-    return codistilled(source.convert(setup, split_at="input"), 1.0, setup.task)
-
-
 def _bases(source: Source, setup: Setup) -> TrainingTask:
     bases = [source.make_base() for _ in range(setup.num_heads)]
     return codistilled(EnsembleNet(nn.Identity(), bases, task=setup.task), 1.0, setup.task)
 
 
 NARROW = Method(
-    "deep_ensemble", "deep ensemble, narrow", "narrow networks trained independently, within the budget", _narrow
+    "deep_ensemble",
+    "deep ensemble, narrow",
+    "narrow networks trained independently, within the budget",
+    lambda source, setup: codistilled(source.convert(setup, split_at="input"), 1.0, setup.task),
 )
 BASES = Method(
     "deep_ensemble_of_bases",

@@ -7,7 +7,7 @@ from torch import Tensor
 from ensemblenet.functional import Task, codistillation
 from ensemblenet.metrics.diversity import kl_divergence, log_probabilities
 from ensemblenet.study.methods.losses import several_heads
-from ensemblenet.study.task import Method, Setup, Source, TrainingTask
+from ensemblenet.study.task import Method, TrainingTask
 
 __all__ = ["METHOD", "mutual"]
 
@@ -43,8 +43,11 @@ def mutual(head_outputs: Tensor, target: Tensor, task: Task = "multiclass") -> T
     return codistillation(z, target, 1.0, task) + others
 
 
-def _make(source: Source, setup: Setup) -> TrainingTask:
-    return TrainingTask(source.convert(setup), lambda outputs, target, progress: mutual(outputs, target, setup.task))
-
-
-METHOD = Method("dml", "DML", "every head learns from every other one (Zhang et al. 2018)", _make)
+METHOD = Method(
+    "dml",
+    "DML",
+    "every head learns from every other one (Zhang et al. 2018)",
+    lambda source, setup: TrainingTask(
+        source.convert(setup), lambda outputs, target, progress: mutual(outputs, target, setup.task)
+    ),
+)

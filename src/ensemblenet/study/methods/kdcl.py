@@ -27,7 +27,7 @@ def kdcl(head_outputs: Tensor, target: Tensor, *, temperature: float = 2.0, weig
         head_outputs: logits, shape (K, N, C).
         target: class indices, shape (N,): without a true class there is no such teacher.
         temperature: T.
-        weight: of the distillation.
+        weight: the weight of the distillation.
 
     Returns:
         A scalar.

@@ -1,4 +1,4 @@
-"""What the losses of several methods share.
+"""Parts that the losses of several methods share.
 
 All take the outputs of K heads, shape (K, N, C) for N examples and C classes or labels. What each stops the gradient of
 is part of its definition, and said there.
@@ -26,7 +26,7 @@ RAMP = 80 / 300  # the share of a run in which ONE and OKDDip ramp up: 80 of the
 
 
 def ramp_up(progress: float, length: float) -> float:
-    """How much of a distillation counts: exp(-5 (1 - progress / length)^2), and 1 from `length` on.
+    """The share of a distillation that counts: exp(-5 (1 - progress / length)^2), and 1 from `length` on.
 
     (Laine and Aila 2017, arXiv 1610.02242, section 2.1; ONE and OKDDip use it.)
 
@@ -47,6 +47,10 @@ def temperature_of(task: Task) -> float:
 
     A sigmoid of a logit divided by 3 gives each of thousands of absent labels several percent, and matching those
     outweighs the rest of the loss; docs/compare.md has what that costs.
+
+    Example:
+        >>> temperature_of("multiclass"), temperature_of("multilabel")
+        (3.0, 1.0)
     """
     return 1.0 if task == "multilabel" else 3.0
 

@@ -12,7 +12,7 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task, codistillation
 from ensemblenet.study.methods.losses import RAMP, distillation, ramp_up, several_heads, temperature_of
-from ensemblenet.study.task import Method, Setup, Source, TrainingTask, pooled, run_once
+from ensemblenet.study.task import Method, TrainingTask, pooled, run_once
 
 __all__ = ["METHOD", "okddip"]
 
@@ -42,8 +42,8 @@ def okddip(
 
     Args:
         head_outputs: logits, shape (K, N, C), K of at least 2, the leader last.
-        queries: of the K - 1 peers, shape (K - 1, N, D).
-        keys: of the peers, shape (K - 1, N, D).
+        queries: the queries of the K - 1 peers, shape (K - 1, N, D).
+        keys: the keys of the peers, shape (K - 1, N, D).
         target: as [`ensemblenet.functional.codistillation`][] takes it.
         task: "multiclass" or "multilabel".
         temperature: T.
@@ -105,10 +105,9 @@ class _Attentive(TrainingTask):
         return count_parameters(self.query) + count_parameters(self.key)
 
 
-def _make(source: Source, setup: Setup) -> TrainingTask:
-    return _Attentive(source.convert(setup), source.example, setup.task)
-
-
 METHOD = Method(
-    "okddip", "OKDDip", "peers learn from their own mixes, a leader from all of them (Chen et al. 2020)", _make
+    "okddip",
+    "OKDDip",
+    "peers learn from their own mixes, a leader from all of them (Chen et al. 2020)",
+    lambda source, setup: _Attentive(source.convert(setup), source.example, setup.task),
 )

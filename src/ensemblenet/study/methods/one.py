@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.functional import Task, codistillation
 from ensemblenet.study.methods.losses import RAMP, distillation, full_precision, ramp_up, temperature_of
-from ensemblenet.study.task import Method, Setup, Source, TrainingTask, pooled, run_once
+from ensemblenet.study.task import Method, TrainingTask, pooled, run_once
 from ensemblenet.training.module import head_outputs
 
 __all__ = ["METHOD", "gated_mean", "one"]
@@ -104,10 +104,9 @@ class _Gated(TrainingTask):
         return outputs, gated_mean(outputs, self._weights())
 
 
-def _make(source: Source, setup: Setup) -> TrainingTask:
-    return _Gated(source.convert(setup), source.example, setup.task)
-
-
 METHOD = Method(
-    "one", "ONE", "heads learn from a gated ensemble (Lan et al. 2018); the gate stays at prediction", _make
+    "one",
+    "ONE",
+    "heads learn from a gated ensemble (Lan et al. 2018); the gate stays at prediction",
+    lambda source, setup: _Gated(source.convert(setup), source.example, setup.task),
 )
