@@ -8,6 +8,7 @@ __all__ = [
     "ExportError",
     "FusionError",
     "LoadError",
+    "MissingExtraError",
     "TrainingError",
 ]
 
@@ -42,3 +43,7 @@ class TrainingError(EnsembleNetError, RuntimeError):
 
 class BusyError(TrainingError):
     """A run folder that another process is writing."""
+
+
+class MissingExtraError(EnsembleNetError, ImportError):
+    """A library that a part of the package needs is not installed; the message says how to install it."""

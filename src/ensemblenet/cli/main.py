@@ -24,6 +24,8 @@ COMMANDS = {
     "report": "one page about trained networks: curves, calibration, heads, examples",
 }
 
+_STUDIES = ("demo", "compare", "report")  # what draws figures needs more than what trains
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; `ensemblenet COMMAND --help` says what it needs.
@@ -38,9 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(arguments[:1]).command  # what follows is the command's own
     from ensemblenet.errors import EnsembleNetError
+    from ensemblenet.extras import require
 
-    command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
     try:
+        require("study" if name in _STUDIES else "train")
+        command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
         command(arguments[1:])
     except (EnsembleNetError, FileNotFoundError, FileExistsError) as error:
         print(f"ensemblenet {name}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ensemblenet.extras import require
+
 __all__ = ["HeadMetrics", "TaggingMetrics"]
 
 if TYPE_CHECKING:
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # torchmetrics is slow to import, and the table of scores does not need it
+    if name in __all__:
+        require("train")
     if name == "HeadMetrics":
         from ensemblenet.metrics.heads import HeadMetrics
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ensemblenet.errors import EnsembleNetError, LoadError
+from ensemblenet.extras import require
 
 __all__ = ["BaseSource", "ModelNameError", "create", "default_input_shape", "find_source", "is_known", "source_named"]
 
@@ -75,6 +76,7 @@ def is_known(name: object) -> bool:
         return False
     source, colon, rest = name.partition(":")
     if not colon:
+        require("timm", "timm")
         import timm  # slow to import
 
         return re.fullmatch(r"\w+(\.\w+)?", name) is not None and timm.is_model(name)
@@ -103,6 +105,7 @@ def default_input_shape(network: nn.Module) -> tuple[int, ...] | None:
 
 
 def _from_timm(name: str, arguments: dict[str, Any], weights: str | None) -> nn.Module:
+    require("timm", "timm")
     import timm  # slow to import, and only needed for its own names
 
     if not timm.is_model(name):
@@ -145,10 +148,9 @@ def _from_torchvision(name: str) -> Callable[..., nn.Module]:
 
 
 def _torchvision_names() -> list[str]:
-    try:
-        from torchvision import models  # an optional library
-    except ImportError as error:
-        raise ModelNameError("torchvision:NAME needs torchvision: pip install torchvision") from error
+    require("timm", "torchvision")
+    from torchvision import models
+
     return models.list_models(module=models) + models.list_models(module=models.video)
 
 

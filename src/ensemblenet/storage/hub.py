@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ensemblenet.errors import LoadError
+from ensemblenet.extras import require
 
 __all__ = ["PREFIX", "download", "local_folder", "upload"]
 
@@ -68,8 +69,7 @@ def upload(folder: Path, repo_id: str, private: bool, message: str) -> str:
 
 
 def _library() -> Any:
-    try:
-        import huggingface_hub  # an optional library
-    except ImportError as error:
-        raise LoadError(f"{PREFIX} needs huggingface_hub: pip install 'ensemblenet[hub]'") from error
+    require("hub")
+    import huggingface_hub
+
     return huggingface_hub

@@ -1,1 +1,5 @@
 """Training with Lightning."""
+
+from ensemblenet.extras import require
+
+require("train")

@@ -1,0 +1,116 @@
+"""The core works with its own dependencies alone; what needs more says in one line which extra to install."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import ensemblenet
+
+CORE = ("torch", "numpy", "safetensors")
+
+
+def needs(library: str, found: set[str]) -> set[str]:
+    """A library and all that it declares without a condition, by the names of their distributions."""
+    name = re.sub(r"[-_.]+", "-", library).lower()
+    if name in found:
+        return found
+    found.add(name)
+    for requirement in map(Requirement, distribution(library).requires or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            needs(requirement.name, found)
+    return found
+    found.add(name)
+    for requirement in distribution(library).requires or []:
+        what, _, marker = requirement.partition(";")
+        if "extra" not in marker and "win32" not in marker and "Windows" not in marker:
+            needs(re.match(r"[\w.-]+", what)[0], found)  # pyright: ignore[reportOptionalSubscript]
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package, its core dependencies, and nothing else that is installed here."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "ensemblenet").symlink_to(Path(ensemblenet.__file__).parent)
+    libraries: set[str] = set()
+    for library in CORE:
+        needs(library, libraries)
+    for library in libraries:
+        installed = distribution(library)
+        tops = {file.parts[0] for file in installed.files or [] if file.parts[0] not in ("..", "__pycache__")}
+        for top in tops:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(Path(str(installed.locate_file(top))).resolve())
+    metadata = Path(str(distribution("ensemblenet").locate_file(""))).glob("ensemblenet-*.dist-info")
+    for found in metadata:
+        (folder / found.name).symlink_to(found)
+    return folder
+
+
+def run(bare: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # -S: without this environment's own packages; -P: nor the folder that the test runs in
+    command = [sys.executable, "-S", "-P", "-c", f"import sys; sys.path.insert(0, {str(bare)!r})\n{code}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"OMP_NUM_THREADS": "1"})
+
+
+def test_the_core_converts_trains_saves_and_loads(bare: Path, tmp_path: Path) -> None:
+    code = """
+import importlib.util
+libraries = ("lightning", "timm", "matplotlib", "torchmetrics", "rich")
+assert not [name for name in libraries if importlib.util.find_spec(name)]
+import torch, ensemblenet
+base = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 3))
+x, y = torch.randn(16, 8), torch.arange(16) % 3
+model = ensemblenet.convert(base, x, num_heads=2)
+criterion = ensemblenet.CoDistillationLoss(weight=2.0)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+losses = []
+for _ in range(20):
+    loss = criterion(model.train()(x), y)
+    optimizer.zero_grad(); loss.backward(); optimizer.step()
+    losses.append(float(loss))
+assert losses[-1] < losses[0]
+folder = ensemblenet.save(ensemblenet.unfuse(ensemblenet.fuse(model)), sys.argv[1])
+torch.testing.assert_close(ensemblenet.load(folder, base)(x), model.eval()(x))
+print("done")
+"""
+    done = run(bare, code, str(tmp_path / "model"))
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("use", "extra"),
+    [
+        ("from ensemblenet.metrics import HeadMetrics", "train"),
+        ("import ensemblenet.data", "train"),
+        ("import ensemblenet.training.module", "train"),
+        ("from ensemblenet.evaluation import scoring", "train"),
+        ("import ensemblenet.study.compare", "study"),
+        ("import ensemblenet; ensemblenet.push_to_hub", "hub"),
+        ("import ensemblenet; ensemblenet.load('hf://owner/name')", "hub"),
+        ("import ensemblenet.models; ensemblenet.models.create('resnet18')", "timm"),
+        ("import ensemblenet.models; ensemblenet.models.create('torchvision:resnet18')", "timm"),
+    ],
+)
+def test_what_needs_more_says_which_extra(bare: Path, use: str, extra: str) -> None:
+    done = run(bare, use)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(rf"is not installed: pip install 'ensemblenet\[{extra}\]'$", last), done.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "fit", "test", "compare", "demo", "report"])
+def test_a_command_that_needs_more_is_one_line(bare: Path, command: str) -> None:
+    code = f"from ensemblenet.cli.main import main\nsys.exit(main([{command!r}, 'resnet18']))"
+    done = run(bare, code)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        rf"ensemblenet {command}: \S+ is not installed: pip install 'ensemblenet\[\w+\]'\n", done.stderr
+    )
