@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "install", "renamed"]
 
 MOVED = {
     "ensemblenet.anytime": "ensemblenet.heads.anytime",
@@ -46,7 +47,8 @@ MOVED = {
     "ensemblenet.training.cli": "ensemblenet.training.fit",
     "ensemblenet.training.evaluate": "ensemblenet.evaluation.scoring",
     "ensemblenet.training.export": "ensemblenet.cli.export",
-    "ensemblenet.training.files": "ensemblenet.evaluation.files",
+    "ensemblenet.evaluation.files": "ensemblenet.data.files",
+    "ensemblenet.training.files": "ensemblenet.data.files",
     "ensemblenet.training.predict": "ensemblenet.evaluation.predictions",
     "ensemblenet.training.restore": "ensemblenet.storage.restore",
     "ensemblenet.training.run": "ensemblenet.storage.runs",
@@ -70,3 +72,21 @@ def install() -> None:
     """Let the import system find the old names."""
     # in front: an old folder's name leads to a new folder, in which another finder would load files a second time
     sys.meta_path.insert(0, _Finder())
+
+
+def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A `__getattr__` for a module some of whose names were renamed.
+
+    Args:
+        module: its name.
+        names: the new name of each old one: of the module itself, or `module.name` of another one.
+    """
+
+    def find(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, new = names[name].rpartition(".")
+        warnings.warn(f"{module}.{name} is now {home or module}.{new}.", DeprecationWarning, stacklevel=2)
+        return getattr(import_module(home or module), new)
+
+    return find

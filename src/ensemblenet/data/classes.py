@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import ClassesError, DataError
 
 __all__ = [
-    "ClassesError",
     "KnownClasses",
     "in_order",
     "natural_key",
@@ -17,10 +16,6 @@ __all__ = [
     "refuse_strange_classes",
     "training_data_if_any",
 ]
-
-
-class ClassesError(DataError):
-    """Data whose classes are not those of the training."""
 
 
 class KnownClasses:
@@ -87,7 +82,7 @@ def refuse_other_classes(where: str, known: Sequence[str], found: Sequence[str])
         >>> refuse_other_classes("data/train", ["cat", "dog"], ["cat", "cow", "dog"])  # doctest: +NORMALIZE_WHITESPACE
         Traceback (most recent call last):
             ...
-        ensemblenet.data.classes.ClassesError: data/train does not have the classes of the training data: 1 class more:
+        ensemblenet.errors.ClassesError: data/train does not have the classes of the training data: 1 class more:
         'cow'. Give the data that was trained on, or train a new network.
     """
     if list(known) != list(found):

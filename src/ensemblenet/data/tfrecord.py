@@ -13,18 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import fsspec
 import google_crc32c
 import numpy as np
 from fsspec.core import url_to_fs
 
-from ensemblenet.data.tensors import DataError
+from ensemblenet.data.loading import OnBroken
+from ensemblenet.errors import DataError
 
-__all__ = ["OnDamage", "Record", "Shard", "find_shards", "index_shard", "index_shards"]
-
-OnDamage = Literal["error", "skip"]
+__all__ = ["DamageError", "Record", "Shard", "find_shards", "index_shard", "index_shards"]
 
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
@@ -35,19 +34,19 @@ _THREADS = 16  # for the headers of remote shards, which wait for the network
 
 
 class Record(NamedTuple):
-    """One record and where it lies."""
+    """One record: its file, its first byte in it, and its data."""
 
     path: str
     offset: int
     data: bytes
 
     def error(self, problem: str) -> DataError:
-        """What is wrong with the record, and where it is."""
+        """The error that says where the record is and what is wrong with it."""
         return DataError(f"{self.path}: the record at byte {self.offset:,} {problem}")
 
 
 class DamageError(DataError):
-    """Bytes that are not what was written."""
+    """A record whose bytes are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class Shard:
     """A file of records.
 
     Attributes:
-        path: where it lies.
-        offsets: where its records begin, and where the last one ends: one number more than records, int64. In
+        path: local or remote.
+        offsets: the first byte of each record, and the end of the last one: one number more than records, int64. In
             a gzip file they count decompressed bytes.
     """
 
@@ -66,16 +65,18 @@ class Shard:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def read(self, start: int = 0, stop: int | None = None, on_damage: OnDamage = "error") -> Iterator[Record | None]:
+    def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record | DamageError]:
         """The records from `start` to `stop`, in order, with their checksums compared.
 
         Args:
-            start: the first record.
-            stop: the record to stop before; None reads to the end.
-            on_damage: "error", or "skip", which yields None in the place of a damaged record and warns.
+            start: number of the first record.
+            stop: number of the record to stop before; None reads to the end.
+
+        Returns:
+            Each record, or in the place of a damaged one the error that names it.
 
         Raises:
-            DataError: a record is damaged, or the file cannot be read.
+            DataError: the file cannot be opened.
         """
         offsets = self.offsets[start : (len(self) if stop is None else stop) + 1].tolist()
         if len(offsets) < 2:
@@ -83,24 +84,40 @@ class Shard:
         with _open(self.path) as file:
             file.seek(offsets[0])
             for offset, end in pairwise(offsets):
-                try:
-                    yield _read_record(file, self.path, offset, end)
-                except DamageError as error:
-                    if on_damage == "error":
-                        raise
-                    warnings.warn(f"{error} Skipped.", stacklevel=2)
+                record = _read_record(file, self.path, offset, end)
+                yield record
+                if isinstance(record, DamageError):
                     file.seek(end)
-                    yield None
+
+    def read(self, start: int = 0, stop: int | None = None, on_broken: OnBroken = "error") -> Iterator[Record | None]:
+        """The records from `start` to `stop`, in order, with damaged ones an error or None.
+
+        Args:
+            start: number of the first record.
+            stop: number of the record to stop before; None reads to the end.
+            on_broken: "error" raises at a damaged record; "skip" yields None in its place and warns.
+
+        Raises:
+            DataError: a record is damaged, or the file cannot be read.
+        """
+        for record in self.records(start, stop):
+            if isinstance(record, Record):
+                yield record
+            elif on_broken == "error":
+                raise record
+            else:
+                warnings.warn(f"{record} Skipped.", stacklevel=2)
+                yield None
 
 
-def _read_record(file: IO[bytes], path: str, offset: int, end: int) -> Record:
+def _read_record(file: IO[bytes], path: str, offset: int, end: int) -> Record | DamageError:
     try:
         file.read(_HEADER.size)  # which the index has compared
         data, checksum = file.read(end - offset - _AROUND), file.read(_CHECKSUM.size)
     except _UNREADABLE as error:
-        raise DamageError(f"{path}: the record at byte {offset:,} cannot be read: {error}.") from error
+        return DamageError(f"{path}: the record at byte {offset:,} cannot be read: {error}.")
     if len(checksum) < _CHECKSUM.size or _masked(data) != _CHECKSUM.unpack(checksum)[0]:
-        raise DamageError(
+        return DamageError(
             f"{path}: the record at byte {offset:,} is damaged: its checksum does not fit its {len(data):,} bytes."
         )
     return Record(path, offset, data)
@@ -173,19 +190,19 @@ def _open(path: str) -> Any:
 # -- where records begin
 
 
-def index_shards(paths: Sequence[str], on_damage: OnDamage = "error") -> list[Shard]:
+def index_shards(paths: Sequence[str], on_broken: OnBroken = "error") -> list[Shard]:
     """Find where the records of all files begin, see [`index_shard`][ensemblenet.data.tfrecord.index_shard]."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda path: index_shard(path, on_damage), paths))
+        return list(pool.map(lambda path: index_shard(path, on_broken), paths))
 
 
-def index_shard(path: str, on_damage: OnDamage = "error") -> Shard:
+def index_shard(path: str, on_broken: OnBroken = "error") -> Shard:
     """Find where the records of a file begin, from their headers; a remote or gzip file is read through.
 
     Args:
         path: a local or remote path; one that ends in `.gz` is decompressed.
-        on_damage: whether a header that is damaged, after which no record can be found, is an error, or the
-            end of the file, with a warning.
+        on_broken: for a damaged header, after which no record can be found: "error" raises; "skip" warns and leaves
+            out the rest of the file.
 
     Raises:
         DataError: the file is no TFRecord file, or is truncated or damaged.
@@ -196,7 +213,7 @@ def index_shard(path: str, on_damage: OnDamage = "error") -> Shard:
             for end in _ends(file, path):
                 offsets.append(end)
         except DamageError as error:
-            if on_damage == "error":
+            if on_broken == "error":
                 raise
             warnings.warn(f"{error} The rest of the file is left out.", stacklevel=2)
     return Shard(path, np.array(offsets, np.int64))

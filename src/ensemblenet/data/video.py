@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import DataError
 
 __all__ = ["ClipSampling", "Decoder", "Short", "TorchcodecVideo", "Video", "reader"]
 

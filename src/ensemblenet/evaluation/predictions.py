@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,10 +18,9 @@ from rich.progress import track
 from torch import Tensor
 
 from ensemblenet.cli.main import positive_integer
-from ensemblenet.data.tensors import DataError
+from ensemblenet.data.files import FileReader, InputFiles, file_reader, find_files
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import LoadError
-from ensemblenet.evaluation.files import InputFiles, Reader, find_files, reader_of
+from ensemblenet.errors import DataError, LoadError
 from ensemblenet.evaluation.scoring import Seen, Split, add_data_options, chosen_data, observe
 from ensemblenet.evaluation.submission import write_submission
 from ensemblenet.functional import Combine, Task, combine_heads
@@ -57,6 +57,9 @@ def predict(arguments: Sequence[str]) -> Path:
         FileExistsError: the file to write exists.
     """
     options, changes = _parser().parse_known_args(arguments)
+    if options.on_damage:
+        warnings.warn("--on-damage is now --on-broken.", DeprecationWarning, stacklevel=2)
+        options.on_broken = options.on_damage
     if options.output.exists():
         raise FileExistsError(f"{options.output} exists; --output needs a new file.")
     restored = restore(options.model)
@@ -65,7 +68,7 @@ def predict(arguments: Sequence[str]) -> Path:
         _predict_split(restored, options, changes)
     elif changes:
         raise LoadError(f"{changes[0]} is for the data of a run; it does not go with --data.")
-    elif (reader := reader_of(restored)) is not None:
+    elif (reader := file_reader(restored.input_shape, restored.description)) is not None:
         _predict_files(restored, reader, options)
     else:
         write_submission(
@@ -74,7 +77,7 @@ def predict(arguments: Sequence[str]) -> Path:
             options.output,
             options.top,
             options.batch_size,
-            options.on_damage,
+            options.on_broken,
             options.sample_frames,
         )
     return options.output
@@ -94,7 +97,7 @@ def _predict_split(restored: Restored, options: argparse.Namespace, changes: Seq
     Console().print(f"{file.count:,} examples: {options.output}", highlight=False, soft_wrap=True)
 
 
-def _predict_files(restored: Restored, reader: Reader, options: argparse.Namespace) -> None:
+def _predict_files(restored: Restored, reader: FileReader, options: argparse.Namespace) -> None:
     files = InputFiles(find_files(options.data, reader.suffixes), reader.read)
     batches = files.batches(options.batch_size, options.num_workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,7 +105,7 @@ def _predict_files(restored: Restored, reader: Reader, options: argparse.Namespa
     skipped: list[str] = []
     with PredictionFile(options.output, restored) as file:
         for paths, inputs, unreadable in track(batches, "Predicting", transient=True):
-            if unreadable and options.on_damage == "error":
+            if unreadable and options.on_broken == "error":
                 raise DataError(unreadable[0])
             skipped += unreadable
             if paths:
@@ -253,8 +256,9 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that read images or videos; 0 for none (default: %(default)s)",
     )
     parser.add_argument(
-        "--on-damage", choices=("error", "skip"), default="error", help="for damaged examples (default: %(default)s)"
+        "--on-broken", choices=("error", "skip"), default="error", help="for broken examples (default: %(default)s)"
     )
+    parser.add_argument("--on-damage", choices=("error", "skip"), help=argparse.SUPPRESS)  # its name in version 0.1
     split = parser.add_argument_group("without --data")
     split.add_argument("--split", choices=("val", "test"), default="test", help="which one (default: %(default)s)")
     add_data_options(split)

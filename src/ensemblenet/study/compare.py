@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scipy.stats import qmc, ttest_rel
 from torch import nn
 
+from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
 from ensemblenet.reports.comparison import PAGE, comparison_table, summary, write_comparison
@@ -383,6 +384,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--runs", default="runs", help="where run folders are made")
     parser.add_argument("--resume", type=str | None, help="go on with a killed study: its folder")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0 trains in this one")
+    load_all()
     parser.add_subclass_arguments(nn.Module, "base", required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     parser.add_class_arguments(Study, skip={"base", "data"})

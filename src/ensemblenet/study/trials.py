@@ -69,8 +69,8 @@ class Cell:
     def data_module(self) -> LightningDataModule:
         """The data, set up; a process keeps those of its last cell."""
         data: Any = _data_module(json.dumps(self.data))
-        if self.data.get("init_args", {}).get("seed", 0) is None:
-            data.seed = self.seed  # of data that asks for the run's own
+        if hasattr(data, "seed") and self.data.get("init_args", {}).get("seed") is None:
+            data.seed = self.seed  # data without a seed of its own takes the trial's
         return data
 
     def contender(self, example: Tensor) -> Contender:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from ensemblenet import measure_cost
 from ensemblenet.data import __all__ as data_modules
+from ensemblenet.data import load_all
 from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.reports.tables import results_table
@@ -97,6 +98,7 @@ def fit(arguments: Sequence[str]) -> Path:
 def _opened(arguments: Sequence[str]) -> _FitCLI:
     """A run that is ready to begin, or to go on."""
     quiet_lightning()
+    load_all()
     try:
         return _FitCLI(args=_with_stored_config(_with_data_folder(arguments)))
     except ArgumentError as error:
@@ -266,7 +268,7 @@ class _FitCLI(LightningCLI):
             "--checkpoint_steps",
             type=int | None,
             help="save the run's state also after every so many batches, to resume in the middle of a long epoch; "
-            "the data must be able to (ImageData and YouTube8M are)",
+            "the data must be able to (all of ensemblenet.data are)",
         )
         parser.add_argument(
             "--ema",
