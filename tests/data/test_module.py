@@ -98,6 +98,30 @@ def test_a_module_that_is_used_again_with_another_seed_gives_other_batches(tmp_p
     assert not same(found[1], found[2])
 
 
+@pytest.mark.parametrize("make", MODULES)
+def test_reseeding_keeps_a_seed_that_was_given(tmp_path: Path, make: Make) -> None:
+    data = make(tmp_path)
+    data.setup()
+    found = []
+    for given, run in ((None, 1), (None, 2), (5, 1), (5, 2)):
+        data.seed = given
+        data.reseed(run)
+        found.append(epoch(data))
+    assert same(found[2], found[3])
+    assert not any(same(found[k], other) for k, other in ((0, found[1]), (0, found[2]), (1, found[2])))
+
+
+@pytest.mark.parametrize("make", MODULES)
+def test_a_plain_loop_shuffles_each_epoch_anew(tmp_path: Path, make: Make) -> None:
+    data = make(tmp_path)
+    data.setup()
+    loader = data.train_dataloader()
+    first, second = ([inputs for inputs, _ in loader] for _ in range(2))
+    assert same(first, epoch(data, 0))
+    assert same(second, epoch(data, 1))
+    assert data.state_dict()["epoch"] == 2
+
+
 class Sees(LightningModule):
     """Keeps its training inputs."""
 

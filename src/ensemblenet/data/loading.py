@@ -41,7 +41,8 @@ class Broken:
 class ResumableLoader(ABC):
     """Base class of loaders whose place in an epoch can be stored and restored.
 
-    Lightning calls `sampler.set_epoch`. A loader whose state was restored goes on at the next batch.
+    Lightning calls `sampler.set_epoch`; without such a call each iteration reads the epoch after the last one. A loader
+    whose state was restored goes on at the next batch.
 
     Args:
         on_broken: "error" raises at the first broken example; "skip" leaves it out of its batch, counts it and warns.
@@ -102,7 +103,7 @@ class ResumableLoader(ABC):
         self.epoch, self.consumed, self._resumes = state["epoch"], state["consumed"], True
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of the epoch, or the rest of them."""
+        """The batches of the epoch, or the rest of them; the next iteration then reads the next epoch."""
         # a generator: Lightning makes the iterator before it sets the epoch
         self.consumed = self.consumed if self._resumes and self.consumed < len(self) else 0
         self._resumes = False
@@ -112,6 +113,7 @@ class ResumableLoader(ABC):
             self.consumed += 1
             if batch is not None:
                 yield batch
+        self.epoch, self.consumed = self.epoch + 1, 0
 
     def _skip(self, example: Broken) -> None:
         if self.on_broken == "error":

@@ -77,12 +77,20 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
 
     @property
     def seed(self) -> int | None:
-        """The seed of order and augmentation; None takes the run's own. Another one begins the training data anew."""
+        """The seed of order and augmentation; None takes the run's own. Assigning one begins the training data anew."""
         return self._seed
 
     @seed.setter
     def seed(self, seed: int | None) -> None:
         self._seed = seed
+        self._begin_anew()
+
+    def reseed(self, seed: int) -> None:
+        """Begin the training data anew for a run of another seed; a seed that the module was given stays."""
+        self._run_seed = seed
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self._train_loader: ResumableLoader | None = None
         self._state: dict[str, Any] = {}
 

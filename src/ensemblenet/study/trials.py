@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule, seed_everything
 from torch import Tensor, nn
 
+from ensemblenet.data import DataModule
 from ensemblenet.errors import EnsembleNetError, TrainingError
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS, Contender, Setup, Source
@@ -69,8 +70,8 @@ class Cell:
     def data_module(self) -> LightningDataModule:
         """The data, set up; a process keeps those of its last cell."""
         data: Any = _data_module(json.dumps(self.data))
-        if hasattr(data, "seed") and self.data.get("init_args", {}).get("seed") is None:
-            data.seed = self.seed  # data without a seed of its own takes the trial's
+        if self.data.get("init_args", {}).get("seed", 0) is None:
+            data.seed = self.seed  # of data that asks for the run's own
         return data
 
     def contender(self, example: Tensor) -> Contender:
@@ -172,7 +173,7 @@ def train(
         data: a data module whose training batches begin with inputs and targets.
         optimization: optimizer and learning rate; all modules of the method are trained by it.
         epochs: passes over the training examples.
-        seed: every epoch starts from a seed of its own, made of this one.
+        seed: of the data, unless it has a seed of its own; and every epoch starts from a seed made of this one.
         precision: of the forward pass.
 
     Returns:
@@ -182,6 +183,8 @@ def train(
         TrainingError: the loss became non-finite.
     """
     device = next(contender.parameters()).device
+    if isinstance(data, DataModule):
+        data.reseed(seed)
     loader = data.train_dataloader()
     steps = epochs * len(loader)
     optimizer = build_optimizer(contender, optimization)
