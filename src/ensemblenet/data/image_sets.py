@@ -132,11 +132,6 @@ def open_images(
         raise DataError(f"dataset must begin with one of {', '.join(map(repr, openers))}, got {dataset!r}.")
     images = openers[kind](folder, dataset, split, options)
     images = images if classes is None else images.labelled(classes, complete)
-    _check(images)
-    return images
-
-
-def _check(images: ImageSet) -> None:
     if not len(images):
         raise DataError(f"{images.where} holds no images.")
     count = len(images.classes) if images.classes is not None else int(images.labels.max()) + 1
@@ -149,6 +144,7 @@ def _check(images: ImageSet) -> None:
             f"{images.where}: labels must be in [0, {count}), got {int(images.labels[index])} for the image "
             f"{images.name(index)}."
         )
+    return images
 
 
 # -- class folders, in a folder or in a tar

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from ensemblenet.data.tensors import TensorExamples
 from ensemblenet.errors import DataError
 
 __all__ = ["Broken", "ExampleLoader", "Examples", "OnBroken", "Part", "ResumableLoader", "seed_generators"]
@@ -133,7 +134,7 @@ class ResumableLoader(ABC):
 class Examples(Protocol):
     """A map-style data set; `examples[i]` raises `DataError` if example i is unreadable.
 
-    One that also has `__getitems__` gives whole batches: a tuple of tensors for a list of indices.
+    Those of [`TensorExamples`][ensemblenet.data.tensors.TensorExamples] are taken and transformed a batch at a time.
     """
 
     def __len__(self) -> int: ...
@@ -206,7 +207,6 @@ class ExampleLoader(ResumableLoader):
         DataError: while iterating: what is wrong with an example.
 
     Example:
-        >>> from ensemblenet.data.tensors import TensorExamples
         >>> loader = ExampleLoader(TensorExamples(torch.zeros(10, 3), torch.arange(10)), Part(10, batch_size=4))
         >>> [targets.tolist() for inputs, targets in loader]
         [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
@@ -271,8 +271,9 @@ class _Seeded(Dataset[Any]):
     seed: int
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[Any, list[Broken]]:
-        if hasattr(self.examples, "__getitems__"):
-            with _generators_seeded(self.seed, *keys[0]):
+        if isinstance(self.examples, TensorExamples):
+            is_random = self.examples.transform is not None  # seeding costs more than taking a batch
+            with _generators_seeded(self.seed, *keys[0]) if is_random else nullcontext():
                 return self.examples.__getitems__([index for _, index in keys]), []
         items = [self._read(epoch, index) for epoch, index in keys]
         whole = [item for item in items if not isinstance(item, Broken)]

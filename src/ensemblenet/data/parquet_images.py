@@ -231,7 +231,8 @@ def read_parquet_images(
     """
     table = _read_table(path)
     labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
-    named = _class_names(table)
+    names = (table.schema.metadata or {}).get(b"classes")
+    named = names.decode().split(",") if names else None
     if named is not None and classes is not None:
         refuse_other_classes(str(path), classes, named)
     classes = list(named or classes or map(str, range(int(labels.max()) + 1)))
@@ -244,12 +245,13 @@ def read_parquet_images(
         )
     chosen = range(table.num_rows)[rows]
     encoded = table["image"].slice(chosen.start, len(chosen)).to_pylist()
-    images = [
-        _decode(image, f"{path}, row {row}", image_size)
-        for row, image in track(
-            zip(chosen, encoded, strict=True), f"Decoding {path.name}", total=len(chosen), transient=True
-        )
-    ]
+    images = []
+    for row, image in track(
+        zip(chosen, encoded, strict=True), f"Decoding {path.name}", total=len(chosen), transient=True
+    ):
+        data = io.BytesIO((image or {}).get("bytes") or b"")
+        decoded = decode_image(lambda data=data: data, f"{path}, row {row}: the image")
+        images.append(_pixels(decoded, (image_size, image_size) if image_size else decoded.size))
     sizes = {image.shape for image in images}
     if len(sizes) > 1:
         raise DataError(f"{path}: images of {len(sizes)} sizes; give image_size to bring them to one.")
@@ -283,16 +285,6 @@ def _read_table(path: Path) -> pa.Table:
     if table.num_rows == 0 or table["label"].null_count:
         raise DataError(f"{path} must hold at least one row, and a label in each.")
     return table
-
-
-def _class_names(table: pa.Table) -> list[str] | None:
-    names = (table.schema.metadata or {}).get(b"classes")
-    return names.decode().split(",") if names else None
-
-
-def _decode(encoded: dict[str, Any] | None, where: str, image_size: int | None) -> Tensor:
-    image = decode_image(lambda: io.BytesIO((encoded or {}).get("bytes") or b""), f"{where}: the image")
-    return _pixels(image, image.size if image_size is None else (image_size, image_size))
 
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:

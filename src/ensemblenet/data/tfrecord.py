@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,7 +27,7 @@ __all__ = ["DamageError", "Record", "Shard", "find_shards", "index_shard", "inde
 
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
-_AROUND = _HEADER.size + _CHECKSUM.size  # bytes of a record that are not its data
+_AROUND = _HEADER.size + _CHECKSUM.size  # bytes of a record besides its data
 _ENDINGS = (".tfrecord", ".tfrecords", ".tfrecord.gz", ".tfrecords.gz")
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _THREADS = 16  # for the headers of remote shards, which wait for the network
@@ -52,6 +52,17 @@ class DamageError(DataError):
 @dataclass(frozen=True)
 class Shard:
     """A file of records.
+
+    Example:
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/a.tfrecord"
+        >>> with open(path, "wb") as file:
+        ...     for data in (b"one", b"two"):
+        ...         header = struct.pack("<Q", len(data))
+        ...         parts = header, _CHECKSUM.pack(_masked(header)), data, _CHECKSUM.pack(_masked(data))
+        ...         _ = file.write(b"".join(parts))
+        >>> [record.data for record in index_shard(path).read()]
+        [b'one', b'two']
 
     Attributes:
         path: local or remote.
@@ -152,14 +163,12 @@ def find_shards(patterns: str | Sequence[str], folder: str | None = None) -> lis
         ['/train0.tfrecord', '/train1.tfrecord']
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = [path for pattern in patterns for path in _matches(_join(folder, pattern))]
-    return sorted(set(found))
-
-
-def _join(folder: str | None, pattern: str) -> str:
-    if folder is None or "://" in pattern or pattern.startswith("/"):
-        return pattern
-    return f"{folder.rstrip('/')}/{pattern}"
+    if folder is not None:
+        patterns = [
+            pattern if "://" in pattern or pattern.startswith("/") else f"{folder.rstrip('/')}/{pattern}"
+            for pattern in patterns
+        ]
+    return sorted({path for pattern in patterns for path in _matches(pattern)})
 
 
 def _matches(pattern: str) -> list[str]:
@@ -171,7 +180,7 @@ def _matches(pattern: str) -> list[str]:
             names = [name for name in system.glob(path) if system.isfile(name)]
         else:
             names = [path] if system.exists(path) else []
-    except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose library is missing
+    except (ImportError, ValueError) as error:  # an unknown protocol, or one whose library is missing
         raise DataError(f"{pattern} cannot be opened: {error}") from error
     if not names:
         raise DataError(f"No files match {pattern}; give a file, a pattern, or a folder of {', '.join(_ENDINGS)}.")
@@ -187,17 +196,17 @@ def _open(path: str) -> Any:
         raise DataError(f"{path} cannot be opened: {error}") from error
 
 
-# -- where records begin
+# -- finding records
 
 
 def index_shards(paths: Sequence[str], on_broken: OnBroken = "error") -> list[Shard]:
-    """Find where the records of all files begin, see [`index_shard`][ensemblenet.data.tfrecord.index_shard]."""
+    """Find the records of several files, as [`index_shard`][ensemblenet.data.tfrecord.index_shard] does of one."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(lambda path: index_shard(path, on_broken), paths))
 
 
 def index_shard(path: str, on_broken: OnBroken = "error") -> Shard:
-    """Find where the records of a file begin, from their headers; a remote or gzip file is read through.
+    """Find the records of a file from their headers; a remote or gzip file is read from end to end for it.
 
     Args:
         path: a local or remote path; one that ends in `.gz` is decompressed.
@@ -220,35 +229,27 @@ def index_shard(path: str, on_broken: OnBroken = "error") -> Shard:
 
 
 def _ends(file: IO[bytes], path: str) -> Iterator[int]:
-    """Where each record ends."""
+    """The end of each record."""
     offset = 0
-    read = _reading(path, lambda: offset)
-    while header := read(lambda: file.read(_HEADER.size)):
-        if len(header) < _HEADER.size:
-            raise _truncated(path, offset)
-        length, checksum = _HEADER.unpack(header)
-        if _masked(header[:8]) != checksum:
-            if offset == 0:
-                raise DataError(f"{path} is not a TFRecord file: it does not begin with a record's header.")
-            raise DamageError(f"{path}: the header at byte {offset:,} is damaged: its checksum does not fit.")
-        end = offset + length + _AROUND
-        read(lambda last=end - 1: file.seek(last))
-        if not read(lambda: file.read(1)):
-            raise _truncated(path, offset)
-        yield end
-        offset = end
-
-
-def _reading(path: str, offset: Callable[[], int]) -> Callable[[Callable[[], Any]], Any]:
-    def read(action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except _UNREADABLE as error:
-            if offset() == 0:
-                raise DataError(f"{path} cannot be read: {error}") from error
-            raise DamageError(f"{path}: what follows byte {offset():,} cannot be read: {error}.") from error
-
-    return read
+    try:
+        while header := file.read(_HEADER.size):
+            if len(header) < _HEADER.size:
+                raise _truncated(path, offset)
+            length, checksum = _HEADER.unpack(header)
+            if _masked(header[:8]) != checksum:
+                if offset == 0:
+                    raise DataError(f"{path} is not a TFRecord file: it does not begin with a record's header.")
+                raise DamageError(f"{path}: the header at byte {offset:,} is damaged: its checksum does not fit.")
+            end = offset + length + _AROUND
+            file.seek(end - 1)
+            if not file.read(1):
+                raise _truncated(path, offset)
+            yield end
+            offset = end
+    except _UNREADABLE as error:
+        if offset == 0:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        raise DamageError(f"{path}: what follows byte {offset:,} cannot be read: {error}.") from error
 
 
 def _truncated(path: str, offset: int) -> DamageError:

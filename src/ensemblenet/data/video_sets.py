@@ -85,12 +85,15 @@ def _of_class_folders(place: Path) -> LabelledVideos:
 
 def _of_annotation(place: Path, lines: Sequence[str], folder: Path) -> LabelledVideos:
     by_name: dict[str, list[Path]] = defaultdict(list)
-    for path in _videos_within(folder):
-        by_name[path.stem].append(path)
+    walk = os.walk(folder, followlinks=True)  # videos often lie on another disk
+    for path in sorted(Path(parent, name) for parent, _, names in walk for name in names):
+        if path.suffix.lower() in VIDEO_SUFFIXES:
+            by_name[path.stem].append(path)
     paths, labels, spans, missing = [], [], [], 0
     for number, row in enumerate(csv.DictReader(lines), 2):
         try:
-            span, label = _span(row), _class_name(row["label"])
+            start, end, label = row.get("time_start"), row.get("time_end"), _class_name(row["label"])
+            span = (float(start), float(end)) if start and end else None
             files = [path for name in _file_names(row["youtube_id"], span) for path in by_name.get(name, ())]
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{place}, line {number} is no row of Kinetics: {error}") from error
@@ -101,17 +104,6 @@ def _of_annotation(place: Path, lines: Sequence[str], folder: Path) -> LabelledV
             spans.append(span)
         missing += not own
     return LabelledVideos(str(place), paths, labels, spans, missing)
-
-
-def _videos_within(folder: Path) -> list[Path]:
-    walk = os.walk(folder, followlinks=True)  # videos often lie on another disk
-    paths = (Path(parent, name) for parent, _, names in walk for name in names)
-    return sorted(path for path in paths if path.suffix.lower() in VIDEO_SUFFIXES)
-
-
-def _span(row: dict[str, str]) -> Span | None:
-    start, end = row.get("time_start"), row.get("time_end")
-    return (float(start), float(end)) if start and end else None
 
 
 def _file_names(video: str, span: Span | None) -> list[str]:

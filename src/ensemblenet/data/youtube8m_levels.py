@@ -121,7 +121,11 @@ class FrameLevel:
         for video, target, record in zip(inputs, targets, records, strict=True):
             fields, lists = _read(record)
             frames = self.frames(record, fields, lists)
-            chosen = self._choose(len(frames[0]), chance)
+            chosen: Any = slice(self.num_frames)
+            if self.sample:
+                within = [chance.random() for _ in range(self.num_frames)] if self.train else 0.5
+                places = (np.arange(self.num_frames) + within) * (len(frames[0]) / self.num_frames)
+                chosen = places.astype(np.int64)
             _dequantise([feature[chosen] for feature in frames], video)
             ids.append(_video_id(record, fields))
             target[_labels(record, fields, "labels", self.num_classes)] = 1
@@ -140,12 +144,6 @@ class FrameLevel:
         if not len(found[0]):
             raise record.error("has no frames.")
         return found
-
-    def _choose(self, length: int, chance: random.Random) -> np.ndarray | slice:
-        if not self.sample:
-            return slice(self.num_frames)
-        within = [chance.random() for _ in range(self.num_frames)] if self.train else 0.5
-        return ((np.arange(self.num_frames) + within) * (length / self.num_frames)).astype(np.int64)
 
 
 @dataclass(frozen=True)
