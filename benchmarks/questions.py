@@ -170,12 +170,15 @@ VARIANTS: dict[str, dict[str, Callable[[Series, Source], TrainingTask]]] = {
 
 
 class Together:
-    """Data whose training batches are those of several loaders, one after another in each."""
+    """Data whose training batches are those of several loaders with orders of their own, one after another in each."""
 
     sampler = None
 
-    def __init__(self, data: Any, number: int) -> None:
-        self.loaders = [data.train_dataloader() for _ in range(number)]
+    def __init__(self, data: Any, number: int, seed: int) -> None:
+        self.loaders = []
+        for loader in range(number):
+            data.reseed(1000 * loader + seed)
+            self.loaders.append(data.train_dataloader())
 
     def train_dataloader(self) -> Together:
         return self
@@ -208,7 +211,7 @@ def finish(name: str, variant: str, seed: int, folder: str) -> dict[str, Any]:
     x = next(iter(data.val_dataloader()))[0][:2]
     task = VARIANTS[name][variant](series, Source(lambda: series.base(WIDTHS[name]), x, seed))
     cost = task.cost(x)
-    source: Any = Together(data, series.setup.num_heads) if isinstance(task, OwnOrders) else data
+    source: Any = Together(data, series.setup.num_heads, seed) if isinstance(task, OwnOrders) else data
     train(task, source, OPTIMIZATION[name], EPOCHS[name], seed, series.precision)
     kind = series.setup.task
     found: dict[str, Any] = {"parameters": cost.parameters, "macs": cost.macs}

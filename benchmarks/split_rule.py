@@ -87,6 +87,7 @@ def main() -> None:
         errors = []
         for seed in range(args.seeds):
             torch.manual_seed(seed)
+            data.reseed(seed)
             network = make()
             share = 1.0
             if num_heads:

@@ -38,7 +38,7 @@ from ensemblenet import CoDistillationLoss
 from ensemblenet.data.records import RecordLoader, Share
 from ensemblenet.data.tfexample import bytes_of, floats_of, integers_of, read_fields
 from ensemblenet.data.tfrecord import Shard, find_shards, index_shards
-from ensemblenet.data.youtube8m import NUM_CLASSES, FrameLevel, VideoLevel, make_level
+from ensemblenet.data.youtube8m_levels import NUM_CLASSES, FrameLevel, VideoLevel, make_level
 from ensemblenet.models import MLPTagger
 from ensemblenet.training.optimization import Optimization, build_optimizer
 

@@ -3,7 +3,9 @@
 __all__ = [
     "BudgetError",
     "BusyError",
+    "ClassesError",
     "ConversionError",
+    "DataError",
     "EnsembleNetError",
     "ExportError",
     "FusionError",
@@ -23,6 +25,14 @@ class ConversionError(EnsembleNetError, ValueError):
 
 class BudgetError(ConversionError):
     """A budget that no width can meet."""
+
+
+class DataError(EnsembleNetError, ValueError):
+    """Data that is missing, damaged, or not of the expected form."""
+
+
+class ClassesError(DataError):
+    """Data whose classes are not those of the training."""
 
 
 class ExportError(EnsembleNetError, RuntimeError):

@@ -20,7 +20,7 @@ from timm.utils.misc import natural_key as natural_key_of_timm
 from ensemblenet.data import ImageData, Kinetics, ParquetImages, image_sets
 from ensemblenet.data.classes import in_order
 from ensemblenet.data.loading import ExampleLoader
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import DataError
 
 SMALL = {"image_size": 16, "batch_size": 2, "num_workers": 0, "augmentation": {"no_aug": True}}
 TIES = [
@@ -96,7 +96,7 @@ for split in ("names.csv", "numbers.csv", "names", "numbers.txt"):
     found[split] = data.classes, [(str(path), label) for path, label in zip(examples.paths, examples.labels)]
 data = ParquetImages(folder / "parquet", batch_size=2, num_val=2)
 data.setup("fit")
-found["parquet"] = data.classes, data.train.targets.tolist()
+found["parquet"] = data.classes, data.examples("train").targets.tolist()
 print(json.dumps(found))
 """
 

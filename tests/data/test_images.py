@@ -13,7 +13,7 @@ from made_images import CLASSES, encoded, make_folders, make_shards, make_tars, 
 from torchvision.transforms.functional import pil_to_tensor
 
 from ensemblenet.data import ImageData
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import DataError
 
 PLAIN = {"image_size": 16, "batch_size": 6, "num_workers": 0, "augmentation": {"no_aug": True}, "crop_pct": 1.0}
 RAW = {**PLAIN, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

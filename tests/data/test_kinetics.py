@@ -12,9 +12,9 @@ import torch
 from made_videos import make_sound, make_video
 
 from ensemblenet.data import Kinetics
-from ensemblenet.data.kinetics import find_videos
-from ensemblenet.data.tensors import DataError
 from ensemblenet.data.video import Video
+from ensemblenet.data.video_sets import find_videos
+from ensemblenet.errors import DataError
 from ensemblenet.training.mixing import Mixing
 
 HEADER = "label,youtube_id,time_start,time_end,split\n"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemblenet.data.loading import ExampleLoader, Part
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import DataError
 
 
 class Numbers:

@@ -10,7 +10,7 @@ import torch
 
 from ensemblenet.data import MNIST1D
 from ensemblenet.data.mnist1d import generate_mnist1d
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import DataError
 
 
 def test_splits_have_their_sizes_and_share_no_example():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ensemblenet.data.parquet_images import Normalise, ParquetImages, RandomCropFlip, read_parquet_images
-from ensemblenet.data.tensors import DataError
+from ensemblenet.data.parquet_images import Normalize, ParquetImages, RandomCropFlip, read_parquet_images
+from ensemblenet.errors import DataError
 
 
 def encoded(shade: int, size: tuple[int, int] = (8, 8)) -> bytes:
@@ -57,26 +57,26 @@ def test_image_size_cuts_a_centred_square(tmp_path):
 def test_splits_take_their_rows(folder):
     data = ParquetImages(folder, batch_size=4, num_val=10, limit_train=20, augment=False)
     data.setup()
-    assert [len(split) for split in (data.train, data.val, data.test)] == [20, 10, 10]
-    assert data.val.inputs[:, 0, 0, 0].tolist() == list(range(30, 40))
+    assert [len(data.examples(split)) for split in ("train", "val", "test")] == [20, 10, 10]
+    assert data.examples("val").inputs[:, 0, 0, 0].tolist() == list(range(30, 40))
     inputs, labels = next(iter(data.train_dataloader()))
     assert inputs.shape == (4, 3, 8, 8)
     assert labels.dtype == torch.int64
 
 
-def test_training_images_are_normalised(folder):
+def test_training_images_are_normalized(folder):
     data = ParquetImages(folder, batch_size=4, num_val=8, augment=False)
     data.setup()
-    inputs = data.train.__getitems__(list(range(32)))[0]
+    inputs = data.examples("train").__getitems__(list(range(32)))[0]
     assert inputs[:, 0].mean().item() == pytest.approx(0, abs=1e-5)
     assert inputs[:, 0].std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_normalise_agrees_with_the_plain_formula():
+def test_normalize_agrees_with_the_plain_formula():
     images = torch.randint(256, (10, 3, 5, 5), dtype=torch.uint8)
-    normalise = Normalise(images)
-    torch.testing.assert_close(normalise.mean.flatten(), images.float().mean((0, 2, 3)))
-    torch.testing.assert_close(normalise.deviation.flatten(), images.float().std((0, 2, 3), correction=0))
+    normalize = Normalize.of(images)
+    torch.testing.assert_close(normalize.mean.flatten(), images.float().mean((0, 2, 3)))
+    torch.testing.assert_close(normalize.std.flatten(), images.float().std((0, 2, 3), correction=0))
 
 
 def test_crops_are_windows_of_the_padded_image_or_of_its_mirror():

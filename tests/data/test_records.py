@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from shards import write
 
 from ensemblenet.data.records import RecordLoader, Share
-from ensemblenet.data.tensors import DataError
 from ensemblenet.data.tfrecord import index_shards
+from ensemblenet.errors import DataError
 
 
 def decode(records, chance):

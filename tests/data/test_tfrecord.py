@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from shards import framed, serialized, videos, write
 
-from ensemblenet.data.tensors import DataError
 from ensemblenet.data.tfrecord import find_shards, index_shard, index_shards
+from ensemblenet.errors import DataError
 
 RECORDS = [b"first", b"", b"the third" * 1000]
 
@@ -71,11 +71,11 @@ def test_patterns_without_files(tmp_path, pattern, message):
 
 
 @pytest.mark.parametrize("content", [b"x" * 100, b"\x1f\x8b" + b"z" * 50])
-@pytest.mark.parametrize("on_damage", ["error", "skip"])
-def test_a_file_of_another_format_is_always_an_error(tmp_path, content, on_damage):
+@pytest.mark.parametrize("on_broken", ["error", "skip"])
+def test_a_file_of_another_format_is_always_an_error(tmp_path, content, on_broken):
     (tmp_path / "x.tfrecord").write_bytes(content)
     with pytest.raises(DataError, match=r"x\.tfrecord is not a TFRecord file"):
-        index_shard(str(tmp_path / "x.tfrecord"), on_damage)
+        index_shard(str(tmp_path / "x.tfrecord"), on_broken)
 
 
 def test_a_file_that_only_its_name_makes_gzip(tmp_path):
@@ -121,14 +121,14 @@ def test_damaged_data_is_an_error_or_passed_over(tmp_path, position):
     with pytest.raises(DataError, match=re.escape("the record at byte 37 is damaged: its checksum does not fit")):
         list(shard.read())
     with pytest.warns(UserWarning, match="byte 37 is damaged.*Skipped"):
-        found = list(shard.read(on_damage="skip"))
+        found = list(shard.read(on_broken="skip"))
     assert [record and record.data for record in found] == [b"first", b"", None, b"last"]
 
 
 def test_whole_files_give_no_warning(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        list(index_shard(str(path), "skip").read(on_damage="skip"))
+        list(index_shard(str(path), "skip").read(on_broken="skip"))
 
 
 def test_official_records_read_as_they_were_written(tmp_path):

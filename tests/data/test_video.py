@@ -11,8 +11,8 @@ import pytest
 import torch
 from made_videos import frame, make_sound, make_video, turn_clockwise
 
-from ensemblenet.data.tensors import DataError
 from ensemblenet.data.video import ClipSampling, Video, reader
+from ensemblenet.errors import DataError
 
 KINDS = {
     "closed.mp4": {"g": 6, "bf": 3},

@@ -14,9 +14,9 @@ from tfrecord.writer import TFRecordWriter
 
 from ensemblenet.data import YouTube8M
 from ensemblenet.data.records import RecordLoader, Share
-from ensemblenet.data.tensors import DataError
 from ensemblenet.data.tfrecord import Record, index_shards
-from ensemblenet.data.youtube8m import make_level
+from ensemblenet.data.youtube8m_levels import make_level
+from ensemblenet.errors import DataError
 
 FEATURES = {"video": {"mean_rgb": RGB, "mean_audio": AUDIO}, "frame": {"rgb": RGB, "audio": AUDIO}}
 FEATURES["segment"] = FEATURES["frame"]

@@ -12,15 +12,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from torch import nn
 
 import ensemblenet
 from ensemblenet.cli.main import main
 from ensemblenet.cli.predict import predict
+from ensemblenet.data.files import InputFiles, file_reader, find_files
 from ensemblenet.data.kinetics import Kinetics
-from ensemblenet.evaluation.files import InputFiles, find_files, reader_of
 from ensemblenet.models import CifarResNet, MLPTagger
-from ensemblenet.storage.restore import Restored, data_module, restore
+from ensemblenet.storage.restore import data_module, restore
 from ensemblenet.training.fit import fit
 
 CLASSES = ["cat", "dog, or wolf", "crane", "crane"]  # ImageNet has two of that name
@@ -138,7 +137,7 @@ def test_images_are_prepared_as_for_testing(saved, images, tmp_path, suffix, wor
 
 def test_grey_images(images, tmp_path):
     described = {"preprocessing": {"mean": [0.5], "std": [0.25], "crop_pct": 1.0}}
-    reader = reader_of(Restored(nn.Flatten(), "multiclass", (1, 20, 20), described, None, tmp_path))
+    reader = file_reader((1, 20, 20), described)
     assert reader is not None
     with Image.open(images / "a.jpg") as image:
         expected = (np.asarray(image)[15:35] / 255 - 0.5) / 0.25
@@ -164,7 +163,7 @@ def test_videos_are_seen_as_in_testing(tmp_path):
     data.setup()
     views, _ = next(iter(data.test_dataloader()))
     assert views.shape == (2, 10, 3, 4, 16, 16)
-    reader = reader_of(Restored(nn.Flatten(), "multiclass", (3, 4, 16, 16), data.description(), None, tmp_path))
+    reader = file_reader((3, 4, 16, 16), data.description())
     assert reader is not None
     files = InputFiles(find_files([str(tmp_path / "val")], reader.suffixes), reader.read)
     [batch] = files.batches(batch_size=4, num_workers=0)
@@ -182,7 +181,7 @@ def test_broken_images(saved, images, tmp_path, capsys, workers):
     [line] = capsys.readouterr().err.splitlines()
     assert f"{images / 'broken.jpg'}: the image cannot be decoded" in line
     assert not list(tmp_path.glob("*x.csv*"))
-    assert main([*arguments, "--on-damage", "skip"]) == 0
+    assert main([*arguments, "--on-broken", "skip"]) == 0
     printed = capsys.readouterr().out
     assert f"Skipped {images / 'empty.png'}: the image cannot be decoded" in printed
     assert "3 files, 2 skipped" in printed
@@ -198,7 +197,7 @@ def nothing_but_broken(images):
 @pytest.mark.parametrize(
     ("change", "more", "message"),
     [
-        (nothing_but_broken, ["--on-damage", "skip"], "There is no example to predict"),
+        (nothing_but_broken, ["--on-broken", "skip"], "There is no example to predict"),
         (lambda images: [path.unlink() for path in images.rglob("*.*")], [], "holds no files that end in .bmp"),
         (lambda images: None, ["--data", "nowhere"], "nowhere is neither a file nor a folder"),
         (lambda images: None, ["--data.folder", "x"], "--data.folder is for the data of a run"),

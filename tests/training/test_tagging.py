@@ -19,7 +19,7 @@ import ensemblenet
 from ensemblenet.cli.main import main
 from ensemblenet.cli.predict import predict
 from ensemblenet.cli.test import test as run_test
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import DataError
 from ensemblenet.training.fit import fit
 
 BASES = {
@@ -200,7 +200,7 @@ def test_predictions_go_on_past_damaged_records_if_asked(tmp_path, capsys):
     with pytest.raises(DataError, match=r"validate0000\.tfrecord: the record at byte 0 is damaged"):
         predict(arguments)
     assert not list(tmp_path.glob("*x.csv*"))
-    assert len(read(predict([*arguments, "--on-damage", "skip"]))) == 21
+    assert len(read(predict([*arguments, "--on-broken", "skip"]))) == 21
     assert "1 damaged records skipped" in capsys.readouterr().out
 
 
@@ -213,7 +213,7 @@ def test_training_goes_on_past_damaged_records_if_asked(tmp_path, capsys, worker
     shard.write_bytes(data)
     with pytest.raises(DataError, match=r"train0000\.tfrecord: the record at byte 0 is damaged"):
         fit(arguments)
-    fit([*arguments, "--data.init_args.on_damage", "skip"])
+    fit([*arguments, "--data.init_args.on_broken", "skip"])
     assert "Damaged records skipped in training, counted once an epoch: 2" in capsys.readouterr().out
 
 

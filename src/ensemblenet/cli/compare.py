@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
 from ensemblenet.reports.comparison import PAGE, comparison_table, summary
 from ensemblenet.storage import TRUST_HELP
@@ -125,6 +126,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--resume", type=str | None, help="go on with a killed study: its folder")
     parser.add_argument("--trust", action="store_true", default=argparse.SUPPRESS, help=f"with --resume: {TRUST_HELP}")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0 trains in this one")
+    load_all()
     parser.add_subclass_arguments(nn.Module, "base", required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     parser.add_class_arguments(Study, skip={"base", "data"})

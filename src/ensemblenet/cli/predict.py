@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +19,8 @@ from ensemblenet.cli.options import (
     command_parser,
     positive_integer,
 )
-from ensemblenet.data.tensors import DataError
-from ensemblenet.errors import LoadError
-from ensemblenet.evaluation.files import InputFiles, Reader, find_files, reader_of
+from ensemblenet.data.files import FileReader, InputFiles, file_reader, find_files
+from ensemblenet.errors import DataError, LoadError
 from ensemblenet.evaluation.predictions import Names, PredictionFile
 from ensemblenet.evaluation.scoring import Seen, chosen_data, observe
 from ensemblenet.evaluation.submission import write_submission
@@ -48,6 +48,9 @@ def predict(arguments: Sequence[str]) -> Path:
         FileExistsError: the file to write exists.
     """
     options, changes = _parser().parse_known_args(arguments)
+    if options.on_damage:
+        warnings.warn("--on-damage is now --on-broken.", DeprecationWarning, stacklevel=2)
+        options.on_broken = options.on_damage
     check_new(options.output)
     restored = restore(options.model, trust=options.trust)
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +58,7 @@ def predict(arguments: Sequence[str]) -> Path:
         _predict_split(restored, options, changes)
     elif changes:
         raise LoadError(f"{changes[0]} is for the data of a run; it does not go with --data.")
-    elif (reader := reader_of(restored)) is not None:
+    elif (reader := file_reader(restored.input_shape, restored.description)) is not None:
         _predict_files(restored, reader, options)
     else:
         write_submission(
@@ -64,7 +67,7 @@ def predict(arguments: Sequence[str]) -> Path:
             options.output,
             options.top,
             options.batch_size,
-            options.on_damage,
+            options.on_broken,
             options.sample_frames,
         )
     return options.output
@@ -84,7 +87,7 @@ def _predict_split(restored: Restored, options: argparse.Namespace, changes: Seq
     Console().print(f"{file.count:,} examples: {options.output}", highlight=False, soft_wrap=True)
 
 
-def _predict_files(restored: Restored, reader: Reader, options: argparse.Namespace) -> None:
+def _predict_files(restored: Restored, reader: FileReader, options: argparse.Namespace) -> None:
     files = InputFiles(find_files(options.data, reader.suffixes), reader.read)
     batches = files.batches(options.batch_size, options.num_workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +95,7 @@ def _predict_files(restored: Restored, reader: Reader, options: argparse.Namespa
     skipped: list[str] = []
     with PredictionFile(options.output, restored) as file:
         for paths, inputs, unreadable in track(batches, "Predicting", transient=True):
-            if unreadable and options.on_damage == "error":
+            if unreadable and options.on_broken == "error":
                 raise DataError(unreadable[0])
             skipped += unreadable
             if paths:
@@ -134,8 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that read images or videos; 0 for none (default: %(default)s)",
     )
     parser.add_argument(
-        "--on-damage", choices=("error", "skip"), default="error", help="for damaged examples (default: %(default)s)"
+        "--on-broken", choices=("error", "skip"), default="error", help="for broken examples (default: %(default)s)"
     )
+    parser.add_argument("--on-damage", choices=("error", "skip"), help=argparse.SUPPRESS)  # its name in version 0.1
     split = parser.add_argument_group("without --data")
     add_split(split)
     add_data(split)

@@ -1,4 +1,4 @@
-"""The order of classes, which gives them their labels; and whether it is still that of the training."""
+"""The order of classes, which gives them their labels, and comparison with the classes of the training."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import ClassesError, DataError
 
 __all__ = [
-    "ClassesError",
     "KnownClasses",
     "in_order",
     "natural_key",
@@ -19,21 +18,17 @@ __all__ = [
 ]
 
 
-class ClassesError(DataError):
-    """Data whose classes are not those of the training."""
-
-
 class KnownClasses:
-    """Of a data module: its classes, which a network may have been trained on before.
+    """Part of a data module: the names of its classes, found in the data or given by a trained network.
 
     Attributes:
-        classes: their names in the order of their labels; None until `setup` finds them.
+        classes: the names in the order of their labels; None until `setup` finds them.
     """
 
     classes: list[str] | None = None
 
     def expect_classes(self, classes: Sequence[str]) -> None:
-        """Give examples the labels that a network was trained on; `setup` then refuses data with other classes.
+        """Label examples as a trained network does; `setup` then refuses data with other classes.
 
         Args:
             classes: the names in the order of the network's outputs.
@@ -43,7 +38,7 @@ class KnownClasses:
 
 @contextmanager
 def training_data_if_any() -> Iterator[None]:
-    """Evaluation alone may have no training data, so its errors pass, unless it has other classes than expected."""
+    """Ignore errors of the training data, which evaluation alone may lack, except for other classes than expected."""
     try:
         yield
     except ClassesError:
@@ -53,17 +48,21 @@ def training_data_if_any() -> Iterator[None]:
 
 
 def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
-    """What to sort names by: numbers in them count as numbers and capitals as small letters, as timm has it.
+    """The sort key of timm's natural order: numbers count as numbers, and capitals as small letters.
 
-    Names that are alike in this, such as `1` and `01`, follow each other by their characters. Without that their order
-    would be the one in which they came: from a set or the listing of a folder, another in every process.
+    Names that are equal in it, such as `1` and `01`, are sorted by their characters. Otherwise they would keep the
+    order of the set or folder listing that they come from, which differs between processes.
+
+    Example:
+        >>> sorted(["img10", "img9", "IMG1"], key=natural_key)
+        ['IMG1', 'img9', 'img10']
     """
     parts = re.split(r"(\d+)", name.lower())
     return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """The names of classes, each once, in the order of their labels.
+    """Sort the names of classes in the order of their labels, each once.
 
     Example:
         >>> in_order(["dog", "10", "cat", "1", "2", "Cat", "01", "cat"])
@@ -76,18 +75,18 @@ def refuse_other_classes(where: str, known: Sequence[str], found: Sequence[str])
     """Compare the classes of data with those that a network was trained on.
 
     Args:
-        where: the data.
-        known: the names that the network was trained on, in the order of its outputs.
-        found: those that the data has now.
+        where: name of the data, for messages.
+        known: the classes of the network, in the order of its outputs.
+        found: the classes of the data.
 
     Raises:
-        ClassesError: they are not the same, in the same order; it names the first difference.
+        ClassesError: they or their order differ; it names the first difference.
 
     Example:
         >>> refuse_other_classes("data/train", ["cat", "dog"], ["cat", "cow", "dog"])  # doctest: +NORMALIZE_WHITESPACE
         Traceback (most recent call last):
             ...
-        ensemblenet.data.classes.ClassesError: data/train does not have the classes of the training data: 1 class more:
+        ensemblenet.errors.ClassesError: data/train does not have the classes of the training data: 1 class more:
         'cow'. Give the data that was trained on, or train a new network.
     """
     if list(known) != list(found):
@@ -101,7 +100,10 @@ def refuse_strange_classes(where: str, known: Sequence[str], found: Sequence[str
     """Compare the classes of a split, which may lack some, with those that a network was trained on.
 
     Raises:
-        ClassesError: a class that is not among them.
+        ClassesError: the split has a class that the network does not know.
+
+    Example:
+        >>> refuse_strange_classes("data/val", ["cat", "dog"], ["dog"])
     """
     if strangers := set(found) - set(known):
         raise ClassesError(

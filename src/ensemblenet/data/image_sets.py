@@ -13,13 +13,16 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from ensemblenet.data.classes import ClassesError, in_order, natural_key, refuse_other_classes, refuse_strange_classes
-from ensemblenet.data.tensors import DataError
+from ensemblenet.data.classes import in_order, natural_key, refuse_other_classes, refuse_strange_classes
+from ensemblenet.errors import ClassesError, DataError
 
-__all__ = ["ImageSet", "open_images"]
+__all__ = ["IMAGE_SUFFIXES", "ImageSet", "decode_image", "open_images"]
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _VALIDATION = ("val", "validation", "valid", "test")
 _CLASSES = "classes.txt"
+_UNDECODABLE = (OSError, EOFError, SyntaxError, ValueError, tarfile.TarError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,12 @@ class ImageSet:
     """Labelled images of one split.
 
     Args:
-        where: what to call it in messages.
+        where: name of the data, for messages.
         labels: (N,), integers from 0.
         classes: the names of the classes; None where the data names none.
-        read: gives an encoded image, or a decoded one, by index.
-        name: what to call an image in messages.
-        numbered: whether the data itself says which number a class has; if not, its name alone counts.
+        read: gives an image by index, encoded or decoded.
+        name: gives the name of an image by index, for messages.
+        numbered: whether the data itself numbers its classes; if not, their names alone count.
     """
 
     where: str
@@ -46,14 +49,14 @@ class ImageSet:
         return len(self.labels)
 
     def labelled(self, classes: Sequence[str], complete: bool) -> ImageSet:
-        """The same images with the labels that known classes have.
+        """The same images with labels by known classes.
 
         Args:
-            classes: their names in the order of their labels.
-            complete: whether none of them may be missing here.
+            classes: the known names, in the order of their labels.
+            complete: whether each of them must be here.
 
         Raises:
-            ClassesError: classes that are not among them, or that the data numbers in another way.
+            ClassesError: the data has other classes, or numbers them otherwise.
         """
         if self.classes is None:
             if (highest := int(self.labels.max(initial=-1))) >= len(classes):
@@ -75,14 +78,34 @@ class ImageSet:
         """Decode an image to RGB.
 
         Raises:
-            DataError: it cannot be read; which, and why.
+            DataError: it cannot be decoded; it names the image.
         """
-        try:
-            encoded = self.read(index)
-            image = encoded if isinstance(encoded, Image.Image) else Image.open(encoded)
-            return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, tarfile.TarError, Image.DecompressionBombError) as error:
-            raise DataError(f"{self.where}: the image {self.name(index)} cannot be decoded: {error}") from error
+        return decode_image(lambda: self.read(index), f"{self.where}: the image {self.name(index)}")
+
+
+def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str, mode: str = "RGB") -> Image.Image:
+    """Decode an image, wherever it comes from.
+
+    Args:
+        source: gives a file, open or not, or an image that is decoded already.
+        what: name of the image, for messages.
+        mode: Pillow's name of the colours, such as "RGB" or "L" for grey.
+
+    Raises:
+        DataError: it cannot be read or decoded.
+
+    Example:
+        >>> decode_image(lambda: io.BytesIO(b"nonsense"), "a.png")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ensemblenet.errors.DataError: a.png cannot be decoded: cannot identify image file ...
+    """
+    try:
+        found = source()
+        with found if isinstance(found, Image.Image) else Image.open(found) as image:
+            return image.convert(mode)
+    except _UNDECODABLE as error:
+        raise DataError(f"{what} cannot be decoded: {error}") from error
 
 
 def open_images(
@@ -91,17 +114,17 @@ def open_images(
     """Find the images of a split, and their labels.
 
     Args:
-        folder: where the data lies.
+        folder: of the data.
         dataset: "" for class folders, in a folder or a tar; `wds/` for shards of WebDataset; else a name of
             [`timm.data.create_dataset`][], such as `hfds/NAME` or `torch/cifar10`.
         split: its name, a folder or tar in `folder`; for `wds/` a pattern, such as `train-*.tar`.
         classes: the names in the order of their labels; None takes them from the data.
-        complete: whether the split must have all of these.
-        options: for timm's reader.
+        complete: whether the split must have all of these classes.
+        options: arguments of timm's reader.
 
     Raises:
-        ClassesError: the data has others.
-        DataError: no such data, an empty class, or a label out of range.
+        ClassesError: the data has other classes.
+        DataError: there is no such data, a class is empty, or a label is out of range.
     """
     kind, _, _ = dataset.partition("/")
     openers = {"": _class_folders, "wds": _shards, "torch": _torchvision, "hfds": _hugging_face}
@@ -109,11 +132,6 @@ def open_images(
         raise DataError(f"dataset must begin with one of {', '.join(map(repr, openers))}, got {dataset!r}.")
     images = openers[kind](folder, dataset, split, options)
     images = images if classes is None else images.labelled(classes, complete)
-    _check(images)
-    return images
-
-
-def _check(images: ImageSet) -> None:
     if not len(images):
         raise DataError(f"{images.where} holds no images.")
     count = len(images.classes) if images.classes is not None else int(images.labels.max()) + 1
@@ -126,13 +144,14 @@ def _check(images: ImageSet) -> None:
             f"{images.where}: labels must be in [0, {count}), got {int(images.labels[index])} for the image "
             f"{images.name(index)}."
         )
+    return images
 
 
 # -- class folders, in a folder or in a tar
 
 
 def _class_folders(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
-    """Images by timm's reader, in an order of ours: timm leaves names of one natural key to chance."""
+    """Images by timm's reader, sorted here: timm leaves the order of names with equal natural keys to chance."""
     path = _find_split(folder, split)
     is_tar = path.suffix == ".tar"
     in_tar = {"cache_tarinfo": False, "cache_tarfiles": False}  # no pickles; open files must not pass to workers
@@ -166,7 +185,7 @@ def _find_split(folder: Path, split: str) -> Path:
 
 
 def _refuse_empty_classes(path: Path, names: Sequence[str]) -> None:
-    """timm passes over class folders without images."""
+    """Raise an error for a class folder without images, which timm leaves out silently."""
     for entry in sorted(path.iterdir()):
         is_class = entry.is_dir() and not any(inside.is_dir() for inside in entry.iterdir())
         if is_class and entry.name not in names:
@@ -212,7 +231,7 @@ def _hugging_face(folder: Path, dataset: str, split: str, options: Mapping[str, 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Where an image lies in a shard."""
+    """An image of a shard: its bytes in the file, and its label."""
 
     shard: Path
     name: str
@@ -222,7 +241,7 @@ class _Sample:
 
 
 def _shards(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
-    """Tars in which files of one stem are one sample: an image, and its label in `.cls`."""
+    """Images in tars where the files of one stem are a sample: an image, and its label in `.cls`."""
     shards = sorted(Path(folder).glob(split))
     if not shards:
         raise DataError(f"No shards match {split} in {folder}; dataset=wds/ takes a pattern such as train-*.tar.")

@@ -1,4 +1,4 @@
-"""Batches of examples that can be read in any order: split over processes, shuffled, and resumable at any batch.
+"""Loaders that a killed run resumes at any batch: what they have in common, and the one for examples by index.
 
 Which examples a batch holds, and what random augmentation does to each, depends on the seed, the epoch and the example
 alone: neither on the number of workers, nor on how a batch is split over processes, nor on whether the run was killed.
@@ -7,8 +7,9 @@ alone: neither on the number of workers, nor on how a batch is split over proces
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -17,15 +18,124 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from ensemblenet.data.tensors import DataError
+from ensemblenet.data.tensors import TensorExamples
+from ensemblenet.errors import DataError
 
-__all__ = ["ExampleLoader", "Examples", "OnBroken", "Part", "seed_generators"]
+__all__ = ["Broken", "ExampleLoader", "Examples", "OnBroken", "Part", "ResumableLoader", "seed_generators"]
 
 OnBroken = Literal["error", "skip"]
 
 
+@dataclass(frozen=True)
+class Broken:
+    """An example that cannot be read: a value, since an exception would bring the worker's traceback along.
+
+    Args:
+        key: tells it from others.
+        message: names it, and says what is wrong.
+    """
+
+    key: Hashable
+    message: str
+
+
+class ResumableLoader(ABC):
+    """Base class of loaders whose place in an epoch can be stored and restored.
+
+    Lightning calls `sampler.set_epoch`; without such a call each iteration reads the epoch after the last one. A loader
+    whose state was restored goes on at the next batch.
+
+    Args:
+        on_broken: "error" raises at the first broken example; "skip" leaves it out of its batch, counts it and warns.
+        max_broken: how many different examples may be skipped before it is an error; None for any number.
+
+    Attributes:
+        broken: the skipped examples: what is wrong with each.
+        skipped: how many examples were skipped; one that is skipped in two epochs counts twice.
+    """
+
+    batch_sampler = None  # Lightning reads this attribute of a loader that has a sampler
+
+    def __init__(self, on_broken: OnBroken, max_broken: int | None) -> None:
+        self.on_broken: OnBroken = on_broken
+        self.max_broken = max_broken
+        self.broken: dict[Hashable, str] = {}
+        self.skipped = 0
+        self.epoch = 0
+        self.consumed = 0
+        self._resumes = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches in an epoch, of this process."""
+
+    @abstractmethod
+    def fixed(self) -> dict[str, Any]:
+        """What must not change while an epoch is resumed, by name, as plain data."""
+
+    @abstractmethod
+    def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Sequence[Broken]]]:
+        """The batches of an epoch from number `start` on, None for one without examples; and what is broken in each."""
+
+    @property
+    def sampler(self) -> ResumableLoader:
+        """The object whose `set_epoch` Lightning calls."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration reads. Another epoch than before starts at its first batch."""
+        if epoch != self.epoch:
+            self.epoch, self._resumes = epoch, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the epoch, as plain data; the same on every process."""
+        return {"epoch": self.epoch, "consumed": self.consumed, **self.fixed()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loader was.
+
+        Raises:
+            DataError: that loader had other data, or other batches.
+        """
+        changed = {name: now for name, now in self.fixed().items() if state.get(name) != now}
+        if changed:
+            changes = ", ".join(f"{name} was {state.get(name)} and is {now}" for name, now in changed.items())
+            raise DataError(f"The run cannot go on in the middle of an epoch: {changes}.")
+        self.epoch, self.consumed, self._resumes = state["epoch"], state["consumed"], True
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of the epoch, or the rest of them; the next iteration then reads the next epoch."""
+        # a generator: Lightning makes the iterator before it sets the epoch
+        self.consumed = self.consumed if self._resumes and self.consumed < len(self) else 0
+        self._resumes = False
+        for batch, broken in self.read(self.epoch, self.consumed):
+            for example in broken:
+                self._skip(example)
+            self.consumed += 1
+            if batch is not None:
+                yield batch
+        self.epoch, self.consumed = self.epoch + 1, 0
+
+    def _skip(self, example: Broken) -> None:
+        if self.on_broken == "error":
+            raise DataError(example.message)
+        self.skipped += 1
+        if example.key in self.broken:
+            return
+        self.broken[example.key] = example.message
+        if self.max_broken is None:
+            rank_zero_warn(f"Skipped {len(self.broken):,}: {example.message}")
+        elif len(self.broken) <= self.max_broken:
+            rank_zero_warn(f"Skipped {len(self.broken)} of at most {self.max_broken}: {example.message}")
+        else:
+            raise DataError(f"More than max_broken={self.max_broken} broken examples; the last: {example.message}")
+
+
 class Examples(Protocol):
-    """What is loaded: tuples of tensors or numbers, by index; a `DataError` says that one cannot be read."""
+    """A map-style data set; `examples[i]` raises `DataError` if example i is unreadable.
+
+    Those of [`TensorExamples`][ensemblenet.data.tensors.TensorExamples] are taken and transformed a batch at a time.
+    """
 
     def __len__(self) -> int: ...
 
@@ -34,19 +144,19 @@ class Examples(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """Which examples one process takes in an epoch, and in which batches.
+    """The part of N examples that one process takes in an epoch, in batches.
 
     Args:
-        total: N, examples of all processes.
+        total: N, the number of examples of all processes together.
         batch_size: examples of a batch, of one process.
-        train: shuffle, and leave out what does not fill a batch on every process; else every example comes once, in
-            order, and all processes take the same number of batches.
+        train: whether to shuffle, and leave out the examples that do not fill a batch on every process. If not, every
+            example comes once, in order, and all processes take the same number of batches.
         seed: of the shuffling.
-        rank: which process this is.
-        world_size: of how many.
+        rank: number of this process.
+        world_size: number of processes.
 
     Raises:
-        DataError: too few examples for one batch, or one example, on every process.
+        DataError: there are too few examples for one batch (in evaluation: one example) on every process.
 
     Example:
         >>> [Part(7, batch_size=2, rank=rank, world_size=2).batches(0) for rank in (0, 1)]
@@ -83,110 +193,62 @@ class Part:
         return whole.reshape(len(self), self.world_size, self.batch_size)[:, self.rank].tolist()
 
 
-class ExampleLoader:
-    """Batches of an epoch; Lightning calls `set_epoch`. A loader whose state was restored goes on at the next batch.
+class ExampleLoader(ResumableLoader):
+    """Loads batches of examples by index.
 
     Args:
-        examples: what to load.
-        part: which of them, in which batches.
+        examples: the data set.
+        part: the examples of each batch.
         num_workers: processes that load; 0 loads in the process itself.
-        on_broken: whether an example that cannot be read is an error, or is left out of its batch and counted.
-        max_broken: how many may be left out; one more is an error.
+        on_broken: "error" or "skip", for an example that raises `DataError`.
+        max_broken: how many may be skipped; None for any number.
 
     Raises:
         DataError: while iterating: what is wrong with an example.
 
     Example:
-        >>> from ensemblenet.data.tensors import TensorExamples
         >>> loader = ExampleLoader(TensorExamples(torch.zeros(10, 3), torch.arange(10)), Part(10, batch_size=4))
         >>> [targets.tolist() for inputs, targets in loader]
         [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
     """
 
-    batch_sampler = None  # Lightning reads it of whatever has a sampler
-
     def __init__(
-        self, examples: Examples, part: Part, num_workers: int = 0, on_broken: OnBroken = "error", max_broken: int = 100
+        self,
+        examples: Examples,
+        part: Part,
+        num_workers: int = 0,
+        on_broken: OnBroken = "error",
+        max_broken: int | None = 100,
     ) -> None:
+        super().__init__(on_broken, max_broken)
         self.part = part
-        self.on_broken: OnBroken = on_broken
-        self.max_broken = max_broken
-        self.broken: dict[int, str] = {}
-        self.epoch = 0
-        self.consumed = 0
-        self._resumes = False
         self._keys = _Keys(part)
         self._loader = DataLoader(
             _Seeded(examples, part.seed),
             batch_sampler=self._keys,
             num_workers=num_workers,
-            collate_fn=_collate,
+            collate_fn=as_it_is,
             generator=torch.Generator(),  # else it would draw from the global one
             pin_memory=torch.cuda.is_available(),
             persistent_workers=part.train and num_workers > 0,
         )
 
     def __len__(self) -> int:
-        """Batches in an epoch, of this process."""
         return len(self.part)
 
-    @property
-    def sampler(self) -> ExampleLoader:
-        """What Lightning calls `set_epoch` of."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration reads; another one than before begins at its first batch."""
-        if epoch != self.epoch:
-            self.epoch, self._resumes = epoch, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is: plain data, the same on every process."""
-        return {"epoch": self.epoch, "consumed": self.consumed, **self._fixed()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was.
-
-        Raises:
-            DataError: that loader had other data, or other batches.
-        """
-        mine = self._fixed()
-        changed = [f"{name} was {state[name]} and is {mine[name]}" for name in mine if mine[name] != state[name]]
-        if changed:
-            raise DataError(f"The run cannot go on in the middle of an epoch: {', '.join(changed)}.")
-        self.epoch, self.consumed, self._resumes = state["epoch"], state["consumed"], True
-
-    def _fixed(self) -> dict[str, int]:
-        """What must not change within an epoch; the number of processes may."""
+    def fixed(self) -> dict[str, Any]:
+        """Data, seed and the batches of all processes; the number of processes may change."""
         part = self.part
         return {"examples": part.total, "seed": part.seed, "global_batch_size": part.batch_size * part.world_size}
 
-    def __iter__(self) -> Iterator[Any]:
-        """The batches of the epoch, or what is left of it."""
-        # a generator: Lightning makes the iterator before it sets the epoch
-        self.consumed = self.consumed if self._resumes and self.consumed < len(self) else 0
-        self._resumes = False
-        self._keys.epoch, self._keys.start = self.epoch, self.consumed
-        for batch, broken in self._loader:
-            self._count(broken)
-            self.consumed += 1
-            if batch is not None:
-                yield batch
-
-    def _count(self, broken: Sequence[_Broken]) -> None:
-        for example in broken:
-            if self.on_broken == "error":
-                raise DataError(example.message)
-            if example.index in self.broken:
-                continue
-            self.broken[example.index] = example.message
-            if len(self.broken) > self.max_broken:
-                raise DataError(f"More than max_broken={self.max_broken} broken examples; the last: {example.message}")
-            rank_zero_warn(f"Skipped {len(self.broken)} of at most {self.max_broken}: {example.message}")
+    def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Sequence[Broken]]]:
+        """The batches of an epoch from number `start` on, and what is broken in each."""
+        self._keys.epoch, self._keys.start = epoch, start
+        return iter(self._loader)
 
 
 class _Keys:
-    """What the loader asks for: the epoch and the index of each example of each batch."""
+    """The batch sampler: the epoch and the index of each example of each batch."""
 
     def __init__(self, part: Part) -> None:
         self.part = part
@@ -202,32 +264,32 @@ class _Keys:
 
 
 @dataclass(frozen=True)
-class _Broken:
-    """An example that cannot be read: a value, since an exception would bring the worker's traceback along."""
-
-    index: int
-    message: str
-
-
 class _Seeded(Dataset[Any]):
-    """Examples by epoch and index, each with random numbers of its own."""
+    """Batches of examples by epoch and index, each example with random numbers of its own."""
 
-    def __init__(self, examples: Examples, seed: int) -> None:
-        self.examples = examples
-        self.seed = seed
+    examples: Any
+    seed: int
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        with _own_chance(self.seed, epoch, index):
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[Any, list[Broken]]:
+        if isinstance(self.examples, TensorExamples):
+            is_random = self.examples.transform is not None  # seeding costs more than taking a batch
+            with _generators_seeded(self.seed, *keys[0]) if is_random else nullcontext():
+                return self.examples.__getitems__([index for _, index in keys]), []
+        items = [self._read(epoch, index) for epoch, index in keys]
+        whole = [item for item in items if not isinstance(item, Broken)]
+        return default_collate(whole) if whole else None, [item for item in items if isinstance(item, Broken)]
+
+    def _read(self, epoch: int, index: int) -> Any:
+        with _generators_seeded(self.seed, epoch, index):
             try:
                 return self.examples[index]
             except DataError as error:
-                return _Broken(index, str(error))
+                return Broken(index, str(error))
 
 
 @contextmanager
-def _own_chance(*key: int) -> Iterator[None]:
-    """All global generators begin from the key; those of the main process are afterwards as they were."""
+def _generators_seeded(*key: int) -> Iterator[None]:
+    """Seed all global generators with the key, and in the main process restore them afterwards."""
     if get_worker_info() is not None:
         seed_generators(*key)
         yield
@@ -243,14 +305,13 @@ def _own_chance(*key: int) -> Iterator[None]:
 
 
 def seed_generators(*key: int) -> None:
-    """Begin the global generators of Python, NumPy and PyTorch's CPU from a key; a hundredth of a millisecond."""
+    """Seed the global generators of Python, NumPy and PyTorch's CPU with a key, in a hundredth of a millisecond."""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch GPUs, which a worker must not
 
 
-def _collate(items: Sequence[Any]) -> tuple[Any, list[_Broken]]:
-    whole = [item for item in items if not isinstance(item, _Broken)]
-    broken = [item for item in items if isinstance(item, _Broken)]
-    return default_collate(whole) if whole else None, broken
+def as_it_is(batch: Any) -> Any:
+    """For a data set that gives whole batches: nothing to collate."""
+    return batch

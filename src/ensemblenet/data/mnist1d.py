@@ -7,34 +7,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from mnist1d.data import get_dataset_args, make_dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ensemblenet.data.tensors import DataError, TensorExamples, batch_loader
+from ensemblenet.data.classes import refuse_other_classes
+from ensemblenet.data.module import DataModule, Split
+from ensemblenet.data.tensors import TensorExamples
+from ensemblenet.errors import DataError
 
 __all__ = ["MNIST1D", "generate_mnist1d"]
 
-Split = tuple[Tensor, Tensor]
 
-
-class MNIST1D(LightningDataModule):
+class MNIST1D(DataModule):
     """MNIST-1D in three splits: signals of shape (N, 40), float32, and digits of shape (N,), int64.
 
     The data set as published has 4,000 training examples and 1,000 test examples, and training uses as many.
     Since examples cost nothing, validation and test are larger here: their noise hides small differences.
 
     Args:
-        batch_size: training examples a step; the last, smaller batch of an epoch is left out.
+        batch_size: training examples of a batch, of each process; an epoch leaves out those that fill no batch.
         num_train: training examples.
         num_val: validation examples.
         num_test: test examples.
-        data_seed: seed of the generator; 42 is the published data set's.
+        data_seed: seed of the generator; 42 gives the published data set.
 
     Example:
         >>> data = MNIST1D(num_train=100, num_val=50, num_test=50, batch_size=20)
@@ -51,39 +49,31 @@ class MNIST1D(LightningDataModule):
         num_test: int = 5000,
         data_seed: int = 42,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size=1000)
         if min(num_train, num_val, num_test, batch_size) < 1 or batch_size > num_train:
             raise DataError(
                 "MNIST1D needs 1 <= batch_size <= num_train, num_val >= 1 and num_test >= 1; got "
                 f"batch_size={batch_size}, num_train={num_train}, num_val={num_val}, num_test={num_test}."
             )
-        self.batch_size = batch_size
         self.sizes = (num_train, num_val, num_test)
         self.data_seed = data_seed
 
     def setup(self, stage: str | None = None) -> None:
         """Generate the examples; takes about a second for 3,000."""
         self.train, self.val, self.test = generate_mnist1d(self.sizes, self.data_seed)
+        super().setup(stage)
 
-    def description(self) -> dict[str, Any]:
-        """What a trained network needs to be told of its data."""
-        return {"classes": [str(digit) for digit in range(10)], "preprocessing": None}
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches."""
-        return batch_loader(TensorExamples(*self.train), self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches, in order."""
-        return batch_loader(TensorExamples(*self.val), 1000)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches, in order."""
-        return batch_loader(TensorExamples(*self.test), 1000)
+    def open_split(self, split: Split) -> TensorExamples:
+        """The examples of a split."""
+        digits = [str(digit) for digit in range(10)]
+        if self.classes is not None:
+            refuse_other_classes("MNIST-1D", self.classes, digits)
+        self.classes = digits
+        return TensorExamples(*getattr(self, split))
 
 
 @lru_cache(maxsize=2)
-def generate_mnist1d(sizes: tuple[int, ...], seed: int = 42) -> list[Split]:
+def generate_mnist1d(sizes: tuple[int, ...], seed: int = 42) -> list[tuple[Tensor, Tensor]]:
     """Generate one data set and cut it into splits of the given sizes.
 
     Args:
@@ -108,7 +98,7 @@ def generate_mnist1d(sizes: tuple[int, ...], seed: int = 42) -> list[Split]:
 
 @contextmanager
 def _global_generators_kept() -> Iterator[None]:
-    # make_dataset seeds them.
+    """Undo what `make_dataset` does to the global generators: it seeds them."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         yield

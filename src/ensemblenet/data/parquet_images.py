@@ -1,45 +1,63 @@
-"""Labelled images in Parquet files, as the Hugging Face hub stores them."""
+"""Labelled images in Parquet files, as the Hugging Face hub stores them, decoded into memory."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from lightning.pytorch import LightningDataModule
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from ensemblenet.data.classes import KnownClasses, refuse_other_classes
-from ensemblenet.data.tensors import DataError, TensorExamples, batch_loader
+from ensemblenet.data.classes import refuse_other_classes
+from ensemblenet.data.files import FileReader
+from ensemblenet.data.image_sets import IMAGE_SUFFIXES, decode_image
+from ensemblenet.data.module import DataModule, Split
+from ensemblenet.data.tensors import TensorExamples
+from ensemblenet.errors import DataError
 
-__all__ = ["Normalise", "ParquetImages", "RandomCropFlip", "count_rows", "read_parquet_images"]
+__all__ = ["Normalize", "ParquetImages", "RandomCropFlip", "count_rows", "read_parquet_images"]
 
 
-class ParquetImages(KnownClasses, LightningDataModule):
+class ParquetImages(DataModule):
     """Images from `train.parquet` and `test.parquet`, decoded once into memory.
 
     Each file has the columns `image` (a struct of `bytes`, an encoded image, and `path`) and `label`
     (integers from 0). The schema's metadata may name the classes under `classes`, separated by commas.
-    Batches hold normalised images (N, 3, S, S), float32, and labels (N,), int64.
+    Batches hold normalized images (N, 3, S, S), float32, and labels (N,), int64.
 
     Args:
-        folder: where the two files lie.
+        folder: of the two files.
         image_size: S; images are cut to a centred square and resized to it. Without it they must all have one
             size already.
-        batch_size: training examples a step; the last, smaller batch of an epoch is left out.
-        num_val: examples taken from the end of the training file for validation.
-        limit_train: use only the first so many training examples.
-        augment: crop at random after padding an eighth of the size, and flip half of the images.
+        batch_size: training examples of a batch, of each process; an epoch leaves out those that fill no batch.
+        num_val: validation examples, which are the last ones of the training file.
+        limit_train: number of training examples, which are the first ones of the file; None takes all.
+        augment: whether to crop at random, after padding by an eighth of the size, and flip half of the images.
 
     Raises:
-        DataError: a missing file, a wrong column, a label out of range or an image that cannot be decoded.
+        DataError: at setup: a missing file, a wrong column, a label out of range or an image that cannot be decoded.
+
+    Example:
+        >>> import tempfile
+        >>> buffer, folder = io.BytesIO(), Path(tempfile.mkdtemp())
+        >>> Image.new("RGB", (12, 8)).save(buffer, "PNG")
+        >>> rows = [{"image": {"bytes": buffer.getvalue()}, "label": number % 2} for number in range(6)]
+        >>> for split in ("train", "test"):
+        ...     pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+        >>> data = ParquetImages(folder, image_size=8, batch_size=4, num_val=2)
+        >>> data.setup()  # doctest: +NORMALIZE_WHITESPACE
+        <BLANKLINE>
+        >>> data.classes, [tuple(x.shape) for x in next(iter(data.train_dataloader()))]
+        (['0', '1'], [(4, 3, 8, 8), (4,)])
     """
 
     def __init__(
@@ -51,20 +69,26 @@ class ParquetImages(KnownClasses, LightningDataModule):
         limit_train: int | None = None,
         augment: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, eval_batch_size=500)
         self.folder = Path(folder)
         self.image_size = image_size
-        self.batch_size = batch_size
         self.num_val = num_val
         self.limit_train = limit_train
         self.augment = augment
 
-    def setup(self, stage: str | None = None) -> None:
-        """Decode what has not been decoded yet."""
-        if not hasattr(self, "train"):
-            self._read()
+    def open_split(self, split: Split) -> TensorExamples:
+        """Decode the images of a split, and normalize them as the training images."""
+        if split == "train":
+            return self._open_train()
+        normalize = self.examples("train").transform.normalize
+        if split == "test":
+            path, rows, classes = self.folder / "test.parquet", slice(None), self.classes
+        else:
+            path, rows, classes = self.folder / "train.parquet", slice(-self.num_val, None), None
+        images, labels, _ = read_parquet_images(path, self.image_size, rows, classes)
+        return TensorExamples(images, labels, _Transform(normalize))
 
-    def _read(self) -> None:
+    def _open_train(self) -> TensorExamples:
         path = self.folder / "train.parquet"
         rows = count_rows(path)
         num_train = min(rows - self.num_val, self.limit_train or rows)
@@ -74,56 +98,70 @@ class ParquetImages(KnownClasses, LightningDataModule):
                 f"limit_train={self.limit_train} and batch_size={self.batch_size}."
             )
         images, labels, self.classes = read_parquet_images(path, self.image_size, slice(num_train), self.classes)
-        normalise = Normalise(images)
+        normalize = Normalize.of(images)
         self.preprocessing = {
             "input_shape": list(images.shape[1:]),
-            "mean": (normalise.mean.flatten() / 255).tolist(),
-            "std": (normalise.deviation.flatten() / 255).tolist(),
+            "mean": (normalize.mean.flatten() / 255).tolist(),
+            "std": (normalize.std.flatten() / 255).tolist(),
             "interpolation": "box",
             "crop_pct": 1.0,
         }
-        crop = RandomCropFlip(padding=images.shape[-1] // 8)
-        augmented = (lambda batch: normalise(crop(batch))) if self.augment else normalise
-        self.train = TensorExamples(images, labels, augmented)
-        val = read_parquet_images(path, self.image_size, slice(rows - self.num_val, rows))
-        test = read_parquet_images(self.folder / "test.parquet", self.image_size, classes=self.classes)
-        self.val, self.test = (TensorExamples(*split[:2], normalise) for split in (val, test))
+        crop = RandomCropFlip(padding=images.shape[-1] // 8) if self.augment else None
+        return TensorExamples(images, labels, _Transform(normalize, crop))
 
-    def description(self) -> dict[str, Any]:
-        """What a trained network needs to be told of its data; levels of pixels are shares of 255."""
-        return {"classes": self.classes, "preprocessing": self.preprocessing}
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled and augmented batches."""
-        return batch_loader(self.train, self.batch_size, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation batches, in order."""
-        return batch_loader(self.val, 500)
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test batches, in order."""
-        return batch_loader(self.test, 500)
+    @classmethod
+    def file_reader(cls, input_shape: Sequence[int], preprocessing: Mapping[str, Any]) -> FileReader:
+        """The reader for image files, which cuts and resizes them as it does those of Parquet files."""
+        mean, std = (255 * torch.tensor(preprocessing[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        _, height, width = input_shape
+        return FileReader(partial(_read_file, size=(width, height), normalize=Normalize(mean, std)), IMAGE_SUFFIXES)
 
 
-class Normalise:
+def _read_file(path: Path, size: tuple[int, int], normalize: Normalize) -> Tensor:
+    return normalize(_pixels(decode_image(lambda: path, f"{path}: the image"), size))
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """Cut out at random, if asked, and normalize."""
+
+    normalize: Normalize
+    crop: RandomCropFlip | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.normalize(images if self.crop is None else self.crop(images))
+
+
+@dataclass(frozen=True)
+class Normalize:
     """Bytes to numbers of mean 0 and standard deviation 1 in each channel.
 
     Args:
-        images: what to take mean and deviation from, (N, C, H, W), uint8.
+        mean: of each channel, (C, 1, 1), in [0, 255].
+        std: standard deviation of each channel, (C, 1, 1).
+
+    Example:
+        >>> images = torch.tensor([0, 200], dtype=torch.uint8).view(2, 1, 1, 1)
+        >>> Normalize.of(images)(images).flatten()
+        tensor([-1.,  1.])
     """
 
-    def __init__(self, images: Tensor) -> None:
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor) -> Normalize:
+        """With the mean and the standard deviation of images, (N, C, H, W), uint8."""
         levels = torch.arange(256.0)
         counts = torch.stack([channel.flatten().bincount(minlength=256) for channel in images.unbind(1)])
         share = counts / counts.sum(1, keepdim=True)
         mean = (share * levels).sum(1)
-        deviation = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1.0)
-        self.mean, self.deviation = mean.view(-1, 1, 1), deviation.view(-1, 1, 1)
+        std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1.0)
+        return cls(mean.view(-1, 1, 1), std.view(-1, 1, 1))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, C, H, W), uint8, to the same shape in float32."""
-        return (images - self.mean) / self.deviation
+        """(*, C, H, W), uint8, to the same shape in float32."""
+        return (images - self.mean) / self.std
 
 
 class RandomCropFlip:
@@ -156,6 +194,13 @@ class RandomCropFlip:
         ]
 
 
+def __getattr__(name: str) -> Any:
+    if name == "Normalise":
+        warnings.warn("Normalise(images) is now Normalize.of(images).", DeprecationWarning, stacklevel=2)
+        return Normalize.of
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def count_rows(path: Path) -> int:
     """The number of rows of a Parquet file, without reading them.
 
@@ -168,13 +213,13 @@ def count_rows(path: Path) -> int:
 def read_parquet_images(
     path: Path, image_size: int | None = None, rows: slice = slice(None), classes: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Decode a file of images.
+    """Decode the images of a file.
 
     Args:
         path: a Parquet file with the columns `image` and `label`.
         image_size: S, the size to bring images to; None keeps them as they are.
-        rows: which rows to decode, without a step.
-        classes: of the training data, where they are known: the names that the file must have, if it has any.
+        rows: the rows to decode; a slice without a step.
+        classes: names of the training data's classes, where they are known: the file must have the same, if it has any.
 
     Returns:
         Images (N, 3, S, S), uint8; labels (N,), int64; the classes' names, or their numbers if neither the file nor
@@ -182,11 +227,12 @@ def read_parquet_images(
 
     Raises:
         ClassesError: the file names other classes.
-        DataError: what is wrong with the file.
+        DataError: the file is missing or damaged, or a label or an image of it is.
     """
     table = _read_table(path)
     labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
-    named = _class_names(table)
+    names = (table.schema.metadata or {}).get(b"classes")
+    named = names.decode().split(",") if names else None
     if named is not None and classes is not None:
         refuse_other_classes(str(path), classes, named)
     classes = list(named or classes or map(str, range(int(labels.max()) + 1)))
@@ -199,12 +245,13 @@ def read_parquet_images(
         )
     chosen = range(table.num_rows)[rows]
     encoded = table["image"].slice(chosen.start, len(chosen)).to_pylist()
-    images = [
-        _decode(image, f"{path}, row {row}", image_size)
-        for row, image in track(
-            zip(chosen, encoded, strict=True), f"Decoding {path.name}", total=len(chosen), transient=True
-        )
-    ]
+    images = []
+    for row, image in track(
+        zip(chosen, encoded, strict=True), f"Decoding {path.name}", total=len(chosen), transient=True
+    ):
+        data = io.BytesIO((image or {}).get("bytes") or b"")
+        decoded = decode_image(lambda data=data: data, f"{path}, row {row}: the image")
+        images.append(_pixels(decoded, (image_size, image_size) if image_size else decoded.size))
     sizes = {image.shape for image in images}
     if len(sizes) > 1:
         raise DataError(f"{path}: images of {len(sizes)} sizes; give image_size to bring them to one.")
@@ -240,18 +287,9 @@ def _read_table(path: Path) -> pa.Table:
     return table
 
 
-def _class_names(table: pa.Table) -> list[str] | None:
-    names = (table.schema.metadata or {}).get(b"classes")
-    return names.decode().split(",") if names else None
-
-
-def _decode(encoded: dict[str, Any] | None, where: str, image_size: int | None) -> Tensor:
-    try:
-        with Image.open(io.BytesIO((encoded or {}).get("bytes") or b"")) as opened:
-            image = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{where}: the image cannot be decoded: {error}") from error
-    if image_size is not None and image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BOX)
+def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """A centred cut of an image, resized to (width, height): (3, H, W), uint8."""
+    if image.size != size:
+        image = ImageOps.fit(image, size, Image.Resampling.BOX)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return pixels.view(image.height, image.width, 3).permute(2, 0, 1)

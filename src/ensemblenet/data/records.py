@@ -8,6 +8,7 @@ all processes take the same number of training steps.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ensemblenet.data.tensors import DataError
-from ensemblenet.data.tfrecord import OnDamage, Record, Shard
+from ensemblenet.data.loading import Broken, OnBroken, ResumableLoader, as_it_is
+from ensemblenet.data.tfrecord import DamageError, Record, Shard
+from ensemblenet.errors import DataError
 
 __all__ = ["RecordLoader", "Share"]
 
@@ -27,17 +29,21 @@ Decode = Callable[[list[Record], random.Random], Any]
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the records one process takes, in batches.
+    """The part of the records that one process takes, in batches.
 
     Args:
-        batch_size: records in a batch.
-        train: shuffle, and leave out what does not fill a batch on every process; else keep every record, in
-            order, in as many batches on every process.
-        shuffle_buffer: how many records a worker holds to choose the next from; 1 keeps the order in a shard.
+        batch_size: records of a batch.
+        train: whether to shuffle, and leave out the records that do not fill a batch on every process. If not, every
+            record comes once, in order, and all processes take the same number of batches.
+        shuffle_buffer: number of records from which a worker draws the next; 1 keeps the order of the shard.
         seed: of the shuffling.
-        rank: which process this is.
-        world_size: of how many.
-        num_workers: how many workers read for it; 0 reads in the process itself.
+        rank: number of this process.
+        world_size: number of processes.
+        num_workers: workers that read for this process; 0 reads in the process itself.
+
+    Example:
+        >>> [Share(batch_size=2, rank=rank, world_size=2).borders(7) for rank in (0, 1)]
+        [[0, 1, 3], [3, 5, 7]]
     """
 
     batch_size: int
@@ -54,57 +60,61 @@ class Share:
                 raise DataError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 
     def records(self, total: int) -> tuple[int, int]:
-        """The first and the last but one of this process's records, of so many in all."""
+        """This process's range of `total` records: its first one, and the one behind its last."""
         if self.train:
             own = total // (self.batch_size * self.world_size) * self.batch_size
             return self.rank * own, (self.rank + 1) * own
         return self.rank * total // self.world_size, (self.rank + 1) * total // self.world_size
 
     def borders(self, total: int) -> list[int]:
-        """Where this process's batches begin and end; all processes have the same number of them."""
+        """The first record of each of this process's batches, and the end of the last; as many on every process."""
         start, stop = self.records(total)
         largest = -(-total // self.world_size) if not self.train else stop - start
         number = min(-(-largest // self.batch_size), total // self.world_size)
         return [start + (stop - start) * batch // number for batch in range(number + 1)] if number else [start]
 
     def batches(self, total: int) -> list[int]:
-        """How many batches each worker reads."""
+        """The number of batches that each worker reads."""
         number, workers = len(self.borders(total)) - 1, max(1, self.num_workers)
         firsts = [number * worker // workers for worker in range(workers + 1)]
         return [end - begin for begin, end in pairwise(firsts)]
 
     def worker_borders(self, total: int, worker: int) -> list[int]:
-        """Those of a worker's batches."""
+        """The same as `borders`, of the batches of one worker."""
         before, own = sum(self.batches(total)[:worker]), self.batches(total)[worker]
         return self.borders(total)[before : before + own + 1]
 
 
-class RecordLoader:
-    """Batches of an epoch; Lightning calls `set_epoch`.
+class RecordLoader(ResumableLoader):
+    """Loads batches of records from shards.
 
-    The order depends on the seed, the epoch and the number of workers alone. A loader whose state was restored
-    goes on at the very next batch: what came before is read once more but not decoded.
+    The order depends on the seed, the epoch and the number of workers alone. A loader that was restored reads the
+    earlier records of the epoch once more but does not decode them.
 
     Args:
-        shards: what to read.
-        decode: turns the records of a batch, and a source of chance, into the batch; runs in the worker.
-        share: which part of it, and how.
-        on_damage: whether a damaged record is an error, or is skipped and counted.
+        shards: the files.
+        decode: makes a batch from a list of records and a random generator; runs in the worker.
+        share: the records of this process, and the batches.
+        on_broken: "error" or "skip", for a damaged record.
+        max_broken: how many may be skipped; None for any number.
 
     Raises:
         DataError: there are too few records for one batch on every process; while iterating: a damaged record, or
-            what `decode` finds.
+            an error of `decode`.
     """
 
-    def __init__(self, shards: Sequence[Shard], decode: Decode, share: Share, on_damage: OnDamage = "error") -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        decode: Decode,
+        share: Share,
+        on_broken: OnBroken = "error",
+        max_broken: int | None = None,
+    ) -> None:
+        super().__init__(on_broken, max_broken)
         self.shards = list(shards)
         self.decode = decode
         self.share = share
-        self.on_damage: OnDamage = on_damage
-        self.epoch = 0
-        self.consumed = 0
-        self._resumes = False
-        self._skipped = torch.zeros(max(1, share.num_workers), dtype=torch.int64).share_memory_()
         self.total = sum(map(len, self.shards))
         if len(self) == 0:
             raise DataError(
@@ -112,71 +122,52 @@ class RecordLoader:
             )
 
     def __len__(self) -> int:
-        """Batches in an epoch, of this process."""
         return sum(self.share.batches(self.total))
 
-    @property
-    def sampler(self) -> RecordLoader:
-        """What Lightning calls `set_epoch` of."""
-        return self
-
-    batch_sampler = None  # Lightning reads it of whatever has a sampler
-
-    @property
-    def skipped(self) -> int:
-        """How many damaged records were passed over so far."""
-        return int(self._skipped.sum())
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration reads; another one than before begins at its first batch."""
-        if epoch != self.epoch:
-            self.epoch, self._resumes = epoch, False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where it is: plain data."""
-        return {"epoch": self.epoch, "consumed": self.consumed, "total": self.total, "share": asdict(self.share)}
+    def fixed(self) -> dict[str, Any]:
+        """The number of records, and how they are divided."""
+        share = asdict(self.share)
+        del share["rank"]
+        return {**share, "records": self.total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another loader was.
+        """Go on where another loader was, see [`ensemblenet.data.loading.ResumableLoader.load_state_dict`][]."""
+        if "share" in state:
+            warnings.warn(
+                "A RecordLoader's state has no 'share' and 'total' now, but their values under their own names: "
+                "'batch_size', 'seed', ... and 'records'.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            state = {**state, **state["share"], "records": state["total"]}
+        super().load_state_dict(state)
 
-        Raises:
-            DataError: that loader had other data, or split it otherwise.
-        """
-        mine = asdict(self.share) | {"total": self.total, "rank": 0}
-        theirs = state["share"] | {"total": state["total"], "rank": 0}
-        changed = [f"{name} was {theirs[name]} and is {mine[name]}" for name in mine if mine[name] != theirs[name]]
-        if changed:
-            raise DataError(f"The run cannot go on in the middle of an epoch: {', '.join(changed)}.")
-        self.epoch, self.consumed, self._resumes = state["epoch"], state["consumed"], True
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches of the epoch, or what is left of it."""
-        # a generator: Lightning makes the iterator before it sets the epoch
-        self.consumed = self.consumed if self._resumes and self.consumed < len(self) else 0
-        self._resumes = False
-        stream = _Stream(self, self.epoch, self.consumed)
+    def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Sequence[Broken]]]:
+        """The batches of an epoch from number `start` on, and what is broken in each."""
         loader = DataLoader(
-            stream,
+            _Stream(self.shards, self.decode, self.share, self.on_broken, epoch, start),
             batch_size=None,
             num_workers=self.share.num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             generator=torch.Generator(),  # else it would draw from the global one
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
             if isinstance(batch, DataError):
                 raise batch
-            self.consumed += 1
             yield batch
 
 
+@dataclass(frozen=True)
 class _Stream(IterableDataset[Any]):
-    """The batches that one worker reads."""
+    """The batches that one worker reads, from the number that the loader has `consumed` on."""
 
-    def __init__(self, loader: RecordLoader, epoch: int, consumed: int) -> None:
-        self.loader = loader
-        self.epoch = epoch
-        self.consumed = consumed
+    shards: Sequence[Shard]
+    decode: Decode
+    share: Share
+    on_broken: OnBroken
+    epoch: int
+    consumed: int
 
     def __iter__(self) -> Iterator[Any]:
         try:
@@ -184,42 +175,43 @@ class _Stream(IterableDataset[Any]):
         except DataError as error:  # as a value it reaches the user without the worker's traceback
             yield error
 
-    def _batches(self) -> Iterator[Any]:
-        loader, share = self.loader, self.loader.share
+    def _batches(self) -> Iterator[tuple[Any, list[Broken]]]:
+        share, total = self.share, sum(map(len, self.shards))
         info = get_worker_info()
-        counts = share.batches(loader.total)
+        counts = share.batches(total)
         done, following = _progress(counts, self.consumed)
         worker = 0 if info is None else (info.id + following) % len(counts)
         key = f"{share.seed}/{self.epoch}/{share.rank}/{worker}"
-        borders = share.worker_borders(loader.total, worker)
+        borders = share.worker_borders(total, worker)
         records = self._records(borders[0], borders[-1])
         if share.train:
             records = _shuffled(records, share.shuffle_buffer, random.Random(key))
         for number, (begin, end) in enumerate(pairwise(borders)):
             batch = list(islice(records, end - begin))
-            whole = [record for record in batch if record is not None]
             if number >= done[worker]:
-                loader._skipped[worker] += len(batch) - len(whole)
-                if whole:
-                    yield loader.decode(whole, random.Random(f"{key}/{number}"))
+                whole = [record for record in batch if isinstance(record, Record)]
+                broken = [Broken(str(error), str(error)) for error in batch if isinstance(error, DamageError)]
+                yield self.decode(whole, random.Random(f"{key}/{number}")) if whole else None, broken
 
-    def _records(self, start: int, stop: int) -> Iterator[Record | None]:
+    def _records(self, start: int, stop: int) -> Iterator[Record | DamageError]:
         """A range of the epoch's sequence."""
-        shards = self.loader.shards
-        order: Iterable[int] = range(len(shards))
-        if self.loader.share.train:
-            order = np.random.default_rng((self.loader.share.seed, self.epoch)).permutation(len(shards))
+        order: Iterable[int] = range(len(self.shards))
+        if self.share.train:
+            order = np.random.default_rng((self.share.seed, self.epoch)).permutation(len(self.shards))
         first = 0
         for index in order:
-            shard = shards[index]
+            shard = self.shards[index]
             begin, end = max(start - first, 0), min(stop - first, len(shard))
             if begin < end:
-                yield from shard.read(begin, end, self.loader.on_damage)
+                for record in shard.records(begin, end):
+                    if isinstance(record, DamageError) and self.on_broken == "error":
+                        raise record  # at once, not when its batch is due
+                    yield record
             first += len(shard)
 
 
 def _progress(counts: Sequence[int], consumed: int) -> tuple[list[int], int]:
-    """How many batches each worker has given, of `consumed` ones in turn, and whose turn it is."""
+    """After `consumed` batches from workers in turn: how many each has given, and which worker is next."""
     done, turn = [0] * len(counts), 0
     while consumed:
         if done[turn] < counts[turn]:
@@ -230,7 +222,7 @@ def _progress(counts: Sequence[int], consumed: int) -> tuple[list[int], int]:
 
 
 def _shuffled(items: Iterator[Any], size: int, chance: random.Random) -> Iterator[Any]:
-    """Each item is drawn at random from a buffer, which the next item refills."""
+    """Draw each item at random from a buffer of `size` items, which the next item refills."""
     held = list(islice(items, size))
     for item in items:
         chosen = chance.randrange(size)
@@ -238,7 +230,3 @@ def _shuffled(items: Iterator[Any], size: int, chance: random.Random) -> Iterato
         yield item
     chance.shuffle(held)
     yield from held
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

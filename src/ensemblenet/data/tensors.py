@@ -1,22 +1,17 @@
-"""Examples that lie in memory as tensors, loaded a batch at a time."""
+"""Examples that lie in memory as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ensemblenet.errors import EnsembleNetError
+from ensemblenet.errors import DataError
 
-__all__ = ["DataError", "TensorExamples", "batch_loader"]
+__all__ = ["DataError", "TensorExamples"]
 
 Batch = tuple[Tensor, Tensor]
-
-
-class DataError(EnsembleNetError, ValueError):
-    """Data that is missing, damaged, or not of the expected form."""
 
 
 class TensorExamples(Dataset[Batch]):
@@ -51,12 +46,3 @@ class TensorExamples(Dataset[Batch]):
     def __getitems__(self, indices: list[int]) -> Batch:
         inputs = self.inputs[indices]
         return inputs if self.transform is None else self.transform(inputs), self.targets[indices]
-
-
-def batch_loader(examples: TensorExamples, batch_size: int, shuffle: bool = False) -> DataLoader[Any]:
-    """Load examples in batches; a training loader shuffles and leaves the last, smaller batch out."""
-    return DataLoader(examples, batch_size=batch_size, shuffle=shuffle, drop_last=shuffle, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch

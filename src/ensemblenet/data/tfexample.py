@@ -1,8 +1,8 @@
 """Fields of `tf.train.Example` and `tf.train.SequenceExample`, straight from their bytes.
 
 Both messages are maps from names to features; a `SequenceExample` has a second map, from names to lists of features.
-Only what is asked for is decoded, and what is unknown is passed over, as protocol buffers demand. A `ValueError` says
-that bytes are no such message.
+Only the wanted features are decoded, and unknown fields are ignored, as protocol buffers demand. Bytes that are no such
+message raise `ValueError`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 
 __all__ = ["Fields", "bytes_of", "floats_of", "frames_of", "integers_of", "read_fields"]
 
-Span = tuple[int, int]  # where a value begins and ends
+Span = tuple[int, int]  # the first byte of a value, and the end
 Fields = dict[str, Span]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def read_fields(data: bytes) -> tuple[Fields, Fields]:
-    """Where the features of a message lie.
+    """Find the features of a message.
 
     Returns:
         The features (an `Example`'s, or the context of a `SequenceExample`) and the lists of features.
@@ -62,7 +62,7 @@ def bytes_of(data: bytes, span: Span) -> list[bytes]:
 
 
 def floats_of(data: bytes, span: Span) -> np.ndarray:
-    """The values of a feature that is a `FloatList`, packed or not; a view of the bytes where it can be."""
+    """The values of a feature that is a `FloatList`, packed or not; if possible a view of the bytes."""
     runs = [
         np.frombuffer(data, "<f4", (end - begin) // 4, begin)
         for values in _lists(data, span, 2)
@@ -87,7 +87,7 @@ def integers_of(data: bytes, span: Span) -> list[int]:
 def frames_of(data: bytes, span: Span, size: int) -> np.ndarray:
     """A feature list of one `BytesList` a frame, each of `size` bytes: shape (T, size), uint8.
 
-    Frames of one size lie at equal distances, so they are seen in place, without a loop.
+    Frames of one size lie at equal distances, so the result is a view of the bytes, made without a loop.
 
     Raises:
         ValueError: a frame has another size.
@@ -108,7 +108,7 @@ def frames_of(data: bytes, span: Span, size: int) -> np.ndarray:
 
 @lru_cache
 def _frame_header(size: int) -> np.ndarray:
-    """What precedes the bytes of a frame: a feature, in it a list of bytes, in it the bytes."""
+    """The bytes before those of a frame: the starts of a feature, of its list, and of the value."""
     header = b""
     for _ in range(3):
         header = b"\x0a" + _encode_varint(size + len(header)) + header
@@ -134,7 +134,7 @@ def _lists(data: bytes, span: Span, kind: int) -> Iterator[Span]:
 
 
 def _fields(data: bytes, span: Span) -> Iterator[tuple[int, int, int, int]]:
-    """The fields of a message: number, wire type, and where the value begins and ends."""
+    """The fields of a message: number, wire type, first byte and end of the value."""
     position, limit = span
     while position < limit:
         key, begin = _varint(data, position) if data[position] > 127 else (data[position], position + 1)
@@ -156,7 +156,7 @@ def _fields(data: bytes, span: Span) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A number of variable length, and where it ends."""
+    """A number of variable length, and its end."""
     try:
         byte = data[position]
         if byte < 128:

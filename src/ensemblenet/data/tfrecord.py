@@ -9,54 +9,64 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import fsspec
 import google_crc32c
 import numpy as np
 from fsspec.core import url_to_fs
 
-from ensemblenet.data.tensors import DataError
+from ensemblenet.data.loading import OnBroken
+from ensemblenet.errors import DataError
 
-__all__ = ["OnDamage", "Record", "Shard", "find_shards", "index_shard", "index_shards"]
-
-OnDamage = Literal["error", "skip"]
+__all__ = ["DamageError", "Record", "Shard", "find_shards", "index_shard", "index_shards"]
 
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
-_AROUND = _HEADER.size + _CHECKSUM.size  # bytes of a record that are not its data
+_AROUND = _HEADER.size + _CHECKSUM.size  # bytes of a record besides its data
 _ENDINGS = (".tfrecord", ".tfrecords", ".tfrecord.gz", ".tfrecords.gz")
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _THREADS = 16  # for the headers of remote shards, which wait for the network
 
 
 class Record(NamedTuple):
-    """One record and where it lies."""
+    """One record: its file, its first byte in it, and its data."""
 
     path: str
     offset: int
     data: bytes
 
     def error(self, problem: str) -> DataError:
-        """What is wrong with the record, and where it is."""
+        """The error that says where the record is and what is wrong with it."""
         return DataError(f"{self.path}: the record at byte {self.offset:,} {problem}")
 
 
 class DamageError(DataError):
-    """Bytes that are not what was written."""
+    """A record whose bytes are not those that were written."""
 
 
 @dataclass(frozen=True)
 class Shard:
     """A file of records.
 
+    Example:
+        >>> import tempfile
+        >>> path = f"{tempfile.mkdtemp()}/a.tfrecord"
+        >>> with open(path, "wb") as file:
+        ...     for data in (b"one", b"two"):
+        ...         header = struct.pack("<Q", len(data))
+        ...         parts = header, _CHECKSUM.pack(_masked(header)), data, _CHECKSUM.pack(_masked(data))
+        ...         _ = file.write(b"".join(parts))
+        >>> [record.data for record in index_shard(path).read()]
+        [b'one', b'two']
+
     Attributes:
-        path: where it lies.
-        offsets: where its records begin, and where the last one ends: one number more than records, int64. In
+        path: local or remote.
+        offsets: the first byte of each record, and the end of the last one: one number more than records, int64. In
             a gzip file they count decompressed bytes.
     """
 
@@ -66,16 +76,18 @@ class Shard:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def read(self, start: int = 0, stop: int | None = None, on_damage: OnDamage = "error") -> Iterator[Record | None]:
+    def records(self, start: int = 0, stop: int | None = None) -> Iterator[Record | DamageError]:
         """The records from `start` to `stop`, in order, with their checksums compared.
 
         Args:
-            start: the first record.
-            stop: the record to stop before; None reads to the end.
-            on_damage: "error", or "skip", which yields None in the place of a damaged record and warns.
+            start: number of the first record.
+            stop: number of the record to stop before; None reads to the end.
+
+        Returns:
+            Each record, or in the place of a damaged one the error that names it.
 
         Raises:
-            DataError: a record is damaged, or the file cannot be read.
+            DataError: the file cannot be opened.
         """
         offsets = self.offsets[start : (len(self) if stop is None else stop) + 1].tolist()
         if len(offsets) < 2:
@@ -83,24 +95,40 @@ class Shard:
         with _open(self.path) as file:
             file.seek(offsets[0])
             for offset, end in pairwise(offsets):
-                try:
-                    yield _read_record(file, self.path, offset, end)
-                except DamageError as error:
-                    if on_damage == "error":
-                        raise
-                    warnings.warn(f"{error} Skipped.", stacklevel=2)
+                record = _read_record(file, self.path, offset, end)
+                yield record
+                if isinstance(record, DamageError):
                     file.seek(end)
-                    yield None
+
+    def read(self, start: int = 0, stop: int | None = None, on_broken: OnBroken = "error") -> Iterator[Record | None]:
+        """The records from `start` to `stop`, in order, with damaged ones an error or None.
+
+        Args:
+            start: number of the first record.
+            stop: number of the record to stop before; None reads to the end.
+            on_broken: "error" raises at a damaged record; "skip" yields None in its place and warns.
+
+        Raises:
+            DataError: a record is damaged, or the file cannot be read.
+        """
+        for record in self.records(start, stop):
+            if isinstance(record, Record):
+                yield record
+            elif on_broken == "error":
+                raise record
+            else:
+                warnings.warn(f"{record} Skipped.", stacklevel=2)
+                yield None
 
 
-def _read_record(file: IO[bytes], path: str, offset: int, end: int) -> Record:
+def _read_record(file: IO[bytes], path: str, offset: int, end: int) -> Record | DamageError:
     try:
         file.read(_HEADER.size)  # which the index has compared
         data, checksum = file.read(end - offset - _AROUND), file.read(_CHECKSUM.size)
     except _UNREADABLE as error:
-        raise DamageError(f"{path}: the record at byte {offset:,} cannot be read: {error}.") from error
+        return DamageError(f"{path}: the record at byte {offset:,} cannot be read: {error}.")
     if len(checksum) < _CHECKSUM.size or _masked(data) != _CHECKSUM.unpack(checksum)[0]:
-        raise DamageError(
+        return DamageError(
             f"{path}: the record at byte {offset:,} is damaged: its checksum does not fit its {len(data):,} bytes."
         )
     return Record(path, offset, data)
@@ -135,14 +163,12 @@ def find_shards(patterns: str | Sequence[str], folder: str | None = None) -> lis
         ['/train0.tfrecord', '/train1.tfrecord']
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    found = [path for pattern in patterns for path in _matches(_join(folder, pattern))]
-    return sorted(set(found))
-
-
-def _join(folder: str | None, pattern: str) -> str:
-    if folder is None or "://" in pattern or pattern.startswith("/"):
-        return pattern
-    return f"{folder.rstrip('/')}/{pattern}"
+    if folder is not None:
+        patterns = [
+            pattern if "://" in pattern or pattern.startswith("/") else f"{folder.rstrip('/')}/{pattern}"
+            for pattern in patterns
+        ]
+    return sorted({path for pattern in patterns for path in _matches(pattern)})
 
 
 def _matches(pattern: str) -> list[str]:
@@ -154,7 +180,7 @@ def _matches(pattern: str) -> list[str]:
             names = [name for name in system.glob(path) if system.isfile(name)]
         else:
             names = [path] if system.exists(path) else []
-    except (ImportError, ValueError) as error:  # a protocol that is unknown, or whose library is missing
+    except (ImportError, ValueError) as error:  # an unknown protocol, or one whose library is missing
         raise DataError(f"{pattern} cannot be opened: {error}") from error
     if not names:
         raise DataError(f"No files match {pattern}; give a file, a pattern, or a folder of {', '.join(_ENDINGS)}.")
@@ -170,22 +196,22 @@ def _open(path: str) -> Any:
         raise DataError(f"{path} cannot be opened: {error}") from error
 
 
-# -- where records begin
+# -- finding records
 
 
-def index_shards(paths: Sequence[str], on_damage: OnDamage = "error") -> list[Shard]:
-    """Find where the records of all files begin, see [`index_shard`][ensemblenet.data.tfrecord.index_shard]."""
+def index_shards(paths: Sequence[str], on_broken: OnBroken = "error") -> list[Shard]:
+    """Find the records of several files, as [`index_shard`][ensemblenet.data.tfrecord.index_shard] does of one."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda path: index_shard(path, on_damage), paths))
+        return list(pool.map(lambda path: index_shard(path, on_broken), paths))
 
 
-def index_shard(path: str, on_damage: OnDamage = "error") -> Shard:
-    """Find where the records of a file begin, from their headers; a remote or gzip file is read through.
+def index_shard(path: str, on_broken: OnBroken = "error") -> Shard:
+    """Find the records of a file from their headers; a remote or gzip file is read from end to end for it.
 
     Args:
         path: a local or remote path; one that ends in `.gz` is decompressed.
-        on_damage: whether a header that is damaged, after which no record can be found, is an error, or the
-            end of the file, with a warning.
+        on_broken: for a damaged header, after which no record can be found: "error" raises; "skip" warns and leaves
+            out the rest of the file.
 
     Raises:
         DataError: the file is no TFRecord file, or is truncated or damaged.
@@ -196,42 +222,34 @@ def index_shard(path: str, on_damage: OnDamage = "error") -> Shard:
             for end in _ends(file, path):
                 offsets.append(end)
         except DamageError as error:
-            if on_damage == "error":
+            if on_broken == "error":
                 raise
             warnings.warn(f"{error} The rest of the file is left out.", stacklevel=2)
     return Shard(path, np.array(offsets, np.int64))
 
 
 def _ends(file: IO[bytes], path: str) -> Iterator[int]:
-    """Where each record ends."""
+    """The end of each record."""
     offset = 0
-    read = _reading(path, lambda: offset)
-    while header := read(lambda: file.read(_HEADER.size)):
-        if len(header) < _HEADER.size:
-            raise _truncated(path, offset)
-        length, checksum = _HEADER.unpack(header)
-        if _masked(header[:8]) != checksum:
-            if offset == 0:
-                raise DataError(f"{path} is not a TFRecord file: it does not begin with a record's header.")
-            raise DamageError(f"{path}: the header at byte {offset:,} is damaged: its checksum does not fit.")
-        end = offset + length + _AROUND
-        read(lambda last=end - 1: file.seek(last))
-        if not read(lambda: file.read(1)):
-            raise _truncated(path, offset)
-        yield end
-        offset = end
-
-
-def _reading(path: str, offset: Callable[[], int]) -> Callable[[Callable[[], Any]], Any]:
-    def read(action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except _UNREADABLE as error:
-            if offset() == 0:
-                raise DataError(f"{path} cannot be read: {error}") from error
-            raise DamageError(f"{path}: what follows byte {offset():,} cannot be read: {error}.") from error
-
-    return read
+    try:
+        while header := file.read(_HEADER.size):
+            if len(header) < _HEADER.size:
+                raise _truncated(path, offset)
+            length, checksum = _HEADER.unpack(header)
+            if _masked(header[:8]) != checksum:
+                if offset == 0:
+                    raise DataError(f"{path} is not a TFRecord file: it does not begin with a record's header.")
+                raise DamageError(f"{path}: the header at byte {offset:,} is damaged: its checksum does not fit.")
+            end = offset + length + _AROUND
+            file.seek(end - 1)
+            if not file.read(1):
+                raise _truncated(path, offset)
+            yield end
+            offset = end
+    except _UNREADABLE as error:
+        if offset == 0:
+            raise DataError(f"{path} cannot be read: {error}") from error
+        raise DamageError(f"{path}: what follows byte {offset:,} cannot be read: {error}.") from error
 
 
 def _truncated(path: str, offset: int) -> DamageError:

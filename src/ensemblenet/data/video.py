@@ -1,4 +1,4 @@
-"""Frames of videos, decoded by PyAV or by torchcodec: exactly those that were asked for, and few others.
+"""Frames of videos, decoded by PyAV or by torchcodec: the wanted ones, and few others.
 
 Shapes: T frames of H x W pixels are a tensor (T, 3, H, W), uint8, RGB.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemblenet.data.tensors import DataError
+from ensemblenet.errors import DataError
 
 __all__ = ["ClipSampling", "Decoder", "Short", "TorchcodecVideo", "Video", "reader"]
 
@@ -28,16 +28,16 @@ Short = Literal["loop", "pad"]
 class Video:
     """A video file, open for reading; a context manager.
 
-    Its packets are listed first, which decodes nothing, so that frames have numbers also where the frame rate varies
-    and a seek goes to the last key frame before the frame that is wanted.
+    Opening it lists its packets and decodes nothing. So frames have numbers even where the frame rate varies, and a
+    seek goes to the last key frame before the wanted frame.
 
     Args:
         path: of a file that FFmpeg can read.
-        short_side: pixels of the shorter side of what is read; None keeps the file's size. Videos with a rotation in
+        short_side: pixels of the shorter side of the frames; None keeps the file's size. Videos with a rotation in
             their header are read upright.
 
     Attributes:
-        times: when each frame is shown, in seconds, ascending.
+        times: the seconds at which the frames are shown, ascending.
 
     Raises:
         DataError: no video, or a broken one; it names the file. Reading frames raises it too.
@@ -72,7 +72,7 @@ class Video:
         self._container.close()
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """Some frames, in the order asked for, which may repeat.
+        """Decode some frames, in any order and more than once.
 
         Args:
             indices: T numbers in [0, len(self)).
@@ -104,7 +104,7 @@ class Video:
         raise DataError(f"{self.path} has no video stream.")
 
     def _list_packets(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """The time stamps of all frames; and of key frames, when they are shown and when they are read."""
+        """The time stamps of all frames; and of key frames, those of showing and of reading."""
         av = _pyav()
         try:
             packets = [
@@ -121,7 +121,7 @@ class Video:
         return sorted({shown for shown, *_ in packets}), sorted(keys) or [first[:2]]
 
     def _pictures(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
-        """The frames of some time stamps, ascending; where the decoder drops one, its neighbour."""
+        """The frames of some time stamps, ascending; the next one in place of a frame that the decoder drops."""
         decoded, frame = iter(()), None
         for stamp in wanted:
             if frame is None or self._key_before(stamp) > self._key_before(frame.pts):
@@ -136,13 +136,13 @@ class Video:
             yield self._upright(frame)
 
     def _key_before(self, stamp: int) -> int:
-        """The place among key frames of the last one that is not after a time stamp, or of the first."""
+        """The number of the last key frame that is not after a time stamp, or 0."""
         return max(0, bisect.bisect_right(self._keys, stamp, key=lambda key: key[0]) - 1)
 
     def _decode_towards(self, stamp: int, wanted: frozenset[int]) -> Iterator[Any]:
-        """Frames from a key frame on, that of a time stamp among them."""
-        # some containers seek by when frames are shown, others by when they are read, and some call frames key frames
-        # that are none: then from further ahead
+        """Frames from a key frame on, up to and behind that of a time stamp."""
+        # some containers seek by the time of showing, others by that of reading, and some mark frames as key frames
+        # that are none: then start further ahead
         *starts, earliest = (start for key in reversed(self._keys[: self._key_before(stamp) + 1]) for start in key)
         for start in starts:
             decoded = self._decode(start, wanted)
@@ -152,7 +152,7 @@ class Video:
         return self._decode(earliest, wanted)
 
     def _decode(self, start: int, wanted: frozenset[int]) -> Iterator[Any]:
-        """Frames from a key frame on, without those that are neither wanted nor needed to decode others."""
+        """Frames from a key frame on, without frames that are neither wanted nor needed to decode others."""
         av = _pyav()
         try:
             self._container.seek(start, stream=self._stream)
@@ -172,9 +172,9 @@ class Video:
 class TorchcodecVideo(Video):
     """The same, with frames decoded by torchcodec, which needs FFmpeg's libraries on the system.
 
-    PyAV still opens the file and lists its packets, so time stamps, the numbers of frames and what is said of files
-    that cannot be opened are the same. Frames of MP4 files are equal at the file's size; resized ones differ a little,
-    as FFmpeg and torchvision resize in different ways. With open groups of pictures, in transport streams and in old
+    PyAV still opens the file and lists its packets, so time stamps, frame numbers and messages for files that cannot
+    be opened are the same. Frames of MP4 files are equal at the file's size; resized ones differ a little, as FFmpeg
+    and torchvision resize in different ways. With open groups of pictures, in transport streams and in old
     AVI files torchcodec 0.17 gives wrong frames where PyAV here gives the right ones.
     """
 
@@ -187,7 +187,7 @@ class TorchcodecVideo(Video):
             raise DataError(f"{self.path} is damaged: {_first_line(error)}") from error
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """Some frames, in the order asked for; see [`Video.frames`][]."""
+        """Decode some frames; see [`Video.frames`][]."""
         from torchvision.transforms.v2.functional import resize
 
         try:
@@ -207,7 +207,11 @@ def reader(decoder: Decoder) -> type[Video]:
     """The class that reads videos with a decoder.
 
     Raises:
-        DataError: what it needs is not installed; better once than for every video.
+        DataError: the decoder is not installed; here once, not for every video.
+
+    Example:
+        >>> reader("pyav").__name__
+        'Video'
     """
     _pyav()
     if decoder == "pyav":
@@ -218,17 +222,17 @@ def reader(decoder: Decoder) -> type[Video]:
 
 @dataclass(frozen=True)
 class ClipSampling:
-    """Which frames of a video make a clip.
+    """Chooses the frames of clips.
 
     Args:
         num_frames: T.
         stride: from one frame of a clip to the next.
-        seconds: the span of a clip, in place of a stride; it makes frame rates alike.
-        short: what a clip does that reaches behind the end of the video: "loop" goes on at the beginning, "pad" stays
-            at the last frame.
+        seconds: the length of a clip, in place of a stride; clips then look alike at all frame rates.
+        short: what follows the last frame where a clip is longer than the video: the first frames again ("loop"), or
+            the last frame ("pad").
 
     Raises:
-        DataError: a number below 1, or a span of no time.
+        DataError: a number below 1, or a length of no time.
 
     Example:
         >>> sampling = ClipSampling(num_frames=4, stride=2)
@@ -251,10 +255,10 @@ class ClipSampling:
             )
 
     def random(self, times: np.ndarray) -> np.ndarray:
-        """A clip that begins anywhere, by PyTorch's global generator.
+        """A clip with a random beginning, drawn from PyTorch's global generator.
 
         Args:
-            times: of all frames of the video, in seconds.
+            times: seconds at which the frames of the video are shown.
 
         Returns:
             T numbers of frames.
@@ -262,13 +266,13 @@ class ClipSampling:
         return self._clip(times, torch.rand(()).item())
 
     def uniform(self, times: np.ndarray, num_clips: int) -> list[np.ndarray]:
-        """Clips from the first to the last of the video, or the one in its middle."""
+        """Clips spread evenly from the first frames to the last; a single one lies in the middle."""
         if num_clips == 1:
             return [self._clip(times, 0.5)]
         return [self._clip(times, place / (num_clips - 1)) for place in range(num_clips)]
 
     def _clip(self, times: np.ndarray, place: float) -> np.ndarray:
-        """The clip that begins at a share of the room that there is."""
+        """The clip that begins at a share, from 0 to 1, of its possible beginnings."""
         steps = np.arange(self.num_frames)
         if self.seconds is None:
             room = max(0, len(times) - (self.num_frames - 1) * self.stride - 1)

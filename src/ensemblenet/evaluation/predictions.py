@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ensemblenet._moved import renamed
-from ensemblenet.data.tensors import DataError
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import LoadError
+from ensemblenet.errors import DataError, LoadError
 from ensemblenet.evaluation.scoring import Split
 from ensemblenet.functional import Combine, Task, combine_heads
 from ensemblenet.metrics.diversity import disagreement

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
+from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.records import RecordLoader, Share
-from ensemblenet.data.tfrecord import OnDamage, find_shards, index_shards
-from ensemblenet.data.youtube8m import FrameLevel, VideoBatch, VideoLevel, make_level
+from ensemblenet.data.tfrecord import find_shards, index_shards
+from ensemblenet.data.youtube8m_levels import FrameLevel, VideoBatch, VideoLevel, make_level
 from ensemblenet.errors import LoadError
 from ensemblenet.storage.restore import Restored
 from ensemblenet.storage.runs import aside
@@ -29,7 +30,7 @@ def write_submission(
     output: Path,
     top: int = 20,
     batch_size: int = 256,
-    on_damage: OnDamage = "error",
+    on_broken: OnBroken = "error",
     sample_frames: bool = False,
 ) -> None:
     """Tag the videos of TFRecord files and write a CSV file.
@@ -40,7 +41,7 @@ def write_submission(
         output: the file to create.
         top: classes to name for a video.
         batch_size: videos at once.
-        on_damage: what to do with damaged records.
+        on_broken: "error" or "skip", for a damaged record.
         sample_frames: for a saved model of frames: spread its frames over the whole video; a run knows this itself.
 
     Raises:
@@ -50,8 +51,8 @@ def write_submission(
     level = _level(restored, sample_frames)
     if output.suffix != ".csv":
         raise LoadError(f"A submission to the challenge is a .csv file, got {output}.")
-    shards = index_shards(find_shards(list(paths)), on_damage)
-    loader = RecordLoader(shards, level.decode, Share(batch_size, num_workers=1), on_damage)
+    shards = index_shards(find_shards(list(paths)), on_broken)
+    loader = RecordLoader(shards, level.decode, Share(batch_size, num_workers=1), on_broken)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = track(loader, "Tagging videos", total=len(loader), transient=True)
     with aside(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:

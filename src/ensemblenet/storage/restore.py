@@ -16,6 +16,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ensemblenet import EnsembleNet, load, save
+from ensemblenet.data import load_all
 from ensemblenet.data.classes import KnownClasses, refuse_other_classes
 from ensemblenet.errors import LoadError
 from ensemblenet.inputs import InputSpec
@@ -159,6 +160,7 @@ def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) ->
     """
     if restored.config is None:
         raise LoadError(f"{restored.folder} is no run's folder and so does not know its data.")
+    load_all()
     data = dict(restored.config["data"])
     data["init_args"] = {**(data.get("init_args") or {}), **(changes or {})}
     made = instantiate(LightningDataModule, data)

@@ -109,7 +109,10 @@ def _class_paths(package: ModuleType) -> set[str]:
     """By which class paths the public names of a package go, and went in earlier versions."""
     paths = {f"{package.__name__}.{name}" for name in package.__all__}
     for name in package.__all__:
-        home = getattr(package, name).__module__
+        try:
+            home = getattr(package, name).__module__
+        except ImportError:  # a format whose libraries are not installed cannot be made anyway
+            continue
         paths |= {f"{place}.{name}" for place in (home, *(old for old, new in MOVED.items() if new == home))}
     return paths
 

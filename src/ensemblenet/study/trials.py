@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from torch import Tensor, nn
 
 from ensemblenet._moved import renamed
+from ensemblenet.data import DataModule
 from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.storage.specs import instantiate, with_defaults
 from ensemblenet.study.measures import Measures
@@ -232,7 +233,7 @@ def train(
         data: a data module whose training batches begin with inputs and targets.
         optimization: optimizer and learning rate; all modules of the method are trained by it.
         epochs: passes over the training examples.
-        seed: every epoch starts from a seed of its own, made of this one.
+        seed: of the data, unless it has a seed of its own; and every epoch starts from a seed made of this one.
         precision: the precision of the forward pass.
 
     Returns:
@@ -242,6 +243,8 @@ def train(
         TrainingError: the loss became non-finite.
     """
     device = next(task.parameters()).device
+    if isinstance(data, DataModule):
+        data.reseed(seed)
     loader = data.train_dataloader()
     steps = epochs * len(loader)
     optimizer = build_optimizer(task, optimization)

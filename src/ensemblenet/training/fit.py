@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from ensemblenet import measure_cost
 from ensemblenet.data import __all__ as data_modules
+from ensemblenet.data import load_all
 from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
@@ -112,6 +113,7 @@ def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = Non
     """A run that is ready to begin, or to go on; its folder is this process's until held ends."""
     quiet_lightning()
     complete = _with_stored_config(_with_data_folder(arguments))
+    load_all()
     try:
         return _FitCLI(complete, held, folder)
     except ArgumentError as error:
@@ -290,7 +292,7 @@ class _FitCLI(LightningCLI):
             "--checkpoint_steps",
             type=int | None,
             help="save the run's state also after every so many batches, to resume in the middle of a long epoch; "
-            "the data must be able to (ImageData and YouTube8M are)",
+            "the data must be able to (all of ensemblenet.data are)",
         )
         parser.add_argument(
             "--ema",
