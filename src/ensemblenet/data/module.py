@@ -37,12 +37,13 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
 
     Attributes:
         preprocessing: how inputs were made, as plain data; None where there is nothing to say.
-        named_classes: whether the classes have names, which a trained network keeps and other data is compared with.
+        finds_classes: whether the data names its classes. Labels then follow the names that a trained network knows, or
+            else those of the training split.
 
     Example:
         >>> from ensemblenet.data.tensors import TensorExamples
         >>> class Squares(DataModule):
-        ...     named_classes = False
+        ...     finds_classes = False
         ...
         ...     def open_split(self, split):
         ...         x = torch.arange(6.0)[:, None]
@@ -53,7 +54,7 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         [[3.0, 2.0], [5.0, 4.0], [0.0, 1.0]]
     """
 
-    named_classes: ClassVar[bool] = True
+    finds_classes: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -136,17 +137,13 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
     # -- what Lightning and trained networks ask
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the splits that a stage needs, once.
-
-        Labels follow the expected classes, or else those of the training split, which evaluation too opens for them if
-        it is there.
-        """
+        """Open the splits that a stage needs, once; for the classes also the training split, if it exists."""
         if stage == "fit":
             self._state = {}  # of an earlier training; a checkpoint is restored after setup
         if stage in ("fit", None) or self._run_seed is None:
             self._run_seed = torch.initial_seed() % 2**32
         needed = _NEEDED.get(stage, ("train", "val", "test"))
-        if "train" not in needed and self.named_classes:
+        if "train" not in needed and self.finds_classes:
             with training_data_if_any():
                 self.examples("train")
         for split in needed:
@@ -160,7 +157,7 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
 
     def expect_classes(self, classes: Sequence[str]) -> None:
         """Give examples the labels that a network was trained on; see [`ensemblenet.data.classes.KnownClasses`][]."""
-        if self.named_classes:
+        if self.finds_classes:
             super().expect_classes(classes)
 
     def description(self) -> dict[str, Any]:

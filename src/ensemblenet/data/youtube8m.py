@@ -55,7 +55,7 @@ class YouTube8M(DataModule):
         DataError: at setup or while reading; it names the file, and where in it.
     """
 
-    named_classes = False  # they have numbers only
+    finds_classes = False  # classes have numbers only
 
     def __init__(
         self,
