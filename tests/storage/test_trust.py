@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -322,10 +322,10 @@ def test_a_text_is_refused_or_names_nothing_that_is_run(evil: Path, run: Path) -
     for place in places(config):
         write(run, config)
         attack(run, {".".join(place): "trojan.Net"}, evil)
-        with suppress(EnsembleNetError):
+        with suppress(EnsembleNetError), ExitStack() as held:
             read_config(run / "config.yaml")
             accepted.add(".".join(place))
-            _opened(["--resume", str(run)])
+            _opened(["--resume", str(run)], held)
         with suppress(EnsembleNetError):
             data_module(restore(run))
     assert accepted == {
@@ -342,7 +342,8 @@ def test_no_file_of_the_name_of_a_setting_is_read(
     attack(run, {"trainer.accelerator": name}, evil)
     shutil.copy(evil / "settings.yaml", run / name)
     shutil.copy(evil / "trainer.yaml", run / "1e5")
-    assert _opened(["--resume", str(run)]).config["trainer"]["accelerator"] == name
+    with ExitStack() as held:
+        assert _opened(["--resume", str(run)], held).config["trainer"]["accelerator"] == name
     monkeypatch.chdir(run)
     assert main(["fit", "--resume", "."]) == 2
     assert f"'trainer.accelerator' is '{name}'" in capsys.readouterr().err

@@ -363,16 +363,16 @@ class _FitCLI(LightningCLI):
         self.held.enter_context(sole_writer(folder))
         if (folder / RESULTS).exists():
             raise TrainingError(f"{folder} is finished: it has {RESULTS}. Leave --resume out for a new run.")
-        if change := self._change(folder, self._plain(stored)):
+        if change := self._change(folder, self._plain(stored), may_move=True):
             raise TrainingError(f"{folder} was made with {change}. Leave that out, or --resume for a new run.")
         return folder
 
-    def _change(self, folder: Path, stored: Mapping[str, Any]) -> str | None:
+    def _change(self, folder: Path, stored: Mapping[str, Any], may_move: bool = False) -> str | None:
         """The first setting that decides the result and that the folder's run was made with otherwise."""
         now = self._plain(self.config)
         if now["plan"] == "search":
-            return changed_setting(before_search(stored, folder), before_search(now))
-        return changed_setting(stored, now)
+            stored, now = before_search(stored, folder), before_search(now)
+        return changed_setting(stored, now, may_move=may_move)
 
     def _plain(self, config: Namespace) -> dict[str, Any]:
         return yaml.safe_load(self.parser.dump(config, skip_unset=False))

@@ -39,7 +39,9 @@ _UNLIMITED = (None, -1)
 _SHOWN = 3  # runs that one line names
 
 
-def changed_setting(stored: Mapping[str, Any], now: Mapping[str, Any], fixed: Sequence[str] = _FIXED) -> str | None:
+def changed_setting(
+    stored: Mapping[str, Any], now: Mapping[str, Any], fixed: Sequence[str] = _FIXED, *, may_move: bool = False
+) -> str | None:
     """The first setting that decides the result and is not what it was.
 
     A run may be made longer. Data may move: a folder may be named otherwise, and anew where it is no longer there.
@@ -48,6 +50,7 @@ def changed_setting(stored: Mapping[str, Any], now: Mapping[str, Any], fixed: Se
         stored: a run's configuration, as plain data.
         now: the same of the command that would go on with it.
         fixed: the settings, or groups of them, that decide the result.
+        may_move: whether the data may lie elsewhere though its folder is still there, as for a run that the user names.
 
     Returns:
         Its name with both values; None if there is no such setting.
@@ -60,7 +63,7 @@ def changed_setting(stored: Mapping[str, Any], now: Mapping[str, Any], fixed: Se
     for name in before | after:
         old, new = before.get(name), after.get(name)
         decides = name not in _FREE and any(f"{name}.".startswith(f"{group}.") for group in fixed)
-        if decides and old != new and not _is_allowed(name, old, new):
+        if decides and old != new and not _is_allowed(name, old, new) and not (may_move and name == _MAY_MOVE):
             return f"{name} {json.dumps(old)}, not {json.dumps(new)}"
     return None
 
