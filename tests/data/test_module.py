@@ -264,6 +264,15 @@ def test_descriptions_of_version_0_1_read_as_before(tmp_path: Path) -> None:
     assert torch.equal(reader.read(tmp_path / data.example_name("test", 0)), views[0])
 
 
+def test_a_description_of_other_data_is_read_by_its_shape() -> None:
+    known = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+    reader = file_reader((3, 16, 16), {"data": "TheirImages", "preprocessing": known})
+    assert reader is not None
+    assert ".jpg" in reader.suffixes
+    for shape, preprocessing in (((3, 16, 16), {}), ((3, 16, 16), None), ((40,), known)):
+        assert file_reader(shape, {"data": "TheirImages", "preprocessing": preprocessing}) is None
+
+
 def test_data_whose_files_are_no_examples(tmp_path: Path) -> None:
     for make in (mnist1d, youtube8m):
         data = make(tmp_path)

@@ -23,6 +23,12 @@ class KnownClasses:
 
     Attributes:
         classes: the names in the order of their labels; None until `setup` finds them.
+
+    Example:
+        >>> data = KnownClasses()
+        >>> data.expect_classes(["cat", "dog"])
+        >>> data.classes
+        ['cat', 'dog']
     """
 
     classes: list[str] | None = None
@@ -38,7 +44,12 @@ class KnownClasses:
 
 @contextmanager
 def training_data_if_any() -> Iterator[None]:
-    """Ignore errors of the training data, which evaluation alone may lack, except for other classes than expected."""
+    """Ignore errors of the training data, which evaluation alone may lack, except for other classes than expected.
+
+    Example:
+        >>> with training_data_if_any():
+        ...     raise DataError("train does not exist.")
+    """
     try:
         yield
     except ClassesError:

@@ -48,11 +48,9 @@ def file_reader(input_shape: Sequence[int], description: Mapping[str, Any]) -> F
         '.bmp'
     """
     preprocessing = description.get("preprocessing") or {}
-    if not {"mean", "std"} <= preprocessing.keys():
-        return None
     name = description.get("data")
     if name not in ensemblenet.data.__all__:
-        name = _BY_DIMENSIONS.get(len(input_shape))
+        name = _BY_DIMENSIONS.get(len(input_shape)) if {"mean", "std"} <= preprocessing.keys() else None
     return None if name is None else getattr(ensemblenet.data, name).file_reader(tuple(input_shape), preprocessing)
 
 

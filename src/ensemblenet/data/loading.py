@@ -305,7 +305,15 @@ def _generators_seeded(*key: int) -> Iterator[None]:
 
 
 def seed_generators(*key: int) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch's CPU with a key, in a hundredth of a millisecond."""
+    """Seed the global generators of Python, NumPy and PyTorch's CPU with a key, in a hundredth of a millisecond.
+
+    Example:
+        >>> seed_generators(7, 0, 3)
+        >>> first = random.random(), torch.rand(()).item()
+        >>> seed_generators(7, 0, 3)
+        >>> first == (random.random(), torch.rand(()).item())
+        True
+    """
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)

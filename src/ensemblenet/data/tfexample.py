@@ -62,7 +62,12 @@ def bytes_of(data: bytes, span: Span) -> list[bytes]:
 
 
 def floats_of(data: bytes, span: Span) -> np.ndarray:
-    """The values of a feature that is a `FloatList`, packed or not; if possible a view of the bytes."""
+    """The values of a feature that is a `FloatList`, packed or not; if possible a view of the bytes.
+
+    Example:
+        >>> floats_of(b"\\x12\\x06\\n\\x04\\x00\\x00\\x80?", (0, 8)).tolist()
+        [1.0]
+    """
     runs = [
         np.frombuffer(data, "<f4", (end - begin) // 4, begin)
         for values in _lists(data, span, 2)
@@ -72,7 +77,12 @@ def floats_of(data: bytes, span: Span) -> np.ndarray:
 
 
 def integers_of(data: bytes, span: Span) -> list[int]:
-    """The values of a feature that is an `Int64List`, packed or not."""
+    """The values of a feature that is an `Int64List`, packed or not.
+
+    Example:
+        >>> integers_of(b"\\x1a\\x04\\n\\x02\\x05\\x07", (0, 6))
+        [5, 7]
+    """
     found = []
     for values in _lists(data, span, 3):
         for _, kind, begin, end in _fields(data, values):

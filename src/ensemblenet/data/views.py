@@ -44,6 +44,11 @@ class RandomView:
         scale: the least and the largest share of a frame's area that is cut out.
         flip: whether to mirror half of the clips.
         color_jitter: largest relative change of brightness, contrast and saturation.
+
+    Example:
+        >>> view = RandomView(image_size=8, scale=(0.4, 1.0), flip=True, color_jitter=0.0)
+        >>> [clip.shape for clip in view.cut(torch.zeros(4, 3, 12, 20, dtype=torch.uint8))]
+        [torch.Size([4, 3, 8, 8])]
     """
 
     image_size: int
