@@ -12,7 +12,7 @@ from made_images import make_folders
 from torch import nn
 
 from ensemblenet.study.methods import METHODS, Setup, Source
-from ensemblenet.study.trials import Cell, train
+from ensemblenet.study.trials import Trial, train
 from ensemblenet.training.optimization import Optimization
 
 
@@ -26,16 +26,16 @@ def data_of(name: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["MNIST1D", "ImageData"])
 def test_each_seed_trains_on_batches_of_its_own(tmp_path: Path, name: str) -> None:
-    first = Cell("base", "base", Setup(), {}, data_of(name, tmp_path), "test", 0, Optimization(), epochs=1)
+    first = Trial("base", "base", Setup(), {}, data_of(name, tmp_path), "test", 0, Optimization(), epochs=1)
     found: dict[int, list[torch.Tensor]] = {}
     for seed in (1, 2, 1):
         data = replace(first, seed=seed).data_module()
         example = next(iter(data.train_dataloader()))[0]
         base = nn.Sequential(nn.Flatten(), nn.Linear(example[0].numel(), 10))
-        contender = METHODS["base"].build(Source(lambda base=base: base, example, seed), Setup())
+        task = METHODS["base"].build(Source(lambda base=base: base, example, seed), Setup())
         seen: list[torch.Tensor] = []
-        contender.loss = lambda x, y, progress, seen=seen, loss=contender.loss: seen.append(x) or loss(x, y, progress)
-        train(contender, data, Optimization(), 1, seed)
+        task.loss = lambda x, y, progress, seen=seen, loss=task.loss: seen.append(x) or loss(x, y, progress)
+        train(task, data, Optimization(), 1, seed)
         assert seed not in found or all(map(torch.equal, seen, found[seed]))
         found[seed] = seen
     assert len(found[1]) > 1
