@@ -160,6 +160,7 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import ensemblenet
+from ensemblenet.training.optimization import check_optimizers
 from own import Small
 
 dist.init_process_group("gloo")
@@ -175,6 +176,7 @@ mesh = init_device_mesh("cpu", (2,))
 for part in (model.trunk, *model.heads, model):
     fully_shard(part, mesh=mesh)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+check_optimizers(model, [optimizer])
 mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
 criterion(model(x[mine]), y[mine]).backward()
 optimizer.step()

@@ -141,13 +141,16 @@ def _without_folders(argument: str) -> str:
 
 def quiet_lightning() -> None:
     """Keep Lightning from telling what hardware there is and which of its products to install; a warning is a line."""
-    warnings.formatwarning = lambda message, *where: f"Warning: {message}\n"
+    warnings.formatwarning = lambda message, *where: f"Warning: {' '.join(str(message).split())}\n"
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.callbacks").setLevel(logging.INFO)  # what a user asked for: a summary
     needless = (
         ".*does not have many workers.*",
         ".*LeafSpec.*",
         ".*when logging on epoch level in distributed setting.*",  # metrics are of all processes already
+        r"Be aware .* add the following callbacks: \[\"ModelCheckpoint\{'monitor': None",  # of an earlier version
+        r"\s*Unable to serialize instance",  # of a default: it is left out of config.yaml
         "Checkpoint directory .* exists and is not empty.*",  # as that of a resumed run does
     )
     for message in needless:

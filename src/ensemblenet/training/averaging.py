@@ -39,11 +39,6 @@ class AveragedWeights(WeightAveraging):
         torch._foreach_mul_(change, (1 - kept).to(averages[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_add_(averages, change)  # pyright: ignore[reportPrivateImportUsage]
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Copy the model once it is converted, which Lightning would do only later."""
-        pl_module.setup(stage)
-        super().setup(trainer, pl_module, stage)
-
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore average and weights; how the heads run may have changed with the checkpoint."""
         super().setup(trainer, pl_module, "fit")

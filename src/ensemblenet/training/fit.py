@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
 import re
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from argparse import SUPPRESS
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +21,10 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch.utils.data import DataLoader
 
@@ -51,6 +54,14 @@ from ensemblenet.storage.trust import config_option
 from ensemblenet.training.averaging import AveragedWeights
 from ensemblenet.training.classes import KeepClasses
 from ensemblenet.training.module import Classifier
+from ensemblenet.training.options import (
+    REPLACED,
+    check_callbacks,
+    check_replaced,
+    check_trainer,
+    listed,
+    replaced_options,
+)
 from ensemblenet.training.processes import agreed_folder, is_first_process
 from ensemblenet.training.progress import Progress, Speed
 from ensemblenet.training.resume import changed_setting, take_unfinished
@@ -69,6 +80,8 @@ checkpoints, and results.json.
 """
 _MLFLOW_RUN = "mlflow_run.txt"
 _TRUST = "--trust"
+# Defaults of callbacks may be such, as Timer's is, and are written to config.yaml.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 
 
 def fit(arguments: Sequence[str]) -> Path:
@@ -100,11 +113,15 @@ def _finished(cli: _FitCLI) -> Path:
     if is_first_process():
         write_json(folder / ENVIRONMENT, environment())
     _train(cli)
-    [metrics] = cli.trainer.test(module, data, verbose=False)
+    with _lightning_errors():
+        [metrics] = cli.trainer.test(module, data, verbose=False)
     if not is_first_process():
         return folder
+    if batches := cli.config["trainer"]["fast_dev_run"]:
+        print(f"A trial of {int(batches)} batch(es): it keeps no results.")
+        return folder
     store(module, data, folder)
-    row = _row(module, metrics, cli.config["seed_everything"])
+    row = _row(cli, metrics)
     write_json(folder / RESULTS, {"rows": [row]})
     return folder
 
@@ -112,16 +129,28 @@ def _finished(cli: _FitCLI) -> Path:
 def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = None) -> _FitCLI:
     """A run that is ready to begin, or to go on; its folder is this process's until held ends."""
     quiet_lightning()
+    check_replaced(replaced_options(arguments))
     complete = _with_stored_config(_with_data_folder(arguments))
     load_all()
     try:
-        return _FitCLI(complete, held, folder)
+        with _lightning_errors():
+            return _FitCLI(complete, held, folder)
     except ArgumentError as error:
         raise TrainingError(_plain(error)) from error
-    except MisconfigurationException as error:
-        raise TrainingError(str(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
         raise TrainingError(str(_innermost(error))) from error
+
+
+@contextmanager
+def _lightning_errors() -> Iterator[None]:
+    """What Lightning itself raises is of options that it cannot follow; errors of other code keep their traceback."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith("lightning."):
+            raise
+        raise TrainingError(str(error) or f"Lightning's {frame.f_code.co_qualname} failed.") from error
 
 
 def _train(cli: _FitCLI) -> None:
@@ -129,9 +158,8 @@ def _train(cli: _FitCLI) -> None:
     resumed = str(checkpoint) if checkpoint.exists() else None
     expect_classes(stored_classes(cli.folder), cli.datamodule)
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
-    except MisconfigurationException as error:
-        raise TrainingError(str(error)) from error
+        with _lightning_errors():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -140,6 +168,11 @@ def _train(cli: _FitCLI) -> None:
         ) from error
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
+    if cli.trainer.global_step == 0 and 0 not in (cli.trainer.max_epochs, cli.trainer.max_steps):
+        raise TrainingError(
+            "The run ended before its first step, so nothing was trained: see whether trainer.max_time or a callback "
+            "stopped it, and whether the data fills one batch. For the untrained network, use --trainer.max_epochs 0."
+        )
 
 
 def _searched(cli: _FitCLI) -> Candidate:
@@ -177,7 +210,8 @@ def _plain(error: ArgumentError) -> str:
     """What jsonargparse says, without the types that an optional setting was tried as."""
     text = " ".join(str(error).split())
     key = re.match(r'Parser key "([\w.]+)": ', text)
-    inner = re.search(r"(Problem with given class_path '[^']*': .+?)(?= - Expected a <class| Given value type|$)", text)
+    rest = r" - (?:Expected a <class|Not a valid|Problem)| Given value type|$"
+    inner = re.search(rf"(Problem with given class_path '[^']*': .+?)(?={rest})", text)
     return f"{key[1]}: {inner[1]}" if key and inner else text
 
 
@@ -200,14 +234,14 @@ class EpochSeed(Callback):
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the loader a generator of its own: making its iterator would draw from the global one."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Seed all global generators for the epoch, on all processes alike.
+
+        The loader gets a generator of its own: making its iterator would draw from the global one.
+        """
         loader = trainer.train_dataloader
         if isinstance(loader, DataLoader) and loader.generator is None:
             loader.generator = torch.Generator()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed all global generators for the epoch, on all processes alike."""
         mixed = self.seed * 1_000_003 + trainer.current_epoch
         seed_everything(mixed % 2**32, verbose=False)
 
@@ -217,6 +251,14 @@ class EpochSeed(Callback):
         seed_generators(*key)
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+class ConvertFirst(Callback):
+    """Comes before all others, so that what they copy, freeze or average in their own setup is what will be trained."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Convert the base, which Lightning would have done only after them."""
+        pl_module.setup(stage)
 
 
 class Announce(Callback):
@@ -247,6 +289,25 @@ class Announce(Callback):
             print(f"Damaged records skipped in training, counted once an epoch: {skipped:,}")
 
 
+class RunCheckpoint(ModelCheckpoint):
+    """The run's own: its state in a checkpoint has another name than that of a user's ModelCheckpoint."""
+
+    @property
+    def state_key(self) -> str:
+        """What its state is called."""
+        return f"run's {super().state_key}"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to keep a state from which the run could not go on."""
+        super().on_train_start(trainer, pl_module)
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        goes_on = hasattr(trainer.train_dataloader, "state_dict") or is_overridden("state_dict", data)
+        if self._every_n_train_steps and not goes_on:
+            raise TrainingError(
+                "checkpoint_steps needs data that can go on in the middle of an epoch, such as ImageData; leave it out."
+            )
+
+
 class _FitCLI(LightningCLI):
     """Reads the configuration and makes module, data and trainer, and the run's folder.
 
@@ -265,6 +326,7 @@ class _FitCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_data=True,
             save_config_callback=None,
+            auto_configure_optimizers=False,
             trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
             seed_everything_default=0,
             run=False,
@@ -279,6 +341,8 @@ class _FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the run and not to Lightning."""
+        for name in REPLACED:  # runs of earlier versions have them in their configuration, without a value
+            parser.add_argument(f"--{name}", type=str | dict[str, Any] | None, default=SUPPRESS, help=SUPPRESS)
         parser.add_argument("--name", default="fit", help="begins the name of the run's folder")
         parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made")
         parser.add_argument(
@@ -310,41 +374,58 @@ class _FitCLI(LightningCLI):
             help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' for the "
             "newest unfinished run of this name and these settings that no process is writing, or else a new one",
         )
-        parser.add_argument(_TRUST, action="store_true", default=argparse.SUPPRESS, help=f"with --resume: {TRUST_HELP}")
+        parser.add_argument(_TRUST, action="store_true", default=SUPPRESS, help=f"with --resume: {TRUST_HELP}")
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what the run could not honour."""
+        check_replaced({name: self.config.pop(name, None) for name in REPLACED})
+        if (steps := self.config["checkpoint_steps"]) is not None and steps < 1:
+            raise TrainingError(f"checkpoint_steps must be at least 1, got {steps}.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
+        chosen = self.config_init["trainer"]
+        check_trainer(chosen)
+        callbacks = listed(chosen["callbacks"])
+        check_callbacks(callbacks)
         self.folder = agreed_folder(self._choose_folder)
         if is_first_process():
             with aside(self.folder / CONFIG) as unfinished:
                 self.parser.save(self.config, unfinished, overwrite=True, skip_unset=False)
-        chosen = self.config_init["trainer"]
+                stored = yaml.safe_load(unfinished.read_text())
+                unfinished.write_text(yaml.safe_dump(_without_objects(stored), sort_keys=False))
         steps, ema = self.config["checkpoint_steps"], self.config["ema"]
         speed = Speed()
+        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         kwargs["logger"] = [
             TensorBoardLogger(self.folder, name="tensorboard", version=""),
             CSVLogger(self.folder, name="csv"),
             *_more_loggers(self.config["log_to"], self.folder),
-            *_listed(chosen["logger"]),
+            *listed(chosen["logger"]),
         ]
-        kwargs["plugins"] = [AsideCheckpointIO(), *_listed(chosen["plugins"])]
+        kwargs["plugins"] = [AsideCheckpointIO(), *listed(chosen["plugins"])]
         kwargs["callbacks"] = [
+            KeepClasses(self.folder),
+            ConvertFirst(),
             EpochSeed(self.config["seed_everything"]),
             Announce(self.folder),
             KeepFolder(self.folder),
-            KeepClasses(self.folder),
             speed,
-            *([] if chosen["enable_progress_bar"] is False else [Progress(speed)]),
+            *([] if chosen["enable_progress_bar"] is False or own_bar else [Progress(speed)]),
             LearningRateMonitor("step"),
             *([] if ema is None else [AveragedWeights(ema)]),
             self._checkpoints(save_on_train_epoch_end=True),
             *([self._checkpoints(every_n_train_steps=steps, save_on_train_epoch_end=False)] if steps else []),
-            *_listed(chosen["callbacks"]),
+            *callbacks,
         ]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if chosen["profiler"] is not None:  # without a file, it would report to a log that nobody sees
+            profiler = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue]
+            profiler.dirpath, profiler.filename = profiler.dirpath or self.folder, profiler.filename or "profile"
+        return trainer
 
     def _checkpoints(self, **when: Any) -> ModelCheckpoint:
-        return ModelCheckpoint(self.folder / CHECKPOINT.parent, CHECKPOINT.stem, enable_version_counter=False, **when)
+        return RunCheckpoint(self.folder / CHECKPOINT.parent, CHECKPOINT.stem, enable_version_counter=False, **when)
 
     def _choose_folder(self) -> Path:
         """The run's folder, whose one writer this process is from now on."""
@@ -404,11 +485,15 @@ def _mlflow(folder: Path) -> MLFlowLogger:
     return logger
 
 
-def _listed(chosen: Any) -> list[Any]:
-    """What the configuration chose: nothing, one, or several."""
-    if chosen is None or isinstance(chosen, bool):
-        return []
-    return list(chosen) if isinstance(chosen, Sequence) else [chosen]
+def _without_objects(stored: Any) -> Any:
+    """A stored configuration without defaults that are objects: they have no text, and stay the defaults."""
+    if not isinstance(stored, dict):
+        return [_without_objects(value) for value in stored] if isinstance(stored, list) else stored
+    return {
+        name: _without_objects(value)
+        for name, value in stored.items()
+        if not str(value).startswith("Unable to serialize instance")
+    }
 
 
 def _with_stored_config(arguments: list[str]) -> list[str]:
@@ -448,12 +533,13 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _row(module: Classifier, metrics: Mapping[str, float], seed: int) -> dict[str, Any]:
-    cost = measure_cost(module.network, module.example_inputs)
+def _row(cli: _FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
+    module: Classifier = cli.model
+    cost = measure_cost(module.network, cli.trainer.precision_plugin.convert_input(module.example_inputs))
     method = "base" if module.conversion is None else "ensemblenet"
     test = {key.removeprefix("test/"): value for key, value in metrics.items() if key.startswith("test/")}
     if module.task == "multilabel":
         scores = {name: [100 * test[name]] for name in ("gap", "head_gap", "map")}
     else:
         scores = {f"{head}error": [100 * (1 - test[f"{head}accuracy"])] for head in ("", "head_")}
-    return scores_row(method, cost, scores, num_heads=module.num_heads, seed=seed, test=test)
+    return scores_row(method, cost, scores, num_heads=module.num_heads, seed=cli.config["seed_everything"], test=test)

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.ensemble import EnsembleNet
@@ -21,7 +23,13 @@ from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.tagging import TaggingMetrics, mask_unknown
 from ensemblenet.recipe import Conversion
 from ensemblenet.training.mixing import Mix, Mixing, soft_targets
-from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule, layer_depths
+from ensemblenet.training.optimization import (
+    Optimization,
+    build_optimizer,
+    build_schedule,
+    check_optimizers,
+    layer_depths,
+)
 
 __all__ = ["Classifier", "Conversion", "head_outputs", "seen_outputs"]
 
@@ -43,7 +51,7 @@ class Classifier(LightningModule):
             training batch.
         conversion: how to convert the base; None trains the base itself.
         codistillation_weight: lambda of [`ensemblenet.CoDistillationLoss`][].
-        label_smoothing: in [0, 1].
+        label_smoothing: in [0, 1); 1 would leave nothing of the labels.
         optimization: optimizer and learning rate.
         task: "multiclass" for targets (N,) of class indices, "multilabel" for targets (N, C) of 1 where a label
             is, 0 where none is, and -1 where it is not known.
@@ -74,7 +82,7 @@ class Classifier(LightningModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        _check(task, loss, mixing, conversion)
+        _check(task, loss, mixing, conversion, label_smoothing)
         self.network = base
         self.task: ClassifierTask = task
         self.heads: HeadsMode = current_mode(heads)
@@ -92,6 +100,7 @@ class Classifier(LightningModule):
         )
         self.depths: Mapping[str, int] | None = layer_depths(base) if optimization.layer_decay < 1 else None
         self.mix: Mix | None = None
+        self._schedule: LRScheduler | None = None
         self.metrics = nn.ModuleDict()
 
     @property
@@ -103,7 +112,10 @@ class Classifier(LightningModule):
         """Convert the base, once, for the inputs that the data module yields."""
         if len(self.metrics):
             return
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):
+            raise TrainingError("Every parameter of the base is frozen (requires_grad is False): nothing would train.")
         inputs, targets = _first_batch(self.trainer.datamodule.train_dataloader())  # pyright: ignore
+        self._check_batch(inputs, targets)
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
         if self.conversion is not None:
@@ -120,6 +132,17 @@ class Classifier(LightningModule):
             self.metrics[split] = metrics(
                 num_classes, self.num_heads, combine=self.criterion.combine, prefix=f"{split}/"
             )
+
+    def _check_batch(self, inputs: Tensor, targets: Tensor) -> None:
+        """Refuse settings that do not go with such a batch."""
+        for setting, wanted, fits in (
+            ("channels_last", "images (N, C, H, W)", not self.channels_last or inputs.ndim == 4),
+            ("mixing", "images or videos", self.mixing is None or inputs.ndim >= 4),
+            ("task multilabel", "targets (N, C)", self.task != "multilabel" or targets.ndim == 2),
+        ):
+            if not fits:
+                shapes = f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}"
+                raise TrainingError(f"model.{setting} needs {wanted}; the data gives {shapes}.")
 
     def _with_chosen_heads(self, network: EnsembleNet, inputs: Tensor) -> EnsembleNet:
         """The network with its heads run as asked, or as is faster on the device that will train it."""
@@ -199,7 +222,8 @@ class Classifier(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Refuse to end an epoch with broken weights, before a checkpoint keeps them."""
+        """Refuse to end an epoch with broken or replaced weights, before a checkpoint keeps them."""
+        self._check_training()
         for name, parameter in self.network.named_parameters():
             if not parameter.isfinite().all():
                 last = self.trainer.num_training_batches - 1  # pyright: ignore[reportOperatorIssue]
@@ -243,13 +267,55 @@ class Classifier(LightningModule):
         self.log_dict(values)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer with its schedule, one step of it a batch."""
-        optimizer = build_optimizer(self.network, self.optimization, self.depths)
+        """The optimizer with its schedule, one step of it a batch.
+
+        Raises:
+            TrainingError: the optimizer cannot be made, or a run without an end.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 <= steps < math.inf:
+            raise TrainingError(
+                "The learning rate's course needs a run with an end: give --trainer.max_epochs, or for data of unknown "
+                "length --trainer.max_steps."
+            )
+        if (self.trainer.min_steps or 0) > steps:
+            raise TrainingError(
+                f"trainer.min_steps {self.trainer.min_steps} is more than the {steps} steps of the run."
+            )
+        try:
+            optimizer = build_optimizer(self.network, self.optimization, self.depths)
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         if self.trainer.gradient_clip_val:  # fused optimizers would undo a loss scale only after the clipping
             setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010  of PyTorch, and no part of its types
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = build_schedule(optimizer, steps, self.optimization)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self._schedule = build_schedule(optimizer, int(steps), self.optimization)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Refuse to train a network that is not what the optimizer holds; callbacks have had their turn."""
+        self._check_training()
+
+    def on_train_epoch_start(self) -> None:
+        """Look again."""
+        self._check_training()
+
+    def _check_training(self) -> None:
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return  # its optimizer holds flat copies, which it makes itself
+        check_optimizers(self.network, self.trainer.optimizers, self.parameters())
+        if self._schedule is None:
+            return  # a subclass has its own way
+        made = self._schedule.optimizer
+        scheduled = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if (
+            self.trainer.optimizers != [made]
+            or scheduled != [self._schedule]
+            or len(made.param_groups) != len(self._schedule.base_lrs)
+        ):
+            raise TrainingError(
+                "A callback replaced the optimizer, its groups or its schedule, of which a resumed run would know "
+                "nothing: use --model.optimization instead."
+            )
 
 
 def head_outputs(network: nn.Module, x: Tensor) -> Tensor:
@@ -257,7 +323,11 @@ def head_outputs(network: nn.Module, x: Tensor) -> Tensor:
     return network(x, per_head=True) if isinstance(network, EnsembleNet) else network(x).unsqueeze(0)
 
 
-def _check(task: ClassifierTask, loss: Loss, mixing: Mixing | None, conversion: Conversion | None) -> None:
+def _check(
+    task: ClassifierTask, loss: Loss, mixing: Mixing | None, conversion: Conversion | None, label_smoothing: float
+) -> None:
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}.")
     if task == "multilabel" and (mixing is not None or loss != "cross_entropy"):
         raise ValueError("task 'multilabel' takes neither mixing nor another loss than its own.")
     if loss == "binary_cross_entropy" and conversion is not None and conversion.combine != "logits":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["Optimization", "build_optimizer", "build_schedule", "layer_depths"]
+from ensemblenet.errors import TrainingError
+
+__all__ = ["Optimization", "build_optimizer", "build_schedule", "check_optimizers", "layer_depths"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,51 @@ def build_optimizer(network: nn.Module, settings: Optimization, depths: Mapping[
     return _OPTIMIZERS.get(settings.optimizer, _of_timm)(made, settings)
 
 
+def check_optimizers(network: nn.Module, optimizers: Iterable[Optimizer], others: Iterable[nn.Parameter] = ()) -> None:
+    """Refuse to train where a trainable parameter is not in an optimizer exactly once.
+
+    Whatever replaces a network or its optimizer after the other was made would leave it untrained, in silence.
+    Parameters that are shared count once.
+
+    Args:
+        network: what will be trained, sharded or wrapped or neither.
+        optimizers: all that will train it.
+        others: further parameters that an optimizer may hold.
+
+    Raises:
+        TrainingError: it names the first parameter that is in none, or twice; or an optimizer holds one of another
+            network.
+
+    Example:
+        >>> base = nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD(base.parameters())
+        >>> check_optimizers(base, [optimizer])
+        >>> check_optimizers(nn.Linear(2, 2), [optimizer])
+        Traceback (most recent call last):
+            ...
+        ensemblenet.errors.TrainingError: The parameter weight is trainable, but in no optimizer: it would stay as it...
+    """
+    held = [parameter for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]]
+    times = Counter(map(id, held))
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and not times[id(parameter)]:
+            raise TrainingError(
+                f"The parameter {name} is trainable, but in no optimizer: it would stay as it is. {_REMEDY}"
+            )
+        if times[id(parameter)] > 1:
+            raise TrainingError(f"The parameter {name} is in the optimizers {times[id(parameter)]} times. {_REMEDY}")
+    known = {id(parameter) for parameter in (*network.parameters(), *others)}
+    for parameter in held:
+        if id(parameter) not in known:
+            shape = tuple(parameter.shape)
+            raise TrainingError(f"An optimizer holds a parameter {shape} that is not the network's. {_REMEDY}")
+
+
+_REMEDY = (
+    "What replaces or unfreezes parts of a network must do so before its optimizer is made, as in a callback's setup."
+)
+
+
 def layer_depths(base: nn.Module) -> dict[str, int]:
     """How deep each parameter of a network of timm lies, in timm's layers: 0 is at the input.
 
@@ -132,7 +179,7 @@ def _of_timm(groups: list[dict[str, Any]], settings: Optimization) -> Optimizer:
     options = settings.options or {}
     try:
         return create_optimizer_v2(groups, settings.optimizer, settings.lr, momentum=settings.momentum, **options)
-    except (TypeError, ImportError) as error:
+    except (TypeError, ImportError, AssertionError) as error:  # it asserts that there is a GPU where it needs one
         raise ValueError(f"timm's optimizer {settings.optimizer} cannot be made with {options}: {error}") from error
 
 
@@ -143,7 +190,7 @@ _OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Optimization], Optimizer]
 
 
 def _check_timm_has(name: str) -> None:
-    from timm.optim import list_optimizers  # pyright: ignore[reportPrivateImportUsage]  slow to import
+    from timm.optim import get_optimizer_info, list_optimizers  # pyright: ignore[reportPrivateImportUsage]  slow
 
     known = [*_OPTIMIZERS, *list_optimizers()]
     if name not in known:
@@ -152,6 +199,8 @@ def _check_timm_has(name: str) -> None:
             f"There is no optimizer {name!r}: take adamw, sgd or a name of timm.optim.list_optimizers()."
             + (f" Did you mean {', '.join(near)}?" if near else "")
         )
+    if get_optimizer_info(name).second_order:
+        raise ValueError(f"The optimizer {name!r} needs second derivatives, which training does not compute.")
 
 
 def build_schedule(optimizer: Optimizer, steps: int, settings: Optimization) -> LambdaLR:

@@ -37,7 +37,8 @@ class Speed(Callback):
     ) -> None:
         """Count a batch."""
         self._steps.append((time.perf_counter(), len(batch[0]) * trainer.world_size))
-        if len(self._steps) > 1 and trainer.global_step % trainer.log_every_n_steps == 0:  # pyright: ignore
+        every = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]  0: never
+        if len(self._steps) > 1 and every and trainer.global_step % every == 0:
             values = {"speed/examples_per_second": self.rate, "speed/memory_gb": _memory(pl_module.device) / 1e9}
             pl_module.log_dict(values, rank_zero_only=True, batch_size=1)
 
