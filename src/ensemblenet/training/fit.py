@@ -32,6 +32,7 @@ from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage import TRUST_HELP
+from ensemblenet.storage.atomic import atomic_path, write_json
 from ensemblenet.storage.lock import KeepFolder, sole_writer
 from ensemblenet.storage.restore import expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
@@ -39,16 +40,14 @@ from ensemblenet.storage.runs import (
     CONFIG,
     ENVIRONMENT,
     RESULTS,
-    AsideCheckpointIO,
-    aside,
     create_run_folder,
     environment,
     quiet_lightning,
     scores_row,
-    write_json,
 )
 from ensemblenet.storage.trust import config_option
 from ensemblenet.training.averaging import AveragedWeights
+from ensemblenet.training.checkpoints import AtomicCheckpointIO
 from ensemblenet.training.classes import KeepClasses
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.processes import agreed_folder, is_first_process
@@ -316,7 +315,7 @@ class _FitCLI(LightningCLI):
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
         self.folder = agreed_folder(self._choose_folder)
         if is_first_process():
-            with aside(self.folder / CONFIG) as unfinished:
+            with atomic_path(self.folder / CONFIG) as unfinished:
                 self.parser.save(self.config, unfinished, overwrite=True, skip_unset=False)
         chosen = self.config_init["trainer"]
         steps, ema = self.config["checkpoint_steps"], self.config["ema"]
@@ -327,7 +326,7 @@ class _FitCLI(LightningCLI):
             *_more_loggers(self.config["log_to"], self.folder),
             *_listed(chosen["logger"]),
         ]
-        kwargs["plugins"] = [AsideCheckpointIO(), *_listed(chosen["plugins"])]
+        kwargs["plugins"] = [AtomicCheckpointIO(), *_listed(chosen["plugins"])]
         kwargs["callbacks"] = [
             EpochSeed(self.config["seed_everything"]),
             Announce(self.folder),
