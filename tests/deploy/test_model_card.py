@@ -83,7 +83,7 @@ def test_nothing_else_comes_from_the_hub(hub, model, tmp_path):
 
 def write_run(folder, model):
     """What `fit` leaves, by hand."""
-    test = {"first_accuracy_2": 0.96, "nll": 0.25, "ece": 0.0314}
+    test = {"first_accuracy_2": 0.96, "nll": 0.25, "ece": 0.0314, "agreement": 0.02}  # version 0.1 called it so
     row = {"error_mean": 3.25, "head_error_mean": 5.5, "seeds": 1, "test": test}
     folder.mkdir()
     save(model, folder / "model", {"task": "multiclass", "input_shape": [40], "classes": list("0123456789")})
@@ -140,7 +140,9 @@ def test_the_card_of_a_run(hub, model, tmp_path):
     assert settings["trainer"] == {"max_epochs": 40}
     assert settings["data"] == {"class_path": "mine.Data", "init_args": {"batch_size": 100}}
     assert "/home/me" not in card
-    assert json.loads((hub / "someone" / "digits" / "results.json").read_text())["rows"][0]["error_mean"] == 3.25
+    [row] = json.loads((hub / "someone" / "digits" / "results.json").read_text())["rows"]
+    assert row["error_mean"] == 3.25
+    assert row["test"] == {"first_accuracy_2": 0.96, "nll": 0.25, "ece": 0.0314, "divergence": 0.02}
 
 
 def test_the_card_of_a_run_without_settings_of_the_trainer(hub, model, tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.extras import require
-from ensemblenet.metrics.scores import IN_PERCENT, SCORES
+from ensemblenet.metrics.scores import IN_PERCENT, SCORES, current_name
 from ensemblenet.storage.checkpoint import save
 from ensemblenet.storage.hub import PREFIX, upload
 
@@ -217,4 +217,9 @@ def _is_path(value: Any) -> bool:
 
 def _read_row(path: Path) -> dict[str, Any]:
     """The first row of a run's results; empty where there are none."""
-    return json.loads(path.read_text())["rows"][0] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    results = json.loads(
+        path.read_text(), object_pairs_hook=lambda pairs: {current_name(key): value for key, value in pairs}
+    )
+    return results["rows"][0]
