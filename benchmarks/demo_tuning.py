@@ -13,7 +13,8 @@ from statistics import fmean
 from rich.progress import track
 
 from ensemblenet.cli.demo import demo_study
-from ensemblenet.storage.runs import environment, write_json
+from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.runs import environment
 from ensemblenet.study.task import Setup
 from ensemblenet.study.trials import Trial, Workers
 from ensemblenet.training.optimization import Optimization

@@ -33,7 +33,8 @@ from torch.func import functional_call
 from ensemblenet import CoDistillationLoss, EnsembleNet, convert, fuse, measure_cost
 from ensemblenet.functional import combine_heads
 from ensemblenet.heads import choose
-from ensemblenet.storage.runs import environment, write_json
+from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.runs import environment
 from ensemblenet.timing import step
 
 NUM_HEADS, NUM_CLASSES = 4, 100

@@ -27,7 +27,8 @@ from torch import nn
 from ensemblenet import CoDistillationLoss
 from ensemblenet.data import ImageData
 from ensemblenet.models import create
-from ensemblenet.storage.runs import environment, write_json
+from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.runs import environment
 from ensemblenet.training.fit import fit
 from ensemblenet.training.module import Conversion, head_outputs
 from ensemblenet.training.optimization import Optimization, build_optimizer

@@ -26,12 +26,6 @@ def needs(library: str, found: set[str]) -> set[str]:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             needs(requirement.name, found)
     return found
-    found.add(name)
-    for requirement in distribution(library).requires or []:
-        what, _, marker = requirement.partition(";")
-        if "extra" not in marker and "win32" not in marker and "Windows" not in marker:
-            needs(re.match(r"[\w.-]+", what)[0], found)  # pyright: ignore[reportOptionalSubscript]
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_nothing_else_comes_from_the_hub(hub, model, tmp_path):
 
 def write_run(folder, model):
     """What `fit` leaves, by hand."""
-    test = {"first_accuracy_2": 0.96, "nll": 0.25, "ece": 0.0314}
+    test = {"first_accuracy_2": 0.96, "nll": 0.25, "ece": 0.0314, "agreement": 0.02}  # version 0.1 called it so
     row = {"error_mean": 3.25, "head_error_mean": 5.5, "seeds": 1, "test": test}
     folder.mkdir()
     save(model, folder / "model", {"task": "multiclass", "input_shape": [40], "classes": list("0123456789")})
@@ -111,7 +111,17 @@ def test_the_card_of_a_run(hub, model, tmp_path):
     push_to_hub(run, "someone/digits", base_run=base_run, trust=True)
     card = (hub / "someone" / "digits" / "README.md").read_text()
     _, header, _ = card.split("---\n", 2)
-    assert yaml.safe_load(header) == {"library_name": "ensemblenet", "tags": ["ensemblenet", "pytorch", "multiclass"]}
+    metadata = yaml.safe_load(header)
+    [index] = metadata.pop("model-index")
+    assert metadata == {"library_name": "ensemblenet", "tags": ["ensemblenet", "pytorch", "multiclass"]}
+    [evaluation] = index["results"]
+    assert (index["name"], evaluation["dataset"]) == ("digits", {"name": "Data", "type": "unknown", "split": "test"})
+    assert {metric["name"]: metric["value"] for metric in evaluation["metrics"]} == {
+        "NLL, nats": 0.25,
+        "ECE": 0.0314,
+        "error, %": 3.25,
+        "one head, %": 5.5,
+    }
     cost, first, head = model.cost, model.first(2).cost, model.first(1).cost
     lines = [line for line in card.splitlines() if line.startswith("|")]
     assert lines == [
@@ -130,7 +140,22 @@ def test_the_card_of_a_run(hub, model, tmp_path):
     assert settings["trainer"] == {"max_epochs": 40}
     assert settings["data"] == {"class_path": "mine.Data", "init_args": {"batch_size": 100}}
     assert "/home/me" not in card
-    assert json.loads((hub / "someone" / "digits" / "results.json").read_text())["rows"][0]["error_mean"] == 3.25
+    [row] = json.loads((hub / "someone" / "digits" / "results.json").read_text())["rows"]
+    assert row["error_mean"] == 3.25
+    assert row["test"] == {"first_accuracy_2": 0.96, "nll": 0.25, "ece": 0.0314, "divergence": 0.02}
+
+
+def test_the_card_of_a_run_without_settings_of_the_trainer(hub, model, tmp_path):
+    run = write_run(tmp_path / "run", model)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["trainer"], config["seed_everything"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    push_to_hub(run, "someone/digits", trust=True)
+    card = (hub / "someone" / "digits" / "README.md").read_text()
+    assert yaml.safe_load(card.split("## Training")[1].split("```yaml\n")[1].split("```")[0]).keys() == {
+        "model",
+        "data",
+    }
 
 
 def test_the_card_of_a_tagger_and_of_a_model_that_says_nothing():
@@ -144,6 +169,8 @@ def test_the_card_of_a_tagger_and_of_a_model_that_says_nothing():
     plain = model_card(model, "a/b", {"preprocessing": {"mean": [0.5]}})
     assert "| parameters | MACs |\n" in plain
     assert "mean:\n- 0.5\n" in plain
+    assert "model-index" not in plain
+    assert "\n\n\n" not in card + plain
 
 
 @pytest.mark.parametrize(

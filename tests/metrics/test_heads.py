@@ -54,7 +54,7 @@ def reference(z, y, combine):
         "brier": np.mean([sum((p[c] - (c == label)) ** 2 for c in classes) for p, label in zip(q, y, strict=True)]),
         "nll": log_loss(y, q, labels=classes),
         "disagreement": np.mean([np.mean(a != b) for a, b in combinations(votes, 2)]) if len(z) > 1 else 0.0,
-        "agreement": divergence(z.double(), combine=combine).item(),
+        "divergence": divergence(z.double(), combine=combine).item(),
     }
 
 

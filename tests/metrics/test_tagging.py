@@ -76,7 +76,7 @@ def test_against_the_challenges_definitions(batches, num_heads, combine):
     heads = [challenge(head, y)["gap"] for head in (z if num_heads > 1 else [combined])]
     expected |= {"head_gap": np.mean(heads)} | {f"head_gap_{k}": gap for k, gap in enumerate(heads)}
     expected["nll"] = codistillation(z.double(), y, 0.0, "multilabel", combine=combine).item()
-    expected["agreement"] = divergence(z.double(), "multilabel", combine=combine).item()
+    expected["divergence"] = divergence(z.double(), "multilabel", combine=combine).item()
     for name, value in expected.items():
         assert values[name] == pytest.approx(value, rel=1e-5), name
 

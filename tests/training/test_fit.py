@@ -113,7 +113,7 @@ def test_a_run_leaves_config_environment_logs_results_and_model(config):
     assert yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"] == 3
     assert list((folder / "tensorboard").glob("events*"))
     header = (folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
-    for column in ("train/loss", "train/divergence", "val/accuracy", "val/head_accuracy_1"):
+    for column in ("train/loss", "train/divergence", "val/divergence", "val/accuracy", "val/head_accuracy_1"):
         assert column in header
 
     trained = checkpoint(folder)["state_dict"]

@@ -25,7 +25,7 @@ from ensemblenet.errors import TrainingError
 from ensemblenet.heads import Choice, FusedEnsembleNet
 from ensemblenet.models import create
 from ensemblenet.storage.restore import restore
-from ensemblenet.storage.runs import AsideCheckpointIO
+from ensemblenet.training.checkpoints import AtomicCheckpointIO
 from ensemblenet.training.fit import fit
 from ensemblenet.training.mixing import Mixing, soft_targets
 from ensemblenet.training.module import Classifier
@@ -353,7 +353,7 @@ def test_a_worker_that_dies_ends_the_run(tmp_path):
     assert "A process that loads data died: DataLoader worker" in done.stderr
 
 
-class FullDisk(AsideCheckpointIO):
+class FullDisk(AtomicCheckpointIO):
     """A disk that takes half of the second checkpoint."""
 
     saved = 0
@@ -367,7 +367,7 @@ class FullDisk(AsideCheckpointIO):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr("ensemblenet.training.fit.AsideCheckpointIO", FullDisk)
+    monkeypatch.setattr("ensemblenet.training.fit.AtomicCheckpointIO", FullDisk)
     FullDisk.saved = 0
     arguments = make(tmp_path)
     try:

@@ -19,8 +19,9 @@ from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
 from ensemblenet.reports.comparison import PAGE, comparison_table, summary
 from ensemblenet.storage import TRUST_HELP
+from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.lock import sole_writer
-from ensemblenet.storage.runs import CONFIG, aside, create_run_folder
+from ensemblenet.storage.runs import CONFIG, create_run_folder
 from ensemblenet.storage.trust import config_option
 from ensemblenet.study.compare import Watcher, run_study
 from ensemblenet.study.settings import Study, study_of
@@ -57,7 +58,7 @@ def compare(arguments: Sequence[str]) -> Path:
     folder = Path(plain["resume"]) if plain["resume"] else create_run_folder(Path(plain["runs"]), plain["name"])
     console = Console()
     with sole_writer(folder):
-        with aside(folder / CONFIG) as unfinished:
+        with atomic_path(folder / CONFIG) as unfinished:
             stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "trust", "workers")}
             unfinished.write_text(yaml.safe_dump(stored, sort_keys=False, allow_unicode=True), encoding="utf-8")
         kept = f"Finished trials are kept in {folder}; a killed study goes on with --resume {folder}"

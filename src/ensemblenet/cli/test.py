@@ -12,8 +12,9 @@ from ensemblenet.cli.options import add_data, add_trained_models, check_new, com
 from ensemblenet.evaluation.scoring import Split, chosen_data, score
 from ensemblenet.metrics.scores import meanings
 from ensemblenet.reports.tables import results_table, scores_columns
+from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import restore
-from ensemblenet.storage.runs import environment, quiet_lightning, write_json
+from ensemblenet.storage.runs import environment, quiet_lightning
 
 __all__ = ["score_split", "test"]
 

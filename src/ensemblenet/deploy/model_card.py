@@ -6,58 +6,27 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from string import Template
 from typing import Any
 
-import yaml
 from torch import nn
 
-from ensemblenet.cost import Cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
-from ensemblenet.metrics.scores import IN_PERCENT, SCORES
+from ensemblenet.extras import require
+from ensemblenet.metrics.scores import IN_PERCENT, SCORES, current_name
 from ensemblenet.storage.checkpoint import save
 from ensemblenet.storage.hub import PREFIX, upload
 
 __all__ = ["model_card", "push_to_hub"]
 
+require("hub")  # whose libraries are imported where they are used: naming the functions here loads none
+
 _RESULTS = "results.json"
-_MACS_NOTE = "MACs are multiply-adds for one example: half of what `torch.utils.flop_counter` counts."
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PIPELINES = {3: "image-classification", 4: "video-classification"}  # by the dimensions of an example
 _TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
-
-_CARD = Template("""---
-$header---
-
-# $name
-
-A shared trunk with $heads heads, whose $combine are averaged into one prediction. `ensemblenet` converted it from
-$base and trains such models in one stage by co-distillation, after the idea of *EnsembleNet*
-([arXiv 1905.09979](https://arxiv.org/abs/1905.09979)).
-
-```python
-import ensemblenet
-
-model = ensemblenet.load("$address"$base_argument)  # from inputs ($shape) to logits (N, C)
-```
-
-`model.head(k)` is one head as a network of its own, `model.first(k)` the model of the first k heads.
-
-## Figures
-
-$figures
-
-$note
-
-## Data
-
-$data
-
-## Training
-
-$training
-""")
 
 
 def push_to_hub(
@@ -92,6 +61,7 @@ def push_to_hub(
     """
     config, results = None, {}
     if isinstance(model, (str, os.PathLike)):
+        require("train")
         from ensemblenet.storage.restore import restore  # loads Lightning
 
         folder = Path(model)
@@ -139,77 +109,97 @@ def model_card(
         >>> print(next(line for line in card.splitlines() if line.startswith("| all")))
         | all 3 heads | 20,198 | 220,000 | 1.50 |
     """
+    import yaml
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
     recipe = model.recipe
     if recipe is None:
         raise LoadError("The model was built by hand and cannot be loaded from the hub; make it with convert.")
-    source = recipe.base if recipe.base and recipe.base.factory != "module" else None
-    header: dict[str, Any] = {"library_name": "ensemblenet", "tags": ["ensemblenet", "pytorch", model.task]}
-    if pipeline := _PIPELINES.get(len(recipe.inputs.shape)):
-        header["pipeline_tag"] = pipeline
-    return _CARD.substitute(
-        header=yaml.safe_dump(header, sort_keys=False),
-        name=repo_id.partition("/")[2],
-        heads=model.num_heads,
-        combine=model.combine,
-        base=f"`{source.name}` of {source.factory}" if source else "a network of its author's own",
-        base_argument="" if source else ", base=a_fresh_base",
+    description, results = description or {}, results or {}
+    name = repo_id.partition("/")[2]
+    pipeline = _PIPELINES.get(len(recipe.inputs.shape))
+    data_class = ((config or {}).get("data") or {}).get("class_path") or "unknown"
+    measured = _measured(results)
+    evaluations = [
+        EvalResult(
+            task_type=pipeline or "other",
+            dataset_type="unknown",  # the hub takes another word for the name of one of its data sets
+            dataset_name=data_class.rpartition(".")[2],
+            dataset_split="test",
+            metric_type=score,
+            metric_name=SCORES[score].label,
+            metric_value=value,
+        )
+        for score, value in measured.items()
+    ]
+    card = ModelCard.from_template(
+        ModelCardData(
+            library_name="ensemblenet",
+            tags=["ensemblenet", "pytorch", model.task],
+            pipeline_tag=pipeline,
+            model_name=name if evaluations else None,
+            eval_results=evaluations or None,
+        ),
+        template_path=str(_TEMPLATE),
+        name=name,
+        model=model,
+        source=recipe.base if recipe.base and recipe.base.factory != "module" else None,
         address=PREFIX + repo_id,
-        shape=", ".join(("N", *map(str, recipe.inputs.shape))),
-        figures=_figures(model, results or {}, base_results or {}),
-        note=_MACS_NOTE,
-        data=_data(description or {}),
-        training=_training(config),
+        shape=["N", *recipe.inputs.shape],
+        table=_table(model, results, base_results or {}),
+        others=[
+            f"{SCORES[score].heading} {f'in {SCORES[score].unit} ' * bool(SCORES[score].unit)}{value:.4g}"
+            for score, value in measured.items()
+            if score not in IN_PERCENT
+        ],
+        seeds=results.get("seeds"),
+        classes=description.get("classes"),
+        preprocessing=description.get("preprocessing"),
+        training=_settings(config),
+        as_yaml=partial(yaml.safe_dump, sort_keys=False),
     )
+    return str(card)
 
 
-def _figures(model: EnsembleNet, results: Mapping[str, Any], base_results: Mapping[str, Any]) -> str:
-    """The table of costs and scores, and what else was measured."""
+def _measured(results: Mapping[str, Any]) -> dict[str, float]:
+    """The scores on test data of a row of results, scaled as they are shown."""
+    test = results.get("test") or {}
+    measured = {name: score.scale * test[name] for name, score in SCORES.items() if name in test}
+    return measured | {name: results[f"{name}_mean"] for name in IN_PERCENT if f"{name}_mean" in results}
+
+
+def _table(model: EnsembleNet, results: Mapping[str, Any], base_results: Mapping[str, Any]) -> list[list[str]]:
+    """What the base, the model, its first heads and one head cost, and how they score where that was measured."""
     score = next((name for name in IN_PERCENT if f"{name}_mean" in results), None)
-    title = {None: None, "error": f"test {SCORES['error'].label}"}.get(score, score and SCORES[score].label)
-    first = {k: results["test"][f"first_accuracy_{k}"] for k in _first_measured(model, results)}
-    rows: list[tuple[str, Cost | None, Any]] = [
+    test = results.get("test") or {}
+    first = {k: test.get(f"first_accuracy_{k}") for k in range(model.num_heads - 1, 1, -1)}
+    rows = [
         ("base", model.base_cost, base_results.get(f"{score}_mean")),
         (f"all {model.num_heads} heads", model.cost, results.get(f"{score}_mean")),
-        *((f"first {k} heads", model.first(k).cost, 100 * (1 - accuracy)) for k, accuracy in first.items()),
+        *(
+            (f"first {k} heads", model.first(k).cost, 100 * (1 - share))
+            for k, share in first.items()
+            if share is not None
+        ),
         ("one head, mean", model.first(1).cost, results.get(f"head_{score}_mean")),
     ]
-    lines = [["", "parameters", "MACs", *([title] if title else [])], ["---", *["---:"] * (3 if title else 2)]]
-    for name, cost, value in rows:
-        cells = [f"{cost.parameters:,}", f"{cost.macs:,.0f}"] if cost else ["", ""]
-        lines.append([name, *cells, *(["" if value is None else f"{value:.2f}"] if title else [])])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    test = results.get("test", {})
-    more = ", ".join(
-        f"{score.heading} {f'in {score.unit} ' * bool(score.unit)}{score.scale * test[name]:.4g}"
-        for name, score in SCORES.items()
-        if name in test and name not in IN_PERCENT
-    )
-    seeds = results.get("seeds")
-    notes = [f"All heads, test data: {more}." if more else "", f"Seeds: {seeds}." if seeds else ""]
-    return "\n\n".join(filter(None, [table, " ".join(filter(None, notes))]))
+    table = [["", "parameters", "MACs"], ["---", "---:", "---:"]]
+    table += [[name, *([f"{cost.parameters:,}", f"{cost.macs:,.0f}"] if cost else ["", ""])] for name, cost, _ in rows]
+    if score is None:
+        return table
+    title = f"test {SCORES[score].label}" if score == "error" else SCORES[score].label
+    scores = [title, "---:", *("" if value is None else f"{value:.2f}" for _, _, value in rows)]
+    return [[*row, last] for row, last in zip(table, scores, strict=True)]
 
 
-def _first_measured(model: EnsembleNet, results: Mapping[str, Any]) -> list[int]:
-    test = results.get("test", {})
-    return [k for k in range(model.num_heads - 1, 1, -1) if f"first_accuracy_{k}" in test]
-
-
-def _data(description: Mapping[str, Any]) -> str:
-    classes, preprocessing = description.get("classes"), description.get("preprocessing")
-    known = [
-        f"{len(classes):,} classes, named in `data.json` in the order of the outputs." if classes else "",
-        f"Preprocessing:\n\n{_yaml_block(preprocessing)}" if preprocessing else "",
-    ]
-    return "\n\n".join(filter(None, known)) or "Not described."
-
-
-def _training(config: Mapping[str, Any] | None) -> str:
+def _settings(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The settings of a run that say how it was trained."""
     if config is None:
-        return "Not described; `recipe.json` says how the model was made from its base."
-    trainer = {name: config["trainer"].get(name) for name in _TRAINER}
-    settings = {"seed": config.get("seed_everything"), **{name: config[name] for name in ("model", "data")}}
-    settings["trainer"] = {name: value for name, value in trainer.items() if value is not None}
-    return _yaml_block(_without_paths(settings))
+        return None
+    trainer = config.get("trainer") or {}
+    settings = {"seed": config.get("seed_everything"), "model": config.get("model"), "data": config.get("data")}
+    settings["trainer"] = {name: trainer[name] for name in _TRAINER if trainer.get(name) is not None}
+    return {name: value for name, value in _without_paths(settings).items() if value not in (None, {})}
 
 
 def _without_paths(value: Any) -> Any:
@@ -225,10 +215,11 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and ("/" in value or "\\" in value)
 
 
-def _yaml_block(data: Any) -> str:
-    return f"```yaml\n{yaml.safe_dump(data, sort_keys=False)}```"
-
-
 def _read_row(path: Path) -> dict[str, Any]:
     """The first row of a run's results; empty where there are none."""
-    return json.loads(path.read_text())["rows"][0] if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    results = json.loads(
+        path.read_text(), object_pairs_hook=lambda pairs: {current_name(key): value for key, value in pairs}
+    )
+    return results["rows"][0]

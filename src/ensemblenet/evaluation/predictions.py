@@ -19,8 +19,8 @@ from ensemblenet.errors import DataError, LoadError
 from ensemblenet.evaluation.scoring import Split
 from ensemblenet.functional import Combine, Task, combine_heads
 from ensemblenet.metrics.diversity import disagreement
+from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.restore import Restored
-from ensemblenet.storage.runs import aside
 
 __all__ = ["Names", "PredictionFile"]
 
@@ -83,8 +83,8 @@ class PredictionFile:
         self._writer: Any = None
 
     def __enter__(self) -> PredictionFile:
-        self._aside = aside(self.path)
-        self._unfinished = self._aside.__enter__()
+        self._atomic = atomic_path(self.path)
+        self._unfinished = self._atomic.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -92,9 +92,9 @@ class PredictionFile:
             self._writer.close()
         elif error[0] is None:
             empty = DataError(f"There is no example to predict; {self.path} was not written.")
-            self._aside.__exit__(DataError, empty, None)
+            self._atomic.__exit__(DataError, empty, None)
             raise empty
-        self._aside.__exit__(*error)
+        self._atomic.__exit__(*error)
 
     def write(self, ids: Sequence[str], head_outputs: Tensor, labels: Tensor | None = None) -> None:
         """Add N examples.

@@ -15,8 +15,8 @@ from ensemblenet.data.records import RecordLoader, Share
 from ensemblenet.data.tfrecord import find_shards, index_shards
 from ensemblenet.data.youtube8m_levels import FrameLevel, VideoBatch, VideoLevel, make_level
 from ensemblenet.errors import LoadError
+from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.restore import Restored
-from ensemblenet.storage.runs import aside
 
 __all__ = ["submission_rows", "write_submission"]
 
@@ -55,7 +55,7 @@ def write_submission(
     loader = RecordLoader(shards, level.decode, Share(batch_size, num_workers=1), on_broken)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batches = track(loader, "Tagging videos", total=len(loader), transient=True)
-    with aside(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+    with atomic_path(output) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(f"{HEADER}\n")
         file.writelines(f"{row}\n" for row in submission_rows(restored.network.to(device), batches, top, device))
     skipped = f", {loader.skipped:,} damaged records skipped" if loader.skipped else ""

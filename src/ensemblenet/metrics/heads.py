@@ -35,7 +35,7 @@ class HeadMetrics(MetricCollection):
     | `ece` | expected calibration error of the ensemble, 15 bins |
     | `brier` | Brier score of the ensemble: its squared error, summed over classes, in [0, 2] |
     | `disagreement` | share of pairs of heads whose most likely classes differ; 0 for a single head |
-    | `agreement` | how far the heads are from the ensemble, see [`ensemblenet.functional.divergence`][] |
+    | `divergence` | how far the heads are from the ensemble, see [`ensemblenet.functional.divergence`][] |
 
     Args:
         num_classes: C.
@@ -161,7 +161,7 @@ class _HeadStatistics(Metric):
             "nll": self.nll / self.positions,
             "brier": self.brier / self.positions,
             "disagreement": self.disagreements / self.positions,
-            "agreement": self.divergence / self.positions,
+            "divergence": self.divergence / self.positions,
         }
 
 

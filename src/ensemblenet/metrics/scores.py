@@ -6,12 +6,13 @@ and a line where it is computed, in `metrics/heads.py` or `metrics/tagging.py`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from ensemblenet.functional import Task
 
-__all__ = ["IN_PERCENT", "SCORES", "TASKS", "Score", "TaskScores", "in_row", "meanings", "row_scale"]
+__all__ = ["IN_PERCENT", "SCORES", "TASKS", "Score", "TaskScores", "current_name", "in_row", "meanings", "row_scale"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,16 @@ TASKS: dict[Task, TaskScores] = {
     "multiclass": TaskScores("accuracy", "test error", "share of examples", "accuracy", "accuracy"),
     "multilabel": TaskScores("gap", "100 − GAP@20", "100 (1 − GAP@20)", "hit1", "average precision"),
 }
+
+
+def current_name(key: str) -> str:
+    """A key of a log or of results, with the name that its score has today; version 0.1 had another one.
+
+    Example:
+        >>> current_name("val/agreement"), current_name("agreement_mean"), current_name("disagreement")
+        ('val/divergence', 'divergence_mean', 'disagreement')
+    """
+    return re.sub(r"(?<![a-z])agreement(?![a-z])", "divergence", key)
 
 
 def in_row(name: str, value: float) -> float:

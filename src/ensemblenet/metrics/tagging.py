@@ -32,7 +32,7 @@ class TaggingMetrics(MetricCollection):
     | `micro_ap`, `macro_ap` | average precision of all predictions, in one list and in a list for each class |
     | `head_gap`, `head_gap_0`, ... | GAP@20 of single heads, their mean and each |
     | `nll` | negative log-likelihood of the ensemble in nats, summed over classes |
-    | `agreement` | how far the heads are from the ensemble, see [`ensemblenet.functional.divergence`][] |
+    | `divergence` | how far the heads are from the ensemble, see [`ensemblenet.functional.divergence`][] |
 
     The definitions are those of the challenge's code. In lists, the recall's denominator counts all labels, also
     those that are not among a video's best 20. Choices that it leaves to chance are made here: equal scores in a list
@@ -236,7 +236,7 @@ class _Tagging(Metric):
             "micro_ap": _from_counts(self.counts.sum(1))[0],
             "macro_ap": _mean(_from_counts(self.counts.movedim(1, 0)), labelled),
             "nll": self.nll / self.videos,
-            "agreement": self.divergence / self.videos,
+            "divergence": self.divergence / self.videos,
         }
         heads = self._head_gaps(positives.sum()) if self.num_heads > 1 else [values["gap"]]
         values["head_gap"] = torch.stack(heads).mean()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from ensemblenet.metrics.scores import current_name
+
 __all__ = ["Curve", "read_curves"]
 
 Curve = list[tuple[float, float]]
@@ -13,7 +15,7 @@ Curve = list[tuple[float, float]]
 def read_curves(folder: Path) -> dict[str, Curve]:
     """Points (step, value) of each name that a run logged; empty for a folder without logs.
 
-    A resumed run logs some steps again; their last values count.
+    A resumed run logs some steps again; their last values count. Names that old logs have are given as they are today.
 
     Args:
         folder: the run's folder.
@@ -29,5 +31,5 @@ def read_curves(folder: Path) -> dict[str, Curve]:
             for row in csv.DictReader(file):
                 for name, value in row.items():
                     if value and name not in ("step", "epoch"):
-                        curves.setdefault(name, {})[int(row["step"])] = float(value)
+                        curves.setdefault(current_name(name), {})[int(row["step"])] = float(value)
     return {name: sorted(points.items()) for name, points in curves.items()}

@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ensemblenet.reports.figures import DPI, NARROW, THEMES, Figure
 from ensemblenet.reports.tables import MACS_NOTE, Column, results_columns
-from ensemblenet.storage.runs import aside
+from ensemblenet.storage.atomic import atomic_path
 
 __all__ = ["Card", "Cards", "write_page"]
 
@@ -88,7 +88,7 @@ def write_page(
             return item
         images = {theme: item.png(theme) for theme in THEMES}
         if figure_files:
-            with aside(path.with_name(f"{item.name}.png")) as unfinished:
+            with atomic_path(path.with_name(f"{item.name}.png")) as unfinished:
                 unfinished.write_bytes(images["light"])
         width = int.from_bytes(images["light"][16:20]) * 96 // DPI  # in CSS pixels; a PNG begins with its size
         return {"caption": item.caption, "images": images, "width": width, "wide": width > 1.1 * NARROW * 96}
@@ -104,7 +104,7 @@ def write_page(
         notes=notes,
         environment={key: value for key, value in environment.items() if value != []},
     )
-    with aside(path) as unfinished:
+    with atomic_path(path) as unfinished:
         unfinished.write_text(page, encoding="utf-8")
 
 

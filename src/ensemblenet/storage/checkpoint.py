@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ensemblenet.conversion.convert import rebuild
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError, LoadError
 from ensemblenet.recipe import Recipe
+from ensemblenet.storage.atomic import atomic_folder
 from ensemblenet.storage.hub import local_folder
 
 __all__ = ["load", "read_description", "save"]
@@ -31,7 +31,7 @@ _MOST_TEXT_BYTES = 1 << 24
 def save(model: EnsembleNet, directory: str | os.PathLike[str], description: Mapping[str, Any] | None = None) -> Path:
     """Write a converted model's recipe and weights into a new directory.
 
-    The files are written aside and renamed, so a directory of that name is always whole.
+    The directory gets its name when its files are written, so one of that name is always whole.
 
     Args:
         model: a model that [`ensemblenet.convert`][] made.
@@ -64,20 +64,11 @@ def save(model: EnsembleNet, directory: str | os.PathLike[str], description: Map
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; save to a new directory.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        (aside / _RECIPE).write_text(model.recipe.to_json())
-        save_model(model, str(aside / _WEIGHTS))
+    with atomic_folder(target) as unfinished:
+        (unfinished / _RECIPE).write_text(model.recipe.to_json())
+        save_model(model, str(unfinished / _WEIGHTS))
         if description is not None:
-            (aside / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-        aside.chmod(0o755)
-        aside.replace(target)
-    except BaseException:
-        for file in aside.glob("*"):
-            file.unlink()
-        aside.rmdir()
-        raise
+            (unfinished / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     return target
 
 

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ensemblenet.errors import BusyError, TrainingError
-from ensemblenet.storage.runs import write_json
+from ensemblenet.storage.atomic import write_json
 
 __all__ = ["LOCK", "NOTE", "KeepFolder", "Writer", "read_writer", "sole_writer"]
 

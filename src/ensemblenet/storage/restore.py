@@ -20,9 +20,10 @@ from ensemblenet.data import load_all
 from ensemblenet.data.classes import KnownClasses, refuse_other_classes
 from ensemblenet.errors import LoadError
 from ensemblenet.inputs import InputSpec
+from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.checkpoint import read_description
 from ensemblenet.storage.hub import PREFIX, local_folder
-from ensemblenet.storage.runs import CONFIG, write_json
+from ensemblenet.storage.runs import CONFIG
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.storage.trust import read_config
 from ensemblenet.training.module import Classifier, ClassifierTask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -11,8 +10,7 @@ import shlex
 import statistics
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from itertools import count
@@ -20,22 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
 
+from ensemblenet._moved import renamed
 from ensemblenet.cost import Cost
-from ensemblenet.errors import TrainingError
 
 __all__ = [
-    "AsideCheckpointIO",
-    "aside",
     "create_run_folder",
     "environment",
     "quiet_lightning",
     "result_row",
     "scores_row",
     "unfinished_runs",
-    "write_json",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "AsideCheckpointIO": "ensemblenet.training.checkpoints.AtomicCheckpointIO",
+        "aside": "ensemblenet.storage.atomic.atomic_path",
+        "write_json": "ensemblenet.storage.atomic.write_json",
+    },
+)
 
 CONFIG = "config.yaml"
 RESULTS = "results.json"
@@ -62,58 +65,6 @@ def unfinished_runs(runs: Path, name: str) -> list[Path]:
     made = {path: match for path in runs.glob("*") if (match := names.fullmatch(path.name))}
     begun = [path for path in made if (path / CONFIG).exists() and not (path / RESULTS).exists()]
     return sorted(begun, key=lambda path: (made[path][1], int(made[path][2] or 1)), reverse=True)
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """Yields a name to write a file under; it takes the file's own name only when it is complete.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "results.json"
-        >>> with aside(path) as unfinished:
-        ...     _ = unfinished.write_text("{}")
-        ...     path.exists()
-        False
-        >>> path.read_text()
-        '{}'
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write plain data for people to read, complete or not at all."""
-    with aside(path) as unfinished:
-        unfinished.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-
-
-class AsideCheckpointIO(TorchCheckpointIO):
-    """Saves a checkpoint under another name first, so that a kill leaves the last one whole."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        """Save a Lightning checkpoint.
-
-        Raises:
-            TrainingError: it cannot be written, as on a full disk.
-        """
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with aside(Path(path)) as unfinished:
-                torch.save(checkpoint, unfinished)
-        except (OSError, RuntimeError) as error:  # torch.save raises either
-            raise TrainingError(
-                f"The checkpoint {path} cannot be written: {error}. The last good one is kept: free some space and go "
-                f"on with `ensemblenet fit --resume {Path(path).parents[1]}`."
-            ) from error
 
 
 def environment() -> dict[str, Any]:

@@ -18,7 +18,8 @@ from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
 from ensemblenet.metrics.scores import SCORES, in_row
 from ensemblenet.reports.comparison import PAGE, summary, write_comparison
-from ensemblenet.storage.runs import ENVIRONMENT, RESULTS, aside, environment, result_row, write_json
+from ensemblenet.storage.atomic import atomic_path, write_json
+from ensemblenet.storage.runs import ENVIRONMENT, RESULTS, environment, result_row
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.study.journal import Journal
 from ensemblenet.study.methods import METHODS
@@ -269,7 +270,7 @@ def _spreads(outcomes: Sequence[Outcome]) -> dict[str, float]:
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     """The rows' plain values, one line a method."""
     flat = [{key: value for key, value in row.items() if not isinstance(value, (dict, list))} for row in rows]
-    with aside(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
         writer.writeheader()
         writer.writerows(flat)

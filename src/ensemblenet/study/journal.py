@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ensemblenet.errors import TrainingError
+from ensemblenet.metrics.scores import current_name
 from ensemblenet.study.trials import Outcome, Trial, trial_key
 
 __all__ = ["Journal"]
-
-_RENAMED = {"agreement": "divergence"}  # of outcomes, since version 0.1
 
 
 class Journal:
@@ -50,7 +49,7 @@ class Journal:
             try:
                 entry = json.loads(line)
                 outcome: dict[str, Any] = entry["outcome"]
-                self.outcomes[trial_key(entry["cell"])] = {_RENAMED.get(k, k): value for k, value in outcome.items()}
+                self.outcomes[trial_key(entry["cell"])] = {current_name(k): value for k, value in outcome.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TrainingError(f"{path}, line {number} is no finished trial; remove that line.") from error
 

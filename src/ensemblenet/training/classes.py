@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import DESCRIPTION, Describes, compare_classes, stored_classes
-from ensemblenet.storage.runs import write_json
 
 __all__ = ["KeepClasses"]
 

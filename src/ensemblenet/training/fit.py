@@ -35,6 +35,7 @@ from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage import TRUST_HELP
+from ensemblenet.storage.atomic import atomic_path, write_json
 from ensemblenet.storage.lock import KeepFolder, sole_writer
 from ensemblenet.storage.restore import expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
@@ -42,16 +43,14 @@ from ensemblenet.storage.runs import (
     CONFIG,
     ENVIRONMENT,
     RESULTS,
-    AsideCheckpointIO,
-    aside,
     create_run_folder,
     environment,
     quiet_lightning,
     scores_row,
-    write_json,
 )
 from ensemblenet.storage.trust import config_option
 from ensemblenet.training.averaging import AveragedWeights
+from ensemblenet.training.checkpoints import AtomicCheckpointIO
 from ensemblenet.training.classes import KeepClasses
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.options import (
@@ -390,7 +389,7 @@ class _FitCLI(LightningCLI):
         check_callbacks(callbacks)
         self.folder = agreed_folder(self._choose_folder)
         if is_first_process():
-            with aside(self.folder / CONFIG) as unfinished:
+            with atomic_path(self.folder / CONFIG) as unfinished:
                 self.parser.save(self.config, unfinished, overwrite=True, skip_unset=False)
                 stored = yaml.safe_load(unfinished.read_text())
                 unfinished.write_text(yaml.safe_dump(_without_objects(stored), sort_keys=False))
@@ -403,7 +402,7 @@ class _FitCLI(LightningCLI):
             *_more_loggers(self.config["log_to"], self.folder),
             *listed(chosen["logger"]),
         ]
-        kwargs["plugins"] = [AsideCheckpointIO(), *listed(chosen["plugins"])]
+        kwargs["plugins"] = [AtomicCheckpointIO(), *listed(chosen["plugins"])]
         kwargs["callbacks"] = [
             KeepClasses(self.folder),
             ConvertFirst(),

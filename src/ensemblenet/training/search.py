@@ -16,7 +16,7 @@ from ensemblenet import Budget, Plan, plans
 from ensemblenet.conversion.planning import preference
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
-from ensemblenet.storage.runs import write_json
+from ensemblenet.storage.atomic import write_json
 
 __all__ = ["Candidate", "before_search", "candidates", "rungs", "search"]
 
