@@ -488,7 +488,7 @@ class TakenOver(Callback):
 
 
 def test_a_run_whose_folder_was_taken_over_writes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensemblenet.training.fit.LearningRateMonitor", lambda _: TakenOver())
+    monkeypatch.setattr("ensemblenet.training.settings.LearningRateMonitor", lambda _: TakenOver())
     with pytest.raises(TrainingError, match=r"belongs to process 1 on host elsewhere since .* now, not to this run"):
         fit(make(tmp_path)[1:])
     [folder] = (tmp_path / "runs").iterdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ensemblenet.training.fit import _FitCLI
+from ensemblenet.training.settings import FitCLI
 
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if path.parent.name != "compare"
@@ -21,7 +21,7 @@ def test_a_shipped_config_makes_module_data_and_trainer(config, tmp_path):
     offline = ["--model.base.init_args.weights", "null"] if "weights" in model["base"]["init_args"] else []
     arguments = ["--config", str(config), "--runs", str(tmp_path), "--trainer.accelerator", "cpu", *offline]
     with ExitStack() as held:
-        cli = _FitCLI(arguments, held)
+        cli = FitCLI(arguments, held)
         assert (cli.model.conversion is None) == (model["conversion"] is None)
         assert cli.folder.parent == tmp_path
         assert (cli.folder / "config.yaml").is_file()

@@ -25,12 +25,12 @@ from ensemblenet.errors import TrainingError
 from ensemblenet.heads import Choice, FusedEnsembleNet
 from ensemblenet.models import create
 from ensemblenet.storage.restore import restore
+from ensemblenet.training.callbacks import time_left
 from ensemblenet.training.checkpoints import AtomicCheckpointIO
 from ensemblenet.training.fit import fit
 from ensemblenet.training.mixing import Mixing, soft_targets
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.optimization import Optimization, build_optimizer, layer_depths
-from ensemblenet.training.progress import time_left
 
 OWN_CODE = """
 import time
@@ -150,7 +150,7 @@ class Remember(Callback):
 
 
 def test_averaged_weights_are_what_is_stored(tmp_path, monkeypatch):
-    monkeypatch.setattr("ensemblenet.training.fit.LearningRateMonitor", lambda _: Remember())
+    monkeypatch.setattr("ensemblenet.training.settings.LearningRateMonitor", lambda _: Remember())
     folder = fit([*make(tmp_path), "--ema", "0.6"])
     average = dict(Remember.seen[0])
     for step, weights in enumerate(Remember.seen[1:], 1):
@@ -367,7 +367,7 @@ class FullDisk(AtomicCheckpointIO):
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr("ensemblenet.training.fit.AtomicCheckpointIO", FullDisk)
+    monkeypatch.setattr("ensemblenet.training.settings.AtomicCheckpointIO", FullDisk)
     FullDisk.saved = 0
     arguments = make(tmp_path)
     try:
@@ -394,6 +394,6 @@ def test_a_logger_without_its_library(tmp_path, monkeypatch, name):
     def missing(*args, **kwargs):
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(f"ensemblenet.training.fit.{logger}", missing)
+    monkeypatch.setattr(f"ensemblenet.training.loggers.{logger}", missing)
     with pytest.raises(TrainingError, match=rf"--log_to {name} needs its library: pip install {name}"):
         fit([*make(tmp_path), "--log_to", name])

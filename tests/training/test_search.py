@@ -18,7 +18,7 @@ from ensemblenet.training.module import Conversion
 from ensemblenet.training.search import Candidate, candidates, search
 
 
-def entrants():
+def among():
     return [Candidate("base"), *(Candidate(name, Conversion(split_at=name)) for name in "abcdef")]
 
 
@@ -35,7 +35,7 @@ def scorer(quality, log):
 def test_the_better_half_goes_on_and_the_base_always(tmp_path):
     log = []
     quality = dict(zip(["base", *"abcdef"], [0.5, 0.1, 0.6, 0.3, 0.2, 0.9, 0.4], strict=True))
-    chosen = search(tmp_path, entrants(), 80, scorer(quality, log))
+    chosen = search(tmp_path, among(), 80, scorer(quality, log))
     assert [{name for name, length in log if length == rung} for rung in (10, 20, 40)] == [
         {"base", *"abcdef"},
         {"base", *"ebf"},
@@ -49,7 +49,7 @@ def test_the_better_half_goes_on_and_the_base_always(tmp_path):
 @pytest.mark.parametrize("best", [0.5, 0.7])
 def test_the_base_is_chosen_where_no_conversion_is_better(tmp_path, best):
     quality = dict.fromkeys("abcdef", 0.4) | {"c": best, "base": 0.7}
-    assert search(tmp_path, entrants(), 8, scorer(quality, [])).name == "base"  # also where they are equal
+    assert search(tmp_path, among(), 8, scorer(quality, [])).name == "base"  # also where they are equal
 
 
 def test_a_killed_search_goes_on_after_what_is_finished(tmp_path):
@@ -63,13 +63,13 @@ def test_a_killed_search_goes_on_after_what_is_finished(tmp_path):
         return whole(candidate, length)
 
     with pytest.raises(KeyboardInterrupt):
-        search(tmp_path, entrants(), 80, dying)
-    assert search(tmp_path, entrants(), 80, whole).name == "e"
+        search(tmp_path, among(), 80, dying)
+    assert search(tmp_path, among(), 80, whole).name == "e"
     assert len(log) == len(set(log)) == 13  # nothing ran twice
 
 
 def test_the_scores_of_a_search_with_other_settings_are_not_taken(tmp_path):
-    search(tmp_path, entrants(), 8, scorer(dict.fromkeys(["base", *"abcdef"], 0.5), []))
+    search(tmp_path, among(), 8, scorer(dict.fromkeys(["base", *"abcdef"], 0.5), []))
     others = [Candidate("base"), Candidate("a", Conversion(split_at="a", budget=0.5))]
     with pytest.raises(TrainingError, match=r"plan.json is of a search with other settings of a; start a new run"):
         search(tmp_path, others, 8, scorer({}, []))

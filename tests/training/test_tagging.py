@@ -128,7 +128,7 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_weights(tmp_path, monk
     whole = fit(arguments)
     assert len(set(whole.glob("checkpoints/*"))) == 1
 
-    monkeypatch.setattr("ensemblenet.training.fit.Progress", lambda speed: Kill(7))  # 5 batches an epoch
+    monkeypatch.setattr("ensemblenet.training.settings.Progress", lambda speed: Kill(7))  # 5 batches an epoch
     with pytest.raises(KilledError):
         fit([*arguments, "--name", "killed", "--checkpoint_steps", "1"])
     monkeypatch.undo()

@@ -4,83 +4,47 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import traceback
 import warnings
-from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
-from torch.utils.data import DataLoader
 
 from ensemblenet import measure_cost
-from ensemblenet.data import __all__ as data_modules
+from ensemblenet._moved import renamed
 from ensemblenet.data import load_all
-from ensemblenet.data.loading import seed_generators
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
-from ensemblenet.storage import TRUST_HELP
-from ensemblenet.storage.atomic import atomic_path, write_json
-from ensemblenet.storage.lock import KeepFolder, sole_writer
+from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CHECKPOINT,
     CONFIG,
     ENVIRONMENT,
     RESULTS,
-    create_run_folder,
     environment,
     quiet_lightning,
     scores_row,
 )
 from ensemblenet.storage.trust import config_option
-from ensemblenet.training.averaging import AveragedWeights
-from ensemblenet.training.checkpoints import AtomicCheckpointIO
-from ensemblenet.training.classes import KeepClasses
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.options import (
-    REPLACED,
-    check_callbacks,
     check_replaced,
-    check_trainer,
-    listed,
     replaced_options,
 )
-from ensemblenet.training.processes import agreed_folder, is_first_process
-from ensemblenet.training.progress import Progress, Speed
-from ensemblenet.training.resume import changed_setting, take_unfinished
-from ensemblenet.training.search import Candidate, before_search, candidates, search
+from ensemblenet.training.processes import is_first_process
+from ensemblenet.training.search import Candidate, candidates, search
+from ensemblenet.training.settings import FitCLI, complete_arguments
 
-__all__ = ["EpochSeed", "fit"]
+__all__ = ["fit"]
 
-_USAGE = "ensemblenet fit --config FILE [--data FOLDER] [--KEY VALUE ...]"
-_DESCRIPTION = """Train a network, or the multi-headed model that it converts to.
-
-It needs a YAML file: `ensemblenet fit --config configs/mnist1d/ensemblenet.yaml`. Every setting of the file
-is also an option below. `model.base` takes a class_path with init_args, your own classes too if their folder
-is on PYTHONPATH; so does `data`, and `--data FOLDER` is short for --data.init_args.folder FOLDER. The run gets a
-folder of its own under --runs with the configuration, the environment, logs for TensorBoard and as CSV,
-checkpoints, and results.json.
-"""
-_MLFLOW_RUN = "mlflow_run.txt"
-_TRUST = "--trust"
-# Defaults of callbacks may be such, as Timer's is, and are written to config.yaml.
-yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
+__getattr__ = renamed(__name__, {"EpochSeed": "ensemblenet.training.callbacks.EpochSeed"})
 
 
 def fit(arguments: Sequence[str]) -> Path:
@@ -106,7 +70,7 @@ def fit(arguments: Sequence[str]) -> Path:
         return _finished(cli)
 
 
-def _finished(cli: _FitCLI) -> Path:
+def _finished(cli: FitCLI) -> Path:
     """The folder of a run after its training, its test and its results."""
     folder, module, data = cli.folder, cli.model, cli.datamodule
     if is_first_process():
@@ -125,15 +89,15 @@ def _finished(cli: _FitCLI) -> Path:
     return folder
 
 
-def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = None) -> _FitCLI:
+def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = None) -> FitCLI:
     """A run that is ready to begin, or to go on; its folder is this process's until held ends."""
     quiet_lightning()
     check_replaced(replaced_options(arguments))
-    complete = _with_stored_config(_with_data_folder(arguments))
+    complete = complete_arguments(arguments)
     load_all()
     try:
         with _lightning_errors():
-            return _FitCLI(complete, held, folder)
+            return FitCLI(complete, held, folder)
     except ArgumentError as error:
         raise TrainingError(_plain(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
@@ -152,7 +116,7 @@ def _lightning_errors() -> Iterator[None]:
         raise TrainingError(str(error) or f"Lightning's {frame.f_code.co_qualname} failed.") from error
 
 
-def _train(cli: _FitCLI) -> None:
+def _train(cli: FitCLI) -> None:
     checkpoint = cli.folder / CHECKPOINT
     resumed = str(checkpoint) if checkpoint.exists() else None
     expect_classes(stored_classes(cli.folder), cli.datamodule)
@@ -174,7 +138,7 @@ def _train(cli: _FitCLI) -> None:
         )
 
 
-def _searched(cli: _FitCLI) -> Candidate:
+def _searched(cli: FitCLI) -> Candidate:
     """The plan that short runs in a folder within the run's chose."""
     if cli.trainer.world_size > 1:
         raise TrainingError("--plan search runs in one process; train the plan that it finds in several.")
@@ -184,7 +148,7 @@ def _searched(cli: _FitCLI) -> Candidate:
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     inputs, *_ = next(iter(cli.datamodule.train_dataloader()))
-    entrants = candidates(cli.model.network, inputs, cli.model.conversion or Conversion())
+    among = candidates(cli.model.network, inputs, cli.model.conversion or Conversion())
 
     def score(candidate: Candidate, length: int) -> float:
         where = ["--runs", str(cli.folder / "search"), "--name", f"{candidate.name}-{length}-epochs"]
@@ -197,7 +161,7 @@ def _searched(cli: _FitCLI) -> Candidate:
         gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
         return metrics[f"val/{'accuracy' if proxy.model.task == 'multiclass' else 'gap'}"]
 
-    return search(cli.folder, entrants, epochs, score)
+    return search(cli.folder, among, epochs, score)
 
 
 def _arguments(chosen: Candidate) -> list[str]:
@@ -220,319 +184,7 @@ def _innermost(error: BaseException) -> BaseException:
     return error
 
 
-class EpochSeed(Callback):
-    """Starts every epoch and every step from a seed of its own: what is replayed after a kill draws the same numbers.
-
-    Shuffling, augmentation, mixing and dropout then depend on (seed, epoch, batch) alone and no generator needs saving.
-    It holds for data that is loaded in the main process, and for data modules that seed their examples themselves.
-
-    Args:
-        seed: the run's.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Seed all global generators for the epoch, on all processes alike.
-
-        The loader gets a generator of its own: making its iterator would draw from the global one.
-        """
-        loader = trainer.train_dataloader
-        if isinstance(loader, DataLoader) and loader.generator is None:
-            loader.generator = torch.Generator()
-        mixed = self.seed * 1_000_003 + trainer.current_epoch
-        seed_everything(mixed % 2**32, verbose=False)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Seed them for the step, on each process otherwise."""
-        key = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
-        seed_generators(*key)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(torch.initial_seed())
-
-
-class ConvertFirst(Callback):
-    """Comes before all others, so that what they copy, freeze or average in their own setup is what will be trained."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Convert the base, which Lightning would have done only after them."""
-        pl_module.setup(stage)
-
-
-class Announce(Callback):
-    """Says where a run is kept, how its heads run, where it goes on; and, at its end, how many records were skipped.
-
-    Args:
-        folder: the run's.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print it, once for all processes."""
-        if not trainer.is_global_zero:
-            return
-        lines = [f"Run folder: {self.folder}"]
-        if isinstance(pl_module, Classifier) and pl_module.conversion is not None:
-            lines.append(f"The heads run {pl_module.choice.heads}: {pl_module.choice.reason}.")
-        if trainer.global_step:
-            lines.append(f"It goes on in epoch {trainer.current_epoch}, after {trainer.global_step:,} steps.")
-        for line in lines:
-            Console().print(line, highlight=False, soft_wrap=True)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print it, where damaged records are skipped."""
-        if trainer.is_global_zero and (skipped := getattr(trainer.train_dataloader, "skipped", 0)):
-            print(f"Damaged records skipped in training, counted once an epoch: {skipped:,}")
-
-
-class RunCheckpoint(ModelCheckpoint):
-    """The run's own: its state in a checkpoint has another name than that of a user's ModelCheckpoint."""
-
-    @property
-    def state_key(self) -> str:
-        """What its state is called."""
-        return f"run's {super().state_key}"
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to keep a state from which the run could not go on."""
-        super().on_train_start(trainer, pl_module)
-        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        goes_on = hasattr(trainer.train_dataloader, "state_dict") or is_overridden("state_dict", data)
-        if self._every_n_train_steps and not goes_on:
-            raise TrainingError(
-                "checkpoint_steps needs data that can go on in the middle of an epoch, such as ImageData; leave it out."
-            )
-
-
-class _FitCLI(LightningCLI):
-    """Reads the configuration and makes module, data and trainer, and the run's folder.
-
-    Args:
-        args: command-line arguments.
-        held: when it ends, other processes may write the folder.
-        folder: of a run that this process has opened before; None makes or finds one.
-    """
-
-    folder: Path
-
-    def __init__(self, args: list[str], held: ExitStack, folder: Path | None = None) -> None:
-        self.held, self.opened = held, folder
-        super().__init__(
-            Classifier,
-            LightningDataModule,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
-            seed_everything_default=0,
-            run=False,
-            args=args,
-            parser_kwargs={
-                "prog": "ensemblenet fit",
-                "usage": _USAGE,
-                "description": _DESCRIPTION,
-                "exit_on_error": False,
-            },
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what belongs to the run and not to Lightning."""
-        for name in REPLACED:  # runs of earlier versions have them in their configuration, without a value
-            parser.add_argument(f"--{name}", type=str | dict[str, Any] | None, default=SUPPRESS, help=SUPPRESS)
-        parser.add_argument("--name", default="fit", help="begins the name of the run's folder")
-        parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made")
-        parser.add_argument(
-            "--plan",
-            type=Literal["given", "search"],
-            default="given",
-            help="'search' finds by short runs whether the base or which of its conversions to train in full; of "
-            "model.conversion the budget, seed, init and combine stay",
-        )
-        parser.add_argument(
-            "--checkpoint_steps",
-            type=int | None,
-            help="save the run's state also after every so many batches, to resume in the middle of a long epoch; "
-            "the data must be able to (all of ensemblenet.data are)",
-        )
-        parser.add_argument(
-            "--ema",
-            type=float | None,
-            help="test and store an exponential moving average of the weights with this decay, such as 0.9999",
-        )
-        parser.add_argument(
-            "--log_to",
-            type=Literal["wandb", "mlflow"] | None,
-            help="log also to Weights & Biases or MLflow; for more settings, use --trainer.logger",
-        )
-        parser.add_argument(
-            "--resume",
-            type=str | None,
-            help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' for the "
-            "newest unfinished run of this name and these settings that no process is writing, or else a new one",
-        )
-        parser.add_argument(_TRUST, action="store_true", default=SUPPRESS, help=f"with --resume: {TRUST_HELP}")
-
-    def before_instantiate_classes(self) -> None:
-        """Refuse what the run could not honour."""
-        check_replaced({name: self.config.pop(name, None) for name in REPLACED})
-        if (steps := self.config["checkpoint_steps"]) is not None and steps < 1:
-            raise TrainingError(f"checkpoint_steps must be at least 1, got {steps}.")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Make the trainer, whose logs and checkpoints go to the run's folder."""
-        chosen = self.config_init["trainer"]
-        check_trainer(chosen)
-        callbacks = listed(chosen["callbacks"])
-        check_callbacks(callbacks)
-        self.folder = agreed_folder(self._choose_folder)
-        if is_first_process():
-            with atomic_path(self.folder / CONFIG) as unfinished:
-                self.parser.save(self.config, unfinished, overwrite=True, skip_unset=False)
-                stored = yaml.safe_load(unfinished.read_text())
-                unfinished.write_text(yaml.safe_dump(_without_objects(stored), sort_keys=False))
-        steps, ema = self.config["checkpoint_steps"], self.config["ema"]
-        speed = Speed()
-        own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
-        kwargs["logger"] = [
-            TensorBoardLogger(self.folder, name="tensorboard", version=""),
-            CSVLogger(self.folder, name="csv"),
-            *_more_loggers(self.config["log_to"], self.folder),
-            *listed(chosen["logger"]),
-        ]
-        kwargs["plugins"] = [AtomicCheckpointIO(), *listed(chosen["plugins"])]
-        kwargs["callbacks"] = [
-            KeepClasses(self.folder),
-            ConvertFirst(),
-            EpochSeed(self.config["seed_everything"]),
-            Announce(self.folder),
-            KeepFolder(self.folder),
-            speed,
-            *([] if chosen["enable_progress_bar"] is False or own_bar else [Progress(speed)]),
-            LearningRateMonitor("step"),
-            *([] if ema is None else [AveragedWeights(ema)]),
-            self._checkpoints(save_on_train_epoch_end=True),
-            *([self._checkpoints(every_n_train_steps=steps, save_on_train_epoch_end=False)] if steps else []),
-            *callbacks,
-        ]
-        trainer = super().instantiate_trainer(**kwargs)
-        if chosen["profiler"] is not None:  # without a file, it would report to a log that nobody sees
-            profiler = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue]
-            profiler.dirpath, profiler.filename = profiler.dirpath or self.folder, profiler.filename or "profile"
-        return trainer
-
-    def _checkpoints(self, **when: Any) -> ModelCheckpoint:
-        return RunCheckpoint(self.folder / CHECKPOINT.parent, CHECKPOINT.stem, enable_version_counter=False, **when)
-
-    def _choose_folder(self) -> Path:
-        """The run's folder, whose one writer this process is from now on."""
-        name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
-        if self.opened is not None:
-            return self.opened
-        if resume == "auto" and (found := take_unfinished(Path(runs), name, self._change, self.held)):
-            return found
-        if resume in (None, "auto"):
-            folder = create_run_folder(Path(runs), name)
-            self.held.enter_context(sole_writer(folder))
-            return folder
-        folder = Path(resume)
-        # settings newer than the run get their defaults; what may be named was checked with the arguments
-        stored = self.parser.parse_args(config_option(folder / CONFIG, trust=True))
-        self.held.enter_context(sole_writer(folder))
-        if (folder / RESULTS).exists():
-            raise TrainingError(f"{folder} is finished: it has {RESULTS}. Leave --resume out for a new run.")
-        if change := self._change(folder, self._plain(stored), may_move=True):
-            raise TrainingError(f"{folder} was made with {change}. Leave that out, or --resume for a new run.")
-        return folder
-
-    def _change(self, folder: Path, stored: Mapping[str, Any], may_move: bool = False) -> str | None:
-        """The first setting that decides the result and that the folder's run was made with otherwise."""
-        now = self._plain(self.config)
-        if now["plan"] == "search":
-            stored, now = before_search(stored, folder), before_search(now)
-        return changed_setting(stored, now, may_move=may_move)
-
-    def _plain(self, config: Namespace) -> dict[str, Any]:
-        return yaml.safe_load(self.parser.dump(config, skip_unset=False))
-
-
-def _more_loggers(name: str | None, folder: Path) -> list[Logger]:
-    """W&B or MLflow, in the run's folder, under the run's name."""
-    if name is None:
-        return []
-    try:
-        if name == "wandb":
-            return [WandbLogger(folder.name, save_dir=folder, id=folder.name, resume="allow")]
-        return [_mlflow(folder)]
-    except ModuleNotFoundError as error:
-        raise TrainingError(f"--log_to {name} needs its library: pip install {name}.") from error
-
-
-def _mlflow(folder: Path) -> MLFlowLogger:
-    """A logger to MLFLOW_TRACKING_URI, or to a database in the run's folder; a resumed run goes on in its own run."""
-    known = folder / _MLFLOW_RUN
-    logger = MLFlowLogger(
-        "ensemblenet",
-        run_name=folder.name,
-        tracking_uri=os.getenv("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}",
-        run_id=known.read_text() if known.is_file() else None,
-    )
-    if is_first_process():
-        known.write_text(str(logger.run_id))
-    return logger
-
-
-def _without_objects(stored: Any) -> Any:
-    """A stored configuration without defaults that are objects: they have no text, and stay the defaults."""
-    if not isinstance(stored, dict):
-        return [_without_objects(value) for value in stored] if isinstance(stored, list) else stored
-    return {
-        name: _without_objects(value)
-        for name, value in stored.items()
-        if not str(value).startswith("Unable to serialize instance")
-    }
-
-
-def _with_stored_config(arguments: list[str]) -> list[str]:
-    """The arguments, behind the configuration of the run that they resume."""
-    trust = _TRUST in arguments
-    untrusting = [argument for argument in arguments if argument != _TRUST]
-    resume = _value_of("--resume", arguments)
-    if resume in (None, "auto"):
-        return untrusting
-    if not Path(resume, CONFIG).is_file():
-        raise TrainingError(f"{resume} is no run folder: it has no {CONFIG}. Give a folder under runs/, or 'auto'.")
-    return [*config_option(Path(resume, CONFIG), trust), *untrusting]
-
-
-def _with_data_folder(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--data FOLDER` written out."""
-    written = list(arguments)
-    for place, following in enumerate(written[1:], 1):
-        if written[place - 1] == "--data" and _is_folder(following):
-            written[place - 1] = "--data.init_args.folder"
-    return written
-
-
-def _is_folder(text: str) -> bool:
-    """Whether `--data` means a folder, there or not; else it is a file of settings, or the name of a class."""
-    if Path(text).suffix in (".yaml", ".yml", ".json"):
-        return False
-    return "/" in text or Path(text).is_dir() or not ("." in text or text in data_modules)
-
-
-def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if argument == option:
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.split("=", 1)[1]
-    return None
-
-
-def _row(cli: _FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
+def _row(cli: FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
     module: Classifier = cli.model
     cost = measure_cost(module.network, cli.trainer.precision_plugin.convert_input(module.example_inputs))
     method = "base" if module.conversion is None else "ensemblenet"

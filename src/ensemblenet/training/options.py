@@ -30,7 +30,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from ensemblenet.errors import TrainingError
-from ensemblenet.training.averaging import AveragedWeights
+from ensemblenet.training.callbacks import AveragedWeights
 from ensemblenet.training.optimization import Optimization
 
 __all__ = ["REPLACED", "check_callbacks", "check_replaced", "check_trainer", "listed", "replaced_options"]

@@ -87,16 +87,16 @@ def rungs(epochs: int) -> list[int]:
     return sorted({max(1, round(share * epochs)) for share in _RUNGS if share * epochs < epochs})
 
 
-def search(folder: Path, entrants: Sequence[Candidate], epochs: int, score: Score) -> Candidate:
+def search(folder: Path, among: Sequence[Candidate], epochs: int, score: Score) -> Candidate:
     """Successive halving (Jamieson and Talwalkar 2016): all conversions for a short time, the better half for longer.
 
     The base runs along on every rung and is chosen if no conversion beats it on the last one. Every run starts anew
-    and ends with its own learning-rate schedule. Short runs favour the base and wide heads: a conversion that needs
-    the whole length to win may be passed over, but hardly one is chosen that loses.
+    and ends with its own learning-rate schedule. Short runs favour the base and wide heads, so the search errs towards
+    keeping the base: a conversion that wins only at full length is missed.
 
     Args:
         folder: of the run; `plan.json` there keeps what is finished, and a search that was killed goes on after it.
-        entrants: what [`candidates`][] gives, the base first.
+        among: what [`candidates`][] gives, the base first.
         epochs: of the run itself.
         score: trains a candidate for so many epochs and gives its score on validation data.
 
@@ -106,22 +106,22 @@ def search(folder: Path, entrants: Sequence[Candidate], epochs: int, score: Scor
     Raises:
         TrainingError: the folder has a search with other settings.
     """
-    _recall(folder / _PLAN, entrants)
-    base, conversions = entrants[0], list(entrants[1:])
+    _recall(folder / _PLAN, among)
+    base, conversions = among[0], list(among[1:])
     length = 0
     for length in rungs(epochs):
         for candidate in (base, *conversions):
             if length not in candidate.scores:
                 candidate.scores[length] = score(candidate, length)
-                write_json(folder / _PLAN, {"epochs": epochs, "candidates": [asdict(entrant) for entrant in entrants]})
+                write_json(folder / _PLAN, {"epochs": epochs, "candidates": [asdict(candidate) for candidate in among]})
         conversions.sort(key=lambda candidate: candidate.scores[length], reverse=True)
         if length != rungs(epochs)[-1]:
             conversions = conversions[: max(1, len(conversions) // 2)]
     best = conversions[0]
     chosen = best if best.scores[length] > base.scores[length] else base
-    described = [asdict(entrant) for entrant in entrants]
+    described = [asdict(candidate) for candidate in among]
     write_json(folder / _PLAN, {"epochs": epochs, "candidates": described, "chosen": chosen.name})
-    _show(entrants, chosen, rungs(epochs))
+    _show(among, chosen, rungs(epochs))
     return chosen
 
 
@@ -142,11 +142,11 @@ def before_search(config: Mapping[str, Any], folder: Path | None = None) -> dict
     return {**config, "model": {**model, "conversion": kept}}
 
 
-def _recall(path: Path, entrants: Sequence[Candidate]) -> None:
+def _recall(path: Path, among: Sequence[Candidate]) -> None:
     if not path.exists():
         return
     known: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in json.loads(path.read_text())["candidates"]}
-    for candidate in entrants:
+    for candidate in among:
         if candidate.name in known:
             settings = asdict(candidate)["conversion"] or {}
             stored = known[candidate.name]["conversion"] or {}
@@ -156,12 +156,12 @@ def _recall(path: Path, entrants: Sequence[Candidate]) -> None:
             candidate.scores = {int(length): value for length, value in scores.items()}
 
 
-def _show(entrants: Sequence[Candidate], chosen: Candidate, lengths: Sequence[int]) -> None:
+def _show(among: Sequence[Candidate], chosen: Candidate, lengths: Sequence[int]) -> None:
     table = Table(title=f"Plan: {chosen.name}", caption="Scores on validation data; higher is better.")
     table.add_column("candidate")
     for length in lengths:
         table.add_column(f"{length} epochs", justify="right")
-    for candidate in entrants:
+    for candidate in among:
         table.add_row(
             candidate.name,
             *(f"{100 * candidate.scores[length]:.2f}" if length in candidate.scores else "" for length in lengths),
