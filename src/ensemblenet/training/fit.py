@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from ensemblenet import measure_cost
+from ensemblenet.cost import measure_cost
 from ensemblenet.data import __all__ as data_modules
 from ensemblenet.data import load_all
 from ensemblenet.data.loading import seed_generators
@@ -34,7 +34,7 @@ from ensemblenet.recipe import Conversion
 from ensemblenet.storage import TRUST_HELP
 from ensemblenet.storage.atomic import atomic_path, write_json
 from ensemblenet.storage.lock import KeepFolder, sole_writer
-from ensemblenet.storage.restore import expect_classes, store, stored_classes
+from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CHECKPOINT,
     CONFIG,
@@ -102,7 +102,8 @@ def _finished(cli: _FitCLI) -> Path:
     [metrics] = cli.trainer.test(module, data, verbose=False)
     if not is_first_process():
         return folder
-    store(module, data, folder)
+    description = data.description() if isinstance(data, Describes) else {}
+    store(module.network, module.task, module.example_inputs.shape[1:], description, folder)
     row = _row(module, metrics, cli.config["seed_everything"])
     write_json(folder / RESULTS, {"rows": [row]})
     return folder

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
-from ensemblenet.functional import divergence
+from ensemblenet.functional import ClassifierTask, divergence
 from ensemblenet.heads import Choice, HeadsMode, choose, current_mode, fuse, unfuse
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
@@ -26,7 +26,6 @@ from ensemblenet.training.optimization import Optimization, build_optimizer, bui
 __all__ = ["Classifier", "Conversion", "head_outputs", "seen_outputs"]
 
 Batch = tuple[Tensor, Tensor]
-ClassifierTask = Literal["multiclass", "multilabel"]
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 
 
