@@ -27,9 +27,10 @@ from torch import Tensor
 
 from ensemblenet._moved import renamed
 
-__all__ = ["Combine", "Reduction", "Task", "codistillation", "combine_heads", "divergence"]
+__all__ = ["ClassifierTask", "Combine", "Reduction", "Task", "codistillation", "combine_heads", "divergence"]
 
 Task = Literal["multiclass", "multilabel", "regression"]
+ClassifierTask = Literal["multiclass", "multilabel"]
 Combine = Literal["logits", "probabilities"]
 Reduction = Literal["mean", "sum", "none"]
 

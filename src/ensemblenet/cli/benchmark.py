@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ensemblenet import convert, fuse
 from ensemblenet.cli.options import add_base, base_of, command_parser, positive_integer
-from ensemblenet.heads import tune
+from ensemblenet.conversion.convert import convert
+from ensemblenet.heads import fuse, tune
 from ensemblenet.inputs import InputSpec
 from ensemblenet.timing import measure, step
 

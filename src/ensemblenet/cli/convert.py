@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ensemblenet import convert as convert_network
-from ensemblenet import save
 from ensemblenet.cli.options import add_base, base_of, command_parser
+from ensemblenet.conversion.convert import convert as convert_network
 from ensemblenet.errors import ConversionError
 from ensemblenet.models.sources import source_named
 from ensemblenet.reports.tables import MACS_NOTE
+from ensemblenet.storage.checkpoint import save
 
 __all__ = ["convert"]
 

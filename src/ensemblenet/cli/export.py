@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ensemblenet import EnsembleNet, fuse
-from ensemblenet import export as export_model
 from ensemblenet.cli.options import add_trained_models, check_new, command_parser, positive_integer
 from ensemblenet.deploy.export import Exported, Format
+from ensemblenet.deploy.export import export as export_model
+from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError
+from ensemblenet.heads import fuse
 from ensemblenet.inputs import InputSpec
 from ensemblenet.models.sources import create
 from ensemblenet.storage.restore import restore

@@ -10,8 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet import Capacity, EnsembleNet, measure_cost, plans, spare_capacity
 from ensemblenet.cli.options import add_base, add_trust, base_of, command_parser
+from ensemblenet.conversion.capacity import Capacity, spare_capacity
+from ensemblenet.conversion.convert import plans
+from ensemblenet.cost import measure_cost
+from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import InputSpec
 from ensemblenet.reports.tables import MACS_NOTE

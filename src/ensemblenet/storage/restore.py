@@ -15,18 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ensemblenet import EnsembleNet, load, save
 from ensemblenet.data import load_all
 from ensemblenet.data.classes import KnownClasses, refuse_other_classes
+from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
+from ensemblenet.functional import ClassifierTask
 from ensemblenet.inputs import InputSpec
-from ensemblenet.storage.atomic import write_json
-from ensemblenet.storage.checkpoint import read_description
+from ensemblenet.storage.atomic import atomic_folder, write_json
+from ensemblenet.storage.checkpoint import load, read_description, save
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.runs import CONFIG
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.storage.trust import read_config
-from ensemblenet.training.module import Classifier, ClassifierTask
 
 __all__ = [
     "DESCRIPTION",
@@ -93,24 +93,31 @@ class Restored:
             return self.network(InputSpec(self.input_shape).zeros()).shape[1]
 
 
-def store(module: Classifier, data: LightningDataModule, folder: Path) -> None:
+def store(
+    network: nn.Module,
+    task: ClassifierTask,
+    input_shape: Sequence[int],
+    description: Mapping[str, Any],
+    folder: Path,
+) -> None:
     """Keep a trained network in its run's folder, in place of what a killed run left there.
 
     Args:
-        module: with a base or a conversion of one.
-        data: what it was trained on.
+        network: a base or a conversion of one; it is left in evaluation mode.
+        task: what its targets are.
+        input_shape: of one example.
+        description: what [`Describes`][ensemblenet.storage.restore.Describes] gives of its data; empty where unknown.
         folder: the run's.
     """
     shutil.rmtree(folder / _MODEL, ignore_errors=True)
-    network = module.network.eval()
-    description = {"task": module.task, "input_shape": list(module.example_inputs.shape[1:])}
-    description |= data.description() if isinstance(data, Describes) else {}
+    network.eval()
+    description = {"task": task, "input_shape": list(input_shape), **description}
     if isinstance(network, EnsembleNet):
         save(network, folder / _MODEL, description)
         return
-    (folder / _MODEL).mkdir()
-    write_json(folder / _MODEL / DESCRIPTION, description)
-    save_model(network, str(folder / _MODEL / _WEIGHTS))
+    with atomic_folder(folder / _MODEL) as unfinished:
+        write_json(unfinished / DESCRIPTION, description)
+        save_model(network, str(unfinished / _WEIGHTS))
 
 
 def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *, trust: bool = False) -> Restored:

@@ -16,13 +16,13 @@ from typing import Any
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from ensemblenet import measure_cost
 from ensemblenet._moved import renamed
+from ensemblenet.cost import measure_cost
 from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
-from ensemblenet.storage.restore import expect_classes, store, stored_classes
+from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CHECKPOINT,
     CONFIG,
@@ -83,7 +83,8 @@ def _finished(cli: FitCLI) -> Path:
     if batches := cli.config["trainer"]["fast_dev_run"]:
         print(f"A trial of {int(batches)} batch(es): it keeps no results.")
         return folder
-    store(module, data, folder)
+    description = data.description() if isinstance(data, Describes) else {}
+    store(module.network, module.task, module.example_inputs.shape[1:], description, folder)
     row = _row(cli, metrics)
     write_json(folder / RESULTS, {"rows": [row]})
     return folder

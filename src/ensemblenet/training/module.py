@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
-from ensemblenet.functional import divergence
+from ensemblenet.functional import ClassifierTask, divergence
 from ensemblenet.heads import Choice, HeadsMode, choose, current_mode, fuse, unfuse
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
@@ -34,7 +34,6 @@ from ensemblenet.training.optimization import (
 __all__ = ["Classifier", "Conversion", "head_outputs", "seen_outputs"]
 
 Batch = tuple[Tensor, Tensor]
-ClassifierTask = Literal["multiclass", "multilabel"]
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 
 

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet import Budget, Plan, plans
-from ensemblenet.conversion.planning import preference
+from ensemblenet.conversion.convert import plans
+from ensemblenet.conversion.planning import Plan, preference
+from ensemblenet.cost import Budget
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
