@@ -22,6 +22,7 @@ from ensemblenet.cli.test import test as run_test
 from ensemblenet.errors import DataError
 from ensemblenet.training.fit import fit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BASES = {
     "video": {"class_path": "MLPTagger", "init_args": {"feature_size": RGB + AUDIO, "hidden": [16], "dropout": 0.0}},
     "frame": {
@@ -46,14 +47,6 @@ class Kill(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
             raise KilledError
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rated(made):

@@ -11,7 +11,7 @@ import yaml
 from ensemblenet.training.fit import _FitCLI
 
 CONFIGS = sorted(
-    path for path in (Path(__file__).parents[2] / "configs").rglob("*.yaml") if path.parent.name != "compare"
+    path for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if path.parent.name != "compare"
 )
 
 
