@@ -21,7 +21,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[f"{path.parent.name}-{path.stem}" for path in CONFIGS])
-def test_a_config_trains(config, tmp_path):
+def test_a_config_trains(config: Path, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
 
