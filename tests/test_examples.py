@@ -13,7 +13,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_and_learns(path, tmp_path):
+def test_an_example_runs_and_learns(path: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     accuracy = re.search(r"^accuracy: (0\.\d+|1\.0+)$", done.stdout, re.MULTILINE)
@@ -23,5 +23,5 @@ def test_an_example_runs_and_learns(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_short(path):
+def test_an_example_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 60

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def problems(draw, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_identity(task):
+def test_identity(task: str) -> None:
     """Both forms of L are equal for every target and under every option."""
 
     @settings(max_examples=150, deadline=None, derandomize=True)
@@ -105,7 +106,7 @@ def test_identity(task):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("task", TASKS)
-def test_example_weight_counts_an_example_that_often(task, combine, reduction):
+def test_example_weight_counts_an_example_that_often(task: str, combine: str, reduction: str) -> None:
     z, y = heads(K, N, C, 2), targets(task, dense=(2,))
     times = torch.tensor([2, 0, 1, 3, 1])
     options = {"class_weight": torch.tensor([0.5, 1.0, 2.0, 3.0]), "combine": combine}
@@ -119,13 +120,13 @@ def test_example_weight_counts_an_example_that_often(task, combine, reduction):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_weights_zero_and_one_are_plain_losses(task, weight):
+def test_weights_zero_and_one_are_plain_losses(task: str, weight: float) -> None:
     z, y = heads(), targets(task)
     expected = plain(z.mean(0), y, task) if weight == 0 else torch.stack([plain(z_k, y, task) for z_k in z]).mean()
     torch.testing.assert_close(codistillation(z, y, weight, task), expected)
 
 
-def test_multiclass_against_scipy_and_scikit_learn():
+def test_multiclass_against_scipy_and_scikit_learn() -> None:
     z, y = heads(), targets("multiclass")
     p, pbar = z.softmax(2).numpy(), z.mean(0).softmax(1).numpy()
     apart = np.mean([entropy(pbar, p_k, axis=1) for p_k in p])
@@ -134,7 +135,7 @@ def test_multiclass_against_scipy_and_scikit_learn():
     assert codistillation(z, y, 2.0).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_probabilities_against_scipy_and_scikit_learn():
+def test_probabilities_against_scipy_and_scikit_learn() -> None:
     z, y = heads(), targets("multiclass")
     p = z.softmax(2).numpy()
     apart = np.mean([entropy(p.mean(0), p_k, axis=1) for p_k in p])
@@ -144,7 +145,7 @@ def test_probabilities_against_scipy_and_scikit_learn():
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-def test_multilabel_against_scipy_and_scikit_learn(combine):
+def test_multilabel_against_scipy_and_scikit_learn(combine: str) -> None:
     z, y = heads(), targets("multilabel")
     p = z.sigmoid()
     ensemble = z.mean(0).sigmoid() if combine == "logits" else p.mean(0)
@@ -157,7 +158,7 @@ def test_multilabel_against_scipy_and_scikit_learn(combine):
 
 
 @pytest.mark.parametrize("combine", COMBINES)
-def test_regression_is_the_ambiguity_decomposition(combine):
+def test_regression_is_the_ambiguity_decomposition(combine: str) -> None:
     z, y = heads(), targets("regression")
     ambiguity = z.var(0, correction=0).sum(1).mean() / 2
     torch.testing.assert_close(divergence(z, "regression", combine=combine), ambiguity)
@@ -167,7 +168,7 @@ def test_regression_is_the_ambiguity_decomposition(combine):
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 2.0, 7.0])
 @pytest.mark.parametrize("task", TASKS)
-def test_closed_form_gradient(task, weight):
+def test_closed_form_gradient(task: str, weight: float) -> None:
     """dL/dz_k = (weight * p_k + (1 - weight) * pbar - y) / K: the ensemble's part reaches every head."""
     z, y = heads().requires_grad_(), targets(task)
     mean_of = {"multiclass": lambda x: x.softmax(-1), "multilabel": torch.sigmoid, "regression": lambda x: x}[task]
@@ -179,7 +180,7 @@ def test_closed_form_gradient(task, weight):
 @pytest.mark.parametrize("weight", [0.0, 2.0])
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("task", TASKS)
-def test_gradcheck(task, combine, weight):
+def test_gradcheck(task: str, combine: str, weight: float) -> None:
     z, y = heads(2, 3, 3, 2).requires_grad_(), targets(task, 3, 3, (2,))
     options = {"combine": combine, "class_weight": torch.tensor([0.5, 1.0, 2.0])}
     options["label_smoothing"] = 0.0 if task == "regression" else 0.1
@@ -189,7 +190,7 @@ def test_gradcheck(task, combine, weight):
     assert gradcheck(lambda z: divergence(z, task, combine=combine), z)
 
 
-def test_the_ensemble_is_no_fixed_teacher():
+def test_the_ensemble_is_no_fixed_teacher() -> None:
     z = heads().requires_grad_()
     log_p = z.log_softmax(2)
     teacher = log_p.detach().exp().mean(0)
@@ -201,7 +202,7 @@ def test_the_ensemble_is_no_fixed_teacher():
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("task", TASKS)
-def test_never_negative(task, combine):
+def test_never_negative(task: str, combine: str) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
         seed=st.integers(0, 2**16),
@@ -220,7 +221,7 @@ def test_never_negative(task, combine):
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("task", TASKS)
-def test_extreme_logits_give_finite_values_and_gradients(task, combine):
+def test_extreme_logits_give_finite_values_and_gradients(task: str, combine: str) -> None:
     z = 1e4 * torch.randint(-1, 2, (4, 64, 5), generator=seeded()).float()
     z.requires_grad_()
     for weight in (0.0, 2.0):
@@ -231,20 +232,20 @@ def test_extreme_logits_give_finite_values_and_gradients(task, combine):
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_large_logits_keep_their_digits(task):
+def test_large_logits_keep_their_digits(task: str) -> None:
     """In float32 both terms of a gap may be 1e4, and the gap 1e-2."""
     z = 1e4 + (heads(4, N, C) * 8).round() / 8  # eighths, so float32 rounds neither them nor their mean
     torch.testing.assert_close(divergence(z.float(), task).double(), divergence(z, task), rtol=1e-5, atol=0)
 
 
-def test_confident_labels_keep_their_digits():
+def test_confident_labels_keep_their_digits() -> None:
     z = 12 + (heads(4, N, C) * 8).round() / 8
     for sign in (1, -1):
         in_float32 = divergence(sign * z.float(), "multilabel").double()
         torch.testing.assert_close(in_float32, divergence(z, "multilabel"), rtol=1e-5, atol=0)
 
 
-def test_classes_masked_in_every_head_are_left_out():
+def test_classes_masked_in_every_head_are_left_out() -> None:
     z, y = heads(), torch.zeros(N, dtype=torch.long)
     masked = z.clone()
     masked[:, :, -1] = -math.inf
@@ -262,7 +263,7 @@ OPTIONS = [{}, {"label_smoothing": 0.1}, {"class_weight": torch.rand(10, generat
     ("task", "options"),
     [(t, o) for t in TASKS for o in OPTIONS if (t, *o) != ("regression", "label_smoothing")],
 )
-def test_one_head_is_the_plain_loss_bit_by_bit(task, options, combine):
+def test_one_head_is_the_plain_loss_bit_by_bit(task: str, options: tuple[str, ...], combine: str) -> None:
     z = heads(1, 257, 10, dtype=torch.float32)
     y = targets(task, 257, 10, dtype=torch.float32)
     for reduction in ("mean", "sum", "none"):
@@ -275,7 +276,7 @@ def test_one_head_is_the_plain_loss_bit_by_bit(task, options, combine):
     assert divergence(z, task, combine=combine) == 0
 
 
-def test_where_nothing_counts_the_mean_is_nan_as_in_cross_entropy():
+def test_where_nothing_counts_the_mean_is_nan_as_in_cross_entropy() -> None:
     z, y = heads(), torch.full((N,), -100)
     assert F.cross_entropy(z[0], y).isnan()
     assert codistillation(z, y, 2.0).isnan()
@@ -284,7 +285,7 @@ def test_where_nothing_counts_the_mean_is_nan_as_in_cross_entropy():
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("task", TASKS)
-def test_autocast_and_low_precision_are_computed_in_float32(task, combine):
+def test_autocast_and_low_precision_are_computed_in_float32(task: str, combine: str) -> None:
     z, y = heads().bfloat16(), targets(task)
     expected = codistillation(z.float(), y, 2.0, task, combine=combine)
     with torch.autocast("cpu", torch.bfloat16):
@@ -301,7 +302,7 @@ def test_autocast_and_low_precision_are_computed_in_float32(task, combine):
 
 @pytest.mark.parametrize("combine", COMBINES)
 @pytest.mark.parametrize("task", TASKS)
-def test_compile_and_vmap(task, combine):
+def test_compile_and_vmap(task: str, combine: str) -> None:
     z, y = torch.stack([heads(seed=0), heads(seed=1)]), torch.stack([targets(task, seed=s) for s in (0, 1)])
 
     def loss(z, y):
@@ -313,7 +314,7 @@ def test_compile_and_vmap(task, combine):
     torch.testing.assert_close(compiled(z[0], y[0]), expected[0])
 
 
-def test_integer_and_boolean_targets():
+def test_integer_and_boolean_targets() -> None:
     z = heads()
     y = targets("multiclass")
     assert codistillation(z, y.to(torch.uint8), 2.0) == codistillation(z, y, 2.0)
@@ -322,12 +323,12 @@ def test_integer_and_boolean_targets():
 
 
 class TestCombineHeads:
-    def test_logits(self):
+    def test_logits(self) -> None:
         z = heads()
         assert torch.equal(combine_heads(z), z.mean(0))
 
     @pytest.mark.parametrize("dense", [(), (2, 3)])
-    def test_probabilities(self, dense):
+    def test_probabilities(self, dense: tuple[int, ...]) -> None:
         z = heads(K, N, C, *dense)
         torch.testing.assert_close(combine_heads(z, "probabilities").exp(), z.softmax(2).mean(0))
         labels = combine_heads(z, "probabilities", "multilabel").sigmoid()
@@ -336,12 +337,12 @@ class TestCombineHeads:
 
     @pytest.mark.parametrize("task", TASKS)
     @pytest.mark.parametrize("combine", COMBINES)
-    def test_one_head_is_itself(self, combine, task):
+    def test_one_head_is_itself(self, combine: str, task: str) -> None:
         z = heads(1, N, C)
         assert torch.equal(combine_heads(z, combine, task), z[0])
 
     @pytest.mark.parametrize("task", TASKS)
-    def test_extreme_logits(self, task):
+    def test_extreme_logits(self, task: str) -> None:
         z = torch.tensor([[[1e4, -1e4]], [[-1e4, -1e4]]], requires_grad=True)
         combined = combine_heads(z, "probabilities", task)
         combined.sum().backward()
@@ -349,7 +350,7 @@ class TestCombineHeads:
         assert z.grad is not None
         assert z.grad.isfinite().all()
 
-    def test_vmap(self):
+    def test_vmap(self) -> None:
         z = torch.stack([heads(seed=0), heads(seed=1)])
         expected = torch.stack([combine_heads(x, "probabilities") for x in z])
         torch.testing.assert_close(torch.vmap(lambda x: combine_heads(x, "probabilities"))(z), expected)
@@ -362,7 +363,7 @@ class TestCombineHeads:
             ((heads(K, N), "probabilities"), "shape (K, N, C) or (K, N, C, *)"),
         ],
     )
-    def test_bad_input(self, args, message):
+    def test_bad_input(self, args: tuple[Any, ...], message: str) -> None:
         with pytest.raises(ValueError, match=re.escape(message)):
             combine_heads(*args)
 
@@ -456,12 +457,12 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input(case):
+def test_bad_input(case: str) -> None:
     args, options, error, message = BAD_INPUT[case]
     with pytest.raises(error, match=re.escape(message)):
         codistillation(*args, **options)
 
 
-def test_divergence_asks_for_heads():
+def test_divergence_asks_for_heads() -> None:
     with pytest.raises(ValueError, match="ask the model for all heads"):
         divergence(Z[0])

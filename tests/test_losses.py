@@ -1,6 +1,7 @@
 """CoDistillationLoss: the pure function as a module."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -26,27 +27,27 @@ Y = torch.tensor([0, 1, 2, 3, 1])
         ("regression", Z[1], {"reduction": "none"}),
     ],
 )
-def test_is_the_pure_function(task, target, options):
+def test_is_the_pure_function(task: str, target: torch.Tensor, options: dict[str, Any]) -> None:
     example_weight = torch.arange(5.0)
     actual = CoDistillationLoss(3.0, task, **options)(Z, target, example_weight)
     assert torch.equal(actual, codistillation(Z, target, 3.0, task, example_weight=example_weight, **options))
 
 
-def test_the_weight_is_2_unless_given_and_may_change():
+def test_the_weight_is_2_unless_given_and_may_change() -> None:
     criterion = CoDistillationLoss()
     assert torch.equal(criterion(Z, Y), codistillation(Z, Y, 2.0))
     criterion.weight = 0.5
     assert torch.equal(criterion(Z, Y), codistillation(Z, Y, 0.5))
 
 
-def test_class_weight_is_a_buffer():
+def test_class_weight_is_a_buffer() -> None:
     criterion = CoDistillationLoss(class_weight=torch.arange(1.0, 5.0))
     assert list(criterion.state_dict()) == ["class_weight"]
     assert list(CoDistillationLoss().state_dict()) == []
     assert criterion.double()(Z.double(), Y).dtype == torch.float64
 
 
-def test_trains_an_ensemble_and_refuses_its_combined_prediction():
+def test_trains_an_ensemble_and_refuses_its_combined_prediction() -> None:
     torch.manual_seed(0)
     model = EnsembleNet(nn.Linear(4, 8), [nn.Linear(8, 4) for _ in range(3)])
     criterion = CoDistillationLoss()
@@ -69,16 +70,16 @@ def test_trains_an_ensemble_and_refuses_its_combined_prediction():
         ({"label_smoothing": 0.1, "task": "regression"}, "has no label_smoothing"),
     ],
 )
-def test_bad_options_are_refused_before_training(options, message):
+def test_bad_options_are_refused_before_training(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         CoDistillationLoss(**options)
 
 
-def test_repr_shows_the_options():
+def test_repr_shows_the_options() -> None:
     assert repr(CoDistillationLoss(weight=3.0)).startswith("CoDistillationLoss(weight=3.0, task='multiclass', combine")
 
 
-def test_compiles_in_one_graph_with_its_gradient():
+def test_compiles_in_one_graph_with_its_gradient() -> None:
     criterion = CoDistillationLoss(2.0, label_smoothing=0.1)
     gradients = []
     for loss in (criterion, torch.compile(criterion, backend="aot_eager", fullgraph=True)):

@@ -74,5 +74,10 @@ def _wait() -> None:
 
 
 def cuda_devices(x: Tensor) -> list[torch.device]:
-    """The CUDA device of the inputs, if any; its random state must be restored beside the CPU's."""
+    """The CUDA device of the inputs, if any; its random state must be restored beside the CPU's.
+
+    Example:
+        >>> cuda_devices(torch.zeros(2, 3))
+        []
+    """
     return [x.device] if x.device.type == "cuda" else []

@@ -14,7 +14,7 @@ from ensemblenet.cli import main as cli
 NET = "ensemblenet.models:MNIST1DNet"
 
 
-def test_help_lists_the_commands_without_loading_torch():
+def test_help_lists_the_commands_without_loading_torch() -> None:
     code = "import sys; from ensemblenet.cli.main import main\n"
     code += "try: main(['--help'])\nfinally: print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -24,14 +24,16 @@ def test_help_lists_the_commands_without_loading_torch():
 
 
 @pytest.mark.parametrize("command", ["demo", "info", "convert", "compare", "fit"])
-def test_each_help_says_what_the_command_needs(command, capsys):
+def test_each_help_says_what_the_command_needs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
     assert exit_.value.code == 0
     assert "need" in capsys.readouterr().out.lower()
 
 
-def test_info_shows_cost_split_points_and_widths(capsys, monkeypatch):
+def test_info_shows_cost_split_points_and_widths(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["info", NET, "--num-heads", "3", "--budget", "0.9"]) == 0
     printed = capsys.readouterr().out
@@ -42,12 +44,12 @@ def test_info_shows_cost_split_points_and_widths(capsys, monkeypatch):
     assert "does not fit" in printed
 
 
-def test_info_takes_timm_names_and_an_input_shape(capsys):
+def test_info_takes_timm_names_and_an_input_shape(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", "test_resnet", "--input-shape", "3,64,64", "--num-classes", "5"]) == 0
     assert "parameters" in capsys.readouterr().out
 
 
-def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path, capsys):
+def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "models" / "net"
     arguments = ["convert", NET, "--num-heads", "4", "--budget", "0.95", "--output", str(output)]
     assert cli.main(arguments) == 0
@@ -75,7 +77,9 @@ def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path, capsys):
         (["fit", "--resume", "missing"], "missing is no run folder"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, capsys):
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(arguments) == 2
     captured = capsys.readouterr().err
     assert captured.startswith(f"ensemblenet {arguments[0]}: ")
@@ -96,14 +100,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, capsys)
         ["info", NET, "--num-heads", "0"],
     ],
 )
-def test_wrong_usage_exits_with_code_2(arguments, capsys):
+def test_wrong_usage_exits_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch):
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ensemblenet.cli.info.base_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["info", NET])

@@ -1,6 +1,8 @@
 """Narrowing rules, one small network for each kind of coupling."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -240,7 +242,7 @@ class RecurrentHead(nn.Module):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_gated_recurrent_units_are_narrowed(bidirectional):
+def test_gated_recurrent_units_are_narrowed(bidirectional: bool) -> None:
     x = torch.randn(3, 5, 6)
     model = convert(RecurrentHead(bidirectional), x, 2, 0.9, "first").eval()
     for head in model.heads:
@@ -253,6 +255,6 @@ def test_gated_recurrent_units_are_narrowed(bidirectional):
 
 
 @pytest.mark.parametrize("operation", [F.logsigmoid, lambda x: x.clone().transpose_(2, 3)])
-def test_operations_that_let_channels_through(operation):
+def test_operations_that_let_channels_through(operation: Callable[..., Any]) -> None:
     model = convert(Between(Function(operation)), torch.randn(2, 3, 8, 8), 2, 0.9, "input")
     assert all(head.get_submodule("first").out_channels < 64 for head in model.heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_convert_says_when_it_is_likely_to_hurt() -> None:
         convert(MNIST1DNet(16), X, capacity=Capacity(0.04, 0.8))
 
 
-def test_info_says_it_of_a_run(tmp_path, capsys) -> None:
+def test_info_says_it_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     init = {"num_train": 40, "num_val": 40, "num_test": 50, "batch_size": 20}
     options = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--runs", str(tmp_path)]
     options += [f"--data.init_args.{name}={value}" for name, value in init.items()]
@@ -97,7 +98,7 @@ def test_info_says_it_of_a_run(tmp_path, capsys) -> None:
     assert "give the run of one" in capsys.readouterr().err
 
 
-def test_the_automatic_plan_keeps_a_least_width():
+def test_the_automatic_plan_keeps_a_least_width() -> None:
     widths = {plan.split.name: plan.width for plan in plans(MNIST1DNet(32), X, 3, 1.0)}
     assert widths["conv1"] < 0.5 <= widths["input"]
     chosen = [convert(MNIST1DNet(32), X, 3, min_width=width).recipe for width in (None, 0.5)]

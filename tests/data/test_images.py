@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,7 +73,7 @@ def expected(first, count):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_format_gives_the_same_images(tmp_path, form, workers):
+def test_every_format_gives_the_same_images(tmp_path: Path, form: str, workers: int) -> None:
     if form == "parquet":
         pytest.importorskip("datasets")
     made = data(tmp_path, **{**RAW, "num_workers": workers, **FORMATS[form](tmp_path)})
@@ -83,7 +86,7 @@ def test_every_format_gives_the_same_images(tmp_path, form, workers):
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == sorted([0, 1, 2] * 8)
 
 
-def test_torchvision_sets(tmp_path):
+def test_torchvision_sets(tmp_path: Path) -> None:
     folder = make_folders(tmp_path) / "train"
     made = ImageData(folder, **{**PLAIN, "dataset": "torch/folder", "train": ".", "val": "."})
     made.setup()
@@ -91,7 +94,7 @@ def test_torchvision_sets(tmp_path):
     assert sorted(torch.cat([labels for _, labels in made.val_dataloader()]).tolist()) == sorted([0, 1, 2] * 8)
 
 
-def test_evaluation_is_timms_resize_and_crop(tmp_path):
+def test_evaluation_is_timms_resize_and_crop(tmp_path: Path) -> None:
     made = data(make_folders(tmp_path), **RAW)
     images, _ = next(iter(made.val_dataloader()))
     pixels = pil_to_tensor(picture(0, 100)) / 255  # 20 x 16: the shorter side is the size already
@@ -104,7 +107,7 @@ def test_evaluation_is_timms_resize_and_crop(tmp_path):
     assert described["crop_pct"] == 1.0
 
 
-def test_augmentation_is_drawn_anew_each_epoch_and_the_same_each_time(tmp_path):
+def test_augmentation_is_drawn_anew_each_epoch_and_the_same_each_time(tmp_path: Path) -> None:
     made, again = (data(make_folders(tmp_path) if first else tmp_path, augmentation=None, seed=1) for first in (1, 0))
 
     def epoch(loader, number):
@@ -116,13 +119,13 @@ def test_augmentation_is_drawn_anew_each_epoch_and_the_same_each_time(tmp_path):
     assert torch.equal(first, epoch(again.train_dataloader(), 0))
 
 
-def test_a_split_may_lack_a_class(tmp_path):
+def test_a_split_may_lack_a_class(tmp_path: Path) -> None:
     shutil.rmtree(make_folders(tmp_path) / "val" / "cat")
     labels = torch.cat([labels for _, labels in data(tmp_path).val_dataloader()])
     assert set(labels.tolist()) == {1, 2}
 
 
-def test_test_data_alone_is_enough_to_evaluate(tmp_path):
+def test_test_data_alone_is_enough_to_evaluate(tmp_path: Path) -> None:
     shutil.rmtree(make_folders(tmp_path) / "train")
     made = ImageData(tmp_path, **PLAIN)
     made.setup("test")
@@ -135,7 +138,7 @@ def break_image(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_named(tmp_path, workers):
+def test_a_broken_image_is_named(tmp_path: Path, workers: int) -> None:
     break_image(make_folders(tmp_path))
     with pytest.raises(DataError, match=r"train: the image dog/003\.png cannot be decoded: "):
         list(data(tmp_path, num_workers=workers).train_dataloader())
@@ -201,7 +204,7 @@ def empty_tar(folder):
         (empty_tar, r"Images of split train in .*train\.tar: "),
     ],
 )
-def test_bad_data_is_found_before_training(tmp_path, spoil, message):
+def test_bad_data_is_found_before_training(tmp_path: Path, spoil: Callable[..., Any], message: str) -> None:
     spoil(make_folders(tmp_path))
     with pytest.raises(DataError, match=message):
         data(tmp_path)
@@ -236,7 +239,7 @@ def no_label(folder):
         (lambda folder: [path.unlink() for path in folder.glob("train-*")], r"No shards match train-\*\.tar in"),
     ],
 )
-def test_bad_shards_are_found_before_training(tmp_path, spoil, message):
+def test_bad_shards_are_found_before_training(tmp_path: Path, spoil: Callable[..., Any], message: str) -> None:
     options = as_shards(tmp_path)
     spoil(tmp_path)
     with pytest.raises(DataError, match=message):
@@ -252,6 +255,6 @@ def test_bad_shards_are_found_before_training(tmp_path, spoil, message):
         ({"folder": "nowhere"}, r"nowhere is not a folder"),
     ],
 )
-def test_bad_options(tmp_path, options, message):
+def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         data(**{"folder": make_folders(tmp_path), **options})

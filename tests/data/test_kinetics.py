@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def data(folder: Path, **options) -> Kinetics:
         ("videos/ID-1.mkv", "videos/ID_2.WEBM"),
     ],
 )
-def test_annotations_find_what_downloaders_leave(tmp_path, names):
+def test_annotations_find_what_downloaders_leave(tmp_path: Path, names: tuple[str, ...]) -> None:
     expected = touch(annotate(tmp_path), *names)
     found = find_videos(tmp_path, "train.csv")
     assert found.paths == expected
@@ -75,7 +76,7 @@ def test_annotations_find_what_downloaders_leave(tmp_path, names):
     assert found.missing == 0
 
 
-def test_the_particular_name_and_the_own_class_come_first(tmp_path):
+def test_the_particular_name_and_the_own_class_come_first(tmp_path: Path) -> None:
     annotate(tmp_path)
     touch(tmp_path, "high_jump/ID-1.mp4", "a_class/ID-1.mp4")
     assert find_videos(tmp_path, "train.csv").paths == [tmp_path / "high_jump/ID-1.mp4"]
@@ -83,7 +84,7 @@ def test_the_particular_name_and_the_own_class_come_first(tmp_path):
     assert find_videos(tmp_path, "train.csv").paths == [tmp_path / "high_jump/ID-1_000002_000012.mp4"]
 
 
-def test_videos_may_lie_behind_a_link_and_annotations_elsewhere(tmp_path):
+def test_videos_may_lie_behind_a_link_and_annotations_elsewhere(tmp_path: Path) -> None:
     touch(tmp_path / "disk", "ID-1.mp4")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "videos").symlink_to(tmp_path / "disk")
@@ -93,7 +94,7 @@ def test_videos_may_lie_behind_a_link_and_annotations_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{} {}", "{}\t{}", "{},{}", "{}  {}"])
-def test_file_lists(tmp_path, line):
+def test_file_lists(tmp_path: Path, line: str) -> None:
     expected = touch(tmp_path, "some folder/a.mp4", "b.avi")
     pairs = [("some folder/a.mp4", "high_jump"), (str(tmp_path / "b.avi"), "run")]
     (tmp_path / "train.txt").write_text("\n".join(line.format(*pair) for pair in pairs) + "\n\n")
@@ -101,7 +102,7 @@ def test_file_lists(tmp_path, line):
     assert (found.paths, found.labels) == (expected, ["high jump", "run"])
 
 
-def test_numbers_as_labels_keep_their_order(tmp_path):
+def test_numbers_as_labels_keep_their_order(tmp_path: Path) -> None:
     for number in range(12):
         make_video(tmp_path / f"{number}.mp4", frames=2)
     for split in ("train", "val"):
@@ -112,14 +113,14 @@ def test_numbers_as_labels_keep_their_order(tmp_path):
     assert labels.tolist() == list(range(12))
 
 
-def test_class_folders(tmp_path):
+def test_class_folders(tmp_path: Path) -> None:
     expected = touch(tmp_path, "train/high_jump/a.mp4", "train/run/b.mov")
     touch(tmp_path, "train/run/notes.txt")
     found = find_videos(tmp_path, "train")
     assert (found.paths, found.labels) == (expected, ["high jump", "run"])
 
 
-def test_missing_videos_are_counted(tmp_path):
+def test_missing_videos_are_counted(tmp_path: Path) -> None:
     touch(annotate(tmp_path), "ID-1.mp4")
     assert find_videos(tmp_path, "train.csv").missing == 1
 
@@ -136,7 +137,7 @@ def test_missing_videos_are_counted(tmp_path):
         ("folder/", "", r"folder holds no class folders with videos \(\.mp4"),
     ],
 )
-def test_splits_that_make_no_sense(tmp_path, name, content, message):
+def test_splits_that_make_no_sense(tmp_path: Path, name: str, content: str, message: str) -> None:
     if name.endswith("/"):
         (tmp_path / name).mkdir()
     elif content is not None:
@@ -145,14 +146,14 @@ def test_splits_that_make_no_sense(tmp_path, name, content, message):
         find_videos(tmp_path, name.strip("/"))
 
 
-def test_a_class_that_training_lacks(tmp_path):
+def test_a_class_that_training_lacks(tmp_path: Path) -> None:
     make_set(tmp_path, count=2)
     (tmp_path / "val.csv").write_text(HEADER + "swim,v000,0,1,val\n")
     with pytest.raises(DataError, match=r"val\.csv has the class 'swim', which the training data does not have"):
         data(tmp_path)
 
 
-def test_evaluation_needs_no_training_data(tmp_path):
+def test_evaluation_needs_no_training_data(tmp_path: Path) -> None:
     make_set(tmp_path, count=2)
     (tmp_path / "train.csv").unlink()
     made = Kinetics(tmp_path, **SMALL)
@@ -165,7 +166,7 @@ def test_evaluation_needs_no_training_data(tmp_path):
 # -- what a batch holds
 
 
-def test_shapes(tmp_path):
+def test_shapes(tmp_path: Path) -> None:
     made = data(make_set(tmp_path), num_clips=2, num_crops=3)
     shapes = [next(iter(load()))[0].shape for load in (made.train_dataloader, made.val_dataloader)]
     assert shapes == [(2, 3, 4, 16, 16)] * 2
@@ -175,7 +176,7 @@ def test_shapes(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(48, 32), (32, 48)])
-def test_test_views_are_clips_by_crops(tmp_path, size):
+def test_test_views_are_clips_by_crops(tmp_path: Path, size: tuple[int, ...]) -> None:
     made = data(make_set(tmp_path, count=2, size=size), **{**RAW, "num_clips": 3, "crop_pct": 0.8, "batch_size": 1})
     inputs, _ = next(iter(made.test_dataloader()))
     with Video(tmp_path / "class_0" / "v000.mp4", short_side=20) as video:
@@ -189,7 +190,7 @@ def test_test_views_are_clips_by_crops(tmp_path, size):
     torch.testing.assert_close(inputs[0], torch.stack(expected))
 
 
-def test_inputs_are_normalised(tmp_path):
+def test_inputs_are_normalised(tmp_path: Path) -> None:
     raw, normal = (
         next(iter(data(make_set(tmp_path, count=2), **{**RAW, **options}).val_dataloader()))[0]
         for options in ({}, {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)})
@@ -198,7 +199,7 @@ def test_inputs_are_normalised(tmp_path):
     torch.testing.assert_close(normal, (raw - mean) / std)
 
 
-def test_augmentation_is_the_same_in_all_frames(tmp_path, monkeypatch):
+def test_augmentation_is_the_same_in_all_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = data(make_set(tmp_path, count=2), **{**RAW, "color_jitter": 0.8, "scale": (0.2, 0.5)})
     still = torch.randint(256, (1, 3, 18, 27), dtype=torch.uint8).expand(4, -1, -1, -1)
     monkeypatch.setattr(Video, "frames", lambda self, indices: still)
@@ -207,7 +208,7 @@ def test_augmentation_is_the_same_in_all_frames(tmp_path, monkeypatch):
     assert len({clip.mean().item() for clip in clips}) > 1  # but clips differ
 
 
-def test_half_of_the_clips_are_mirrored_if_asked(tmp_path):
+def test_half_of_the_clips_are_mirrored_if_asked(tmp_path: Path) -> None:
     make_set(tmp_path, count=2)
     whole = {**RAW, "scale": (1.0, 1.0), "crop_pct": 1.0}
     for flip in (True, False):
@@ -219,7 +220,7 @@ def test_half_of_the_clips_are_mirrored_if_asked(tmp_path):
         assert (8 <= sum(right) <= 24) if flip else not any(right)
 
 
-def test_workers_change_nothing_and_epochs_do(tmp_path):
+def test_workers_change_nothing_and_epochs_do(tmp_path: Path) -> None:
     make_set(tmp_path, count=6)
 
     def epoch(number, **options):
@@ -234,7 +235,7 @@ def test_workers_change_nothing_and_epochs_do(tmp_path):
     assert not torch.equal(first, epoch(0, seed=1))
 
 
-def test_whole_videos_are_cut_to_their_span(tmp_path):
+def test_whole_videos_are_cut_to_their_span(tmp_path: Path) -> None:
     make_set(tmp_path, count=2, frames=40)
     (tmp_path / "val.csv").write_text(HEADER + "class 0,v000,0.8,1.0,val\n")  # frames 20 to 24
     made = data(tmp_path, untrimmed=True, **{**RAW, "num_frames": 5, "stride": 1})
@@ -243,7 +244,7 @@ def test_whole_videos_are_cut_to_their_span(tmp_path):
     assert levels.tolist() == pytest.approx([20, 21, 22, 23, 24], abs=0.6)
 
 
-def test_a_span_behind_the_end_names_the_video(tmp_path):
+def test_a_span_behind_the_end_names_the_video(tmp_path: Path) -> None:
     make_set(tmp_path, count=2)
     (tmp_path / "val.csv").write_text(HEADER + "class 0,v000,5,6,val\n")
     with pytest.raises(DataError, match=r"v000\.mp4 ends before 5 s, where its clip begins"):
@@ -251,7 +252,7 @@ def test_a_span_behind_the_end_names_the_video(tmp_path):
 
 
 @pytest.mark.parametrize("mixing", [Mixing(mixup=0.4), Mixing(cutmix=1.0)])
-def test_mixing_takes_clips(mixing):
+def test_mixing_takes_clips(mixing: Mixing) -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     clips = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 5, 8, 8).clone()
@@ -265,7 +266,7 @@ def test_mixing_takes_clips(mixing):
 # -- what trained networks are told, and pages show
 
 
-def test_description_and_names(tmp_path):
+def test_description_and_names(tmp_path: Path) -> None:
     made = data(make_set(tmp_path))
     described = json.loads(json.dumps(made.description()))
     assert described["classes"] == ["class 0", "class 1"]
@@ -284,13 +285,13 @@ def with_bad_videos(folder: Path) -> Path:
     return folder
 
 
-def test_a_bad_video_is_an_error_that_names_it(tmp_path):
+def test_a_bad_video_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"class_1/v001\.mp4 cannot be opened as a video"):
         list(data(with_bad_videos(tmp_path)).val_dataloader())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_videos_are_skipped_and_counted(tmp_path, num_workers):
+def test_bad_videos_are_skipped_and_counted(tmp_path: Path, num_workers: int) -> None:
     loader = data(with_bad_videos(tmp_path), on_broken="skip", num_workers=num_workers).val_dataloader()
     with pytest.warns(UserWarning, match=r"v004\.mp4 has no video stream"):
         labels = torch.cat([labels for _, labels in loader])
@@ -298,14 +299,14 @@ def test_bad_videos_are_skipped_and_counted(tmp_path, num_workers):
     assert sorted(loader.broken) == [1, 4]
 
 
-def test_too_many_bad_videos(tmp_path):
+def test_too_many_bad_videos(tmp_path: Path) -> None:
     loader = data(with_bad_videos(tmp_path), on_broken="skip", max_broken=1).val_dataloader()
     several = r"More than max_broken=1 broken examples; the last: .*v004"
     with pytest.warns(UserWarning, match=r"v001\.mp4"), pytest.raises(DataError, match=several):
         list(loader)
 
 
-def test_no_files_stay_open(tmp_path):
+def test_no_files_stay_open(tmp_path: Path) -> None:
     loader = data(with_bad_videos(tmp_path), on_broken="skip").train_dataloader()
     list(loader)
     before = len(os.listdir("/proc/self/fd"))
@@ -324,6 +325,6 @@ def test_no_files_stay_open(tmp_path):
         ({"num_frames": 0}, "num_frames >= 1"),
     ],
 )
-def test_settings_that_make_no_sense(options, message):
+def test_settings_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Kinetics(Path("data"), **options)

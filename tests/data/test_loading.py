@@ -40,7 +40,9 @@ def drawn(loader, epoch=0):
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 4))
-def test_evaluation_takes_every_example_once_and_as_many_batches_everywhere(total, batch_size, world_size):
+def test_evaluation_takes_every_example_once_and_as_many_batches_everywhere(
+    total: int, batch_size: int, world_size: int
+) -> None:
     if total < world_size:
         with pytest.raises(DataError, match="do not give one on each"):
             Part(total, batch_size, world_size=world_size)
@@ -51,7 +53,7 @@ def test_evaluation_takes_every_example_once_and_as_many_batches_everywhere(tota
     assert all(1 <= len(batch) <= max(2, batch_size) for batches in ranks for batch in batches)
 
 
-def test_processes_share_the_batches_of_one_process():
+def test_processes_share_the_batches_of_one_process() -> None:
     alone = Part(50, 8, train=True, seed=1).batches(2)
     two = [Part(50, 4, train=True, seed=1, rank=rank, world_size=2).batches(2) for rank in (0, 1)]
     assert [a + b for a, b in zip(*two, strict=True)] == alone
@@ -61,7 +63,7 @@ def test_processes_share_the_batches_of_one_process():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_is_drawn_depends_on_seed_epoch_and_example_alone(workers):
+def test_what_is_drawn_depends_on_seed_epoch_and_example_alone(workers: int) -> None:
     whole = drawn(loader(), 1)
     mine = loader(workers=workers)
     drawn(mine, 0)
@@ -74,7 +76,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_example_alone(workers):
     assert len({chance[0] for chance in by_example.values()}) == 20
 
 
-def test_global_generators_are_left_alone():
+def test_global_generators_are_left_alone() -> None:
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     drawn(loader())
     assert random.getstate() == states[0]
@@ -83,7 +85,7 @@ def test_global_generators_are_left_alone():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_restored_loader_goes_on_at_the_next_batch(workers):
+def test_a_restored_loader_goes_on_at_the_next_batch(workers: int) -> None:
     whole = drawn(loader(), 4)
     first = loader(workers=workers)
     first.set_epoch(4)
@@ -99,19 +101,19 @@ def test_a_restored_loader_goes_on_at_the_next_batch(workers):
         assert drawn(second, 4) == [[column[:2] for column in batch] for batch in whole[2:]]
 
 
-def test_a_state_of_other_batches_is_refused():
+def test_a_state_of_other_batches_is_refused() -> None:
     with pytest.raises(DataError, match=r"middle of an epoch: global_batch_size was 4 and is 5\."):
         loader(batch_size=5).load_state_dict(loader().state_dict())
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_example_is_an_error(workers):
+def test_a_broken_example_is_an_error(workers: int) -> None:
     with pytest.raises(DataError, match=r"^number 7 is broken$"):
         drawn(loader(broken=[7], workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_broken_examples_are_skipped_up_to_a_limit(workers):
+def test_broken_examples_are_skipped_up_to_a_limit(workers: int) -> None:
     mine = loader(broken=[7, 3], workers=workers, on_broken="skip", max_broken=2)
     with pytest.warns(UserWarning, match=r"Skipped 2 of at most 2: number \d is broken"):
         first = drawn(mine)
@@ -123,13 +125,13 @@ def test_broken_examples_are_skipped_up_to_a_limit(workers):
         drawn(mine)
 
 
-def test_a_batch_without_a_whole_example_is_left_out():
+def test_a_batch_without_a_whole_example_is_left_out() -> None:
     mine = loader(train=False, broken=[4, 5, 6, 7], on_broken="skip")
     assert [batch[0] for batch in drawn(mine)] == [[*range(4)], *([*range(i, i + 4)] for i in (8, 12, 16))]
 
 
 @pytest.mark.parametrize("batch_size", [0, 21])
-def test_too_few_examples(batch_size):
+def test_too_few_examples(batch_size: int) -> None:
     with pytest.raises(
         DataError, match=r"batch_size must be at least 1|20 examples do not fill one batch of 21 on each"
     ):

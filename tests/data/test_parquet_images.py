@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,7 +35,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_images_are_decoded_in_order(folder):
+def test_images_are_decoded_in_order(folder: Path) -> None:
     images, labels, classes = read_parquet_images(folder / "train.parquet", rows=slice(5, 8))
     assert images.shape == (3, 3, 8, 8)
     assert images.dtype == torch.uint8
@@ -44,7 +45,7 @@ def test_images_are_decoded_in_order(folder):
     assert classes == ["cat", "dog"]
 
 
-def test_image_size_cuts_a_centred_square(tmp_path):
+def test_image_size_cuts_a_centred_square(tmp_path: Path) -> None:
     image = Image.new("RGB", (24, 8))
     image.paste((255, 0, 0), (8, 0, 16, 8))
     buffer = io.BytesIO()
@@ -54,7 +55,7 @@ def test_image_size_cuts_a_centred_square(tmp_path):
     assert (images[0, 0] == 255).all()
 
 
-def test_splits_take_their_rows(folder):
+def test_splits_take_their_rows(folder: Path) -> None:
     data = ParquetImages(folder, batch_size=4, num_val=10, limit_train=20, augment=False)
     data.setup()
     assert [len(data.examples(split)) for split in ("train", "val", "test")] == [20, 10, 10]
@@ -64,7 +65,7 @@ def test_splits_take_their_rows(folder):
     assert labels.dtype == torch.int64
 
 
-def test_training_images_are_normalized(folder):
+def test_training_images_are_normalized(folder: Path) -> None:
     data = ParquetImages(folder, batch_size=4, num_val=8, augment=False)
     data.setup()
     inputs = data.examples("train").__getitems__(list(range(32)))[0]
@@ -72,14 +73,14 @@ def test_training_images_are_normalized(folder):
     assert inputs[:, 0].std().item() == pytest.approx(1, abs=0.01)
 
 
-def test_normalize_agrees_with_the_plain_formula():
+def test_normalize_agrees_with_the_plain_formula() -> None:
     images = torch.randint(256, (10, 3, 5, 5), dtype=torch.uint8)
     normalize = Normalize.of(images)
     torch.testing.assert_close(normalize.mean.flatten(), images.float().mean((0, 2, 3)))
     torch.testing.assert_close(normalize.std.flatten(), images.float().std((0, 2, 3), correction=0))
 
 
-def test_crops_are_windows_of_the_padded_image_or_of_its_mirror():
+def test_crops_are_windows_of_the_padded_image_or_of_its_mirror() -> None:
     torch.manual_seed(0)
     images = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
     padded = torch.nn.functional.pad(images[0, 0], [2] * 4)
@@ -90,49 +91,49 @@ def test_crops_are_windows_of_the_padded_image_or_of_its_mirror():
     assert len(crops) > 40
 
 
-def test_without_class_names_labels_count_from_the_largest(tmp_path):
+def test_without_class_names_labels_count_from_the_largest(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", [encoded(1), encoded(2)], [0, 4], classes=None)
     assert read_parquet_images(path)[2] == ["0", "1", "2", "3", "4"]
 
 
-def test_a_missing_folder():
+def test_a_missing_folder() -> None:
     with pytest.raises(DataError, match=r"nowhere/train.parquet does not exist; the data folder must hold"):
         ParquetImages(Path("nowhere")).setup()
 
 
-def test_a_file_that_is_no_parquet(tmp_path):
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"nonsense")
     with pytest.raises(DataError, match="is not a readable Parquet file"):
         read_parquet_images(tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize("columns", [{"label": [1]}, {"image": [b"x"], "label": [1]}, {"image": [{"bytes": b""}]}])
-def test_wrong_columns(tmp_path, columns):
+def test_wrong_columns(tmp_path: Path, columns: dict[str, Any]) -> None:
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"must have the columns image .* and label .*; it has "):
         read_parquet_images(tmp_path / "x.parquet")
 
 
 @pytest.mark.parametrize("label", [-1, 2])
-def test_a_label_out_of_range(tmp_path, label):
+def test_a_label_out_of_range(tmp_path: Path, label: int) -> None:
     path = write(tmp_path / "x.parquet", [encoded(0)] * 3, [0, label, 1])
     with pytest.raises(DataError, match=rf"labels must be in \[0, 2\).*names 2 classes; got {label} in row 1"):
         read_parquet_images(path)
 
 
-def test_an_image_that_cannot_be_decoded(tmp_path):
+def test_an_image_that_cannot_be_decoded(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", [encoded(0), b"broken"], [0, 1])
     with pytest.raises(DataError, match=r"x.parquet, row 1: the image cannot be decoded"):
         read_parquet_images(path)
 
 
-def test_images_of_several_sizes(tmp_path):
+def test_images_of_several_sizes(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", [encoded(0), encoded(0, (9, 9))], [0, 1])
     with pytest.raises(DataError, match="images of 2 sizes; give image_size"):
         read_parquet_images(path)
     assert read_parquet_images(path, image_size=6)[0].shape == (2, 3, 6, 6)
 
 
-def test_too_few_images(folder):
+def test_too_few_images(folder: Path) -> None:
     with pytest.raises(DataError, match="has 40 rows: too few for num_val=5000"):
         ParquetImages(folder).setup()

@@ -6,6 +6,7 @@ import itertools
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from shards import write
 
 from ensemblenet.data.records import RecordLoader, Share
-from ensemblenet.data.tfrecord import index_shards
+from ensemblenet.data.tfrecord import Shard, index_shards
 from ensemblenet.errors import DataError
 
 
@@ -49,7 +50,9 @@ def flat(batches):
     num_workers=st.integers(0, 4),
     train=st.booleans(),
 )
-def test_shares_are_disjoint_and_complete(total, batch_size, world_size, num_workers, train):
+def test_shares_are_disjoint_and_complete(
+    total: int, batch_size: int, world_size: int, num_workers: int, train: bool
+) -> None:
     shares = [Share(batch_size, train, 1, 0, rank, world_size, num_workers) for rank in range(world_size)]
     taken = []
     for share in shares:
@@ -71,7 +74,9 @@ def test_shares_are_disjoint_and_complete(total, batch_size, world_size, num_wor
 
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 2), (3, 0), (2, 3)])
-def test_every_record_is_read_once_over_ranks_and_workers(shards, world_size, num_workers):
+def test_every_record_is_read_once_over_ranks_and_workers(
+    shards: list[Shard], world_size: int, num_workers: int
+) -> None:
     share = Share(4, world_size=world_size, num_workers=num_workers)
     loaders = [RecordLoader(shards, decode, replace(share, rank=rank)) for rank in range(world_size)]
     batches = [epoch(loader) for loader in loaders]
@@ -80,7 +85,7 @@ def test_every_record_is_read_once_over_ranks_and_workers(shards, world_size, nu
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_training_shuffles_and_takes_whole_batches(shards, num_workers):
+def test_training_shuffles_and_takes_whole_batches(shards: list[Shard], num_workers: int) -> None:
     loader = RecordLoader(shards, decode, Share(8, train=True, shuffle_buffer=10, num_workers=num_workers))
     first, again, second = epoch(loader, 0), epoch(loader, 0), epoch(loader, 1)
     assert first == again
@@ -90,12 +95,12 @@ def test_training_shuffles_and_takes_whole_batches(shards, num_workers):
     assert flat(first) != sorted(flat(first))
 
 
-def test_the_order_depends_on_the_seed(shards):
+def test_the_order_depends_on_the_seed(shards: list[Shard]) -> None:
     orders = [epoch(RecordLoader(shards, decode, Share(8, True, 10, seed))) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_a_buffer_larger_than_the_data_mixes_all_of_it(tmp_path):
+def test_a_buffer_larger_than_the_data_mixes_all_of_it(tmp_path: Path) -> None:
     shards = make(tmp_path, [400])
     order = flat(epoch(RecordLoader(shards, decode, Share(400, True, shuffle_buffer=1000))))
     assert sorted(order) == list(range(400))
@@ -103,14 +108,14 @@ def test_a_buffer_larger_than_the_data_mixes_all_of_it(tmp_path):
     assert moved == pytest.approx(400 / 3, rel=0.15)  # what a uniform permutation has on average
 
 
-def test_a_buffer_moves_a_record_forward_by_no_more_than_its_size(tmp_path):
+def test_a_buffer_moves_a_record_forward_by_no_more_than_its_size(tmp_path: Path) -> None:
     order = flat(epoch(RecordLoader(make(tmp_path, [400]), decode, Share(400, True, shuffle_buffer=20))))
     assert all(number < place + 20 for place, number in enumerate(order))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 @pytest.mark.parametrize("consumed", [0, 5, 11, 12])
-def test_a_restored_loader_goes_on_at_the_next_batch(shards, num_workers, consumed):
+def test_a_restored_loader_goes_on_at_the_next_batch(shards: list[Shard], num_workers: int, consumed: int) -> None:
     share = Share(4, train=True, shuffle_buffer=5, seed=3, num_workers=num_workers)
     loader = RecordLoader(shards, decode, share)
     loader.set_epoch(2)
@@ -130,7 +135,7 @@ def test_a_restored_loader_goes_on_at_the_next_batch(shards, num_workers, consum
     assert epoch(restored, 3) == epoch(loader, 3)
 
 
-def test_a_state_of_other_data_is_refused(shards):
+def test_a_state_of_other_data_is_refused(shards: list[Shard]) -> None:
     loader = RecordLoader(shards, decode, Share(4, True))
     other = RecordLoader(shards, decode, Share(5, True, num_workers=1))
     with pytest.raises(DataError, match="batch_size was 4 and is 5, num_workers was 0 and is 1"):
@@ -138,7 +143,7 @@ def test_a_state_of_other_data_is_refused(shards):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_damaged_records_are_errors_or_skipped_and_counted(shards, num_workers):
+def test_damaged_records_are_errors_or_skipped_and_counted(shards: list[Shard], num_workers: int) -> None:
     path, offset = shards[2].path, int(shards[2].offsets[5])
     data = bytearray(Path(path).read_bytes())
     data[offset + 12] ^= 1
@@ -153,13 +158,13 @@ def test_damaged_records_are_errors_or_skipped_and_counted(shards, num_workers):
     assert loader.skipped == 1
 
 
-def test_too_few_records(shards):
+def test_too_few_records(shards: list[Shard]) -> None:
     with pytest.raises(DataError, match="50 records do not fill one batch of 30 on 2 process"):
         RecordLoader(shards, decode, Share(30, True, world_size=2))
 
 
 @pytest.mark.parametrize("option", [{"batch_size": 0}, {"shuffle_buffer": 0}, {"num_workers": -1}])
-def test_numbers_out_of_range(option):
+def test_numbers_out_of_range(option: dict[str, Any]) -> None:
     [name] = option
     with pytest.raises(DataError, match=f"{name} must be at least"):
         Share(**{"batch_size": 1} | option)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,7 +31,7 @@ def expected(feature):
 
 
 @given(st.dictionaries(names, feature, max_size=5))
-def test_features_of_an_example(features):
+def test_features_of_an_example(features: dict[str, Any]) -> None:
     data = example_pb2.Example(features={"feature": features}).SerializeToString()
     for tail in (b"", b"\x12\x00"):
         found, lists = read_fields(data + tail)
@@ -40,7 +42,7 @@ def test_features_of_an_example(features):
 
 
 @given(st.dictionaries(names, feature, max_size=3), st.lists(st.binary(min_size=130, max_size=130), max_size=4))
-def test_context_and_frames_of_a_sequence_example(context, frames):
+def test_context_and_frames_of_a_sequence_example(context: dict[str, Any], frames: list[bytes]) -> None:
     message = example_pb2.SequenceExample(context={"feature": context})
     message.feature_lists.feature_list["rgb"].feature.extend(
         example_pb2.Feature(bytes_list={"value": [frame]}) for frame in frames
@@ -53,7 +55,7 @@ def test_context_and_frames_of_a_sequence_example(context, frames):
     assert frames_of(data, lists["rgb"], 130).tolist() == [list(frame) for frame in frames]
 
 
-def test_unpacked_numbers_and_unknown_fields():
+def test_unpacked_numbers_and_unknown_fields() -> None:
     # float_list with two values of wire type 5, then int64_list with two of type 0, each behind an unknown field
     floats = b"\x0d" + np.float32(1.5).tobytes() + b"\x0d" + np.float32(-2).tobytes()
     integers = b"\x08\x07\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"
@@ -62,7 +64,7 @@ def test_unpacked_numbers_and_unknown_fields():
     assert values(data, (0, len(data))) == [[], [1.5, -2.0], [7, -1]]
 
 
-def test_frames_that_are_not_laid_out_at_equal_distances():
+def test_frames_that_are_not_laid_out_at_equal_distances() -> None:
     frames = [bytes([i] * 4) for i in range(3)]
     features = [b"\x0a\x06\x0a\x04" + frame for frame in frames]
     features[1] += b"\x78\x01"  # an unknown field
@@ -73,7 +75,7 @@ def test_frames_that_are_not_laid_out_at_equal_distances():
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_read_or_refused_cleanly(data):
+def test_any_bytes_are_read_or_refused_cleanly(data: bytes) -> None:
     try:
         found, _ = read_fields(data)
         for span in found.values():
@@ -90,6 +92,6 @@ def test_any_bytes_are_read_or_refused_cleanly(data):
         (b"\x0b", "has a field of the unknown wire type 3"),
     ],
 )
-def test_bytes_that_are_no_message(data, message):
+def test_bytes_that_are_no_message(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_fields(data)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -36,7 +39,7 @@ def open_files():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_frames_are_those_of_a_plain_decode(tmp_path, name):
+def test_frames_are_those_of_a_plain_decode(tmp_path: Path, name: str) -> None:
     path = make_video(tmp_path / name, **KINDS[name])
     expected = torch.from_numpy(decode_all(path)).permute(0, 3, 1, 2)
     rng = np.random.default_rng(0)
@@ -46,7 +49,7 @@ def test_frames_are_those_of_a_plain_decode(tmp_path, name):
             assert torch.equal(video.frames(wanted), expected[torch.as_tensor(wanted)])
 
 
-def test_few_other_frames_are_decoded(tmp_path, monkeypatch):
+def test_few_other_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_video(tmp_path / "a.mp4", frames=60, codec="mpeg4", pixels="yuv420p", g=12, bf=2)
     decoded = []
     whole = Video._decode
@@ -59,13 +62,13 @@ def test_few_other_frames_are_decoded(tmp_path, monkeypatch):
         assert len(decoded) <= 12
 
 
-def test_frames_are_resized_to_their_shorter_side(tmp_path):
+def test_frames_are_resized_to_their_shorter_side(tmp_path: Path) -> None:
     for size, expected in (((48, 32), (16, 24)), ((30, 60), (32, 16)), ((51, 33), (16, 25))):
         with Video(make_video(tmp_path / f"{size[0]}.mp4", size=size), short_side=16) as video:
             assert video.frames([0]).shape == (1, 3, *expected)
 
 
-def test_rotated_videos_are_read_upright(tmp_path):
+def test_rotated_videos_are_read_upright(tmp_path: Path) -> None:
     path = turn_clockwise(make_video(tmp_path / "phone.mp4"))
     with Video(path, short_side=16) as video:
         picture = video.frames([10])[0].float().mean(0)
@@ -74,7 +77,7 @@ def test_rotated_videos_are_read_upright(tmp_path):
     assert [corner.mean().round().item() for corner in corners] == pytest.approx([90, 40, 40, 40], abs=3)
 
 
-def test_times_of_an_uneven_video(tmp_path):
+def test_times_of_an_uneven_video(tmp_path: Path) -> None:
     moments = [0, 10, 200, 210, 900]
     with Video(make_video(tmp_path / "a.mp4", frames=5, moments=moments)) as video:
         assert (video.times - video.times[0]).tolist() == pytest.approx([t / 1000 for t in moments], abs=1e-3)
@@ -92,7 +95,7 @@ def test_times_of_an_uneven_video(tmp_path):
         ("noise", "is damaged"),
     ],
 )
-def test_bad_files_are_named_and_closed(tmp_path, kind, message):
+def test_bad_files_are_named_and_closed(tmp_path: Path, kind: str, message: str) -> None:
     path = tmp_path / "bad clip.mp4"
     match kind:
         case "nothing":
@@ -117,7 +120,7 @@ def test_bad_files_are_named_and_closed(tmp_path, kind, message):
     assert open_files() == before
 
 
-def test_files_do_not_stay_open(tmp_path):
+def test_files_do_not_stay_open(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4")
     before = open_files()
     for _ in range(30):
@@ -139,7 +142,7 @@ def torchcodec():
 
 # where key frames are not what a file says, as in the other kinds, torchcodec 0.17 gives wrong frames
 @pytest.mark.parametrize("name", [name for name in KINDS if name.endswith((".mp4", ".mov"))])
-def test_torchcodec_gives_the_same_frames(tmp_path, torchcodec, name):
+def test_torchcodec_gives_the_same_frames(tmp_path: Path, torchcodec: Callable[..., Any], name: str) -> None:
     path = make_video(tmp_path / name, **KINDS[name])
     wanted = [7, 0, 19, 7, 12]
     with Video(path) as ours, torchcodec(path) as theirs:
@@ -147,7 +150,7 @@ def test_torchcodec_gives_the_same_frames(tmp_path, torchcodec, name):
         assert torch.equal(theirs.frames(wanted), ours.frames(wanted))
 
 
-def test_torchcodec_names_bad_files_and_closes_all(tmp_path, torchcodec):
+def test_torchcodec_names_bad_files_and_closes_all(tmp_path: Path, torchcodec: Callable[..., Any]) -> None:
     path = make_video(tmp_path / "noise.mp4")
     data = bytearray(path.read_bytes())
     start = data.index(b"mdat")
@@ -166,7 +169,7 @@ def test_torchcodec_names_bad_files_and_closes_all(tmp_path, torchcodec):
     assert open_files() == before
 
 
-def test_torchcodec_reads_upright_and_resizes(tmp_path, torchcodec):
+def test_torchcodec_reads_upright_and_resizes(tmp_path: Path, torchcodec: Callable[..., Any]) -> None:
     path = turn_clockwise(make_video(tmp_path / "phone.mp4"))
     with Video(path, short_side=16) as ours, torchcodec(path, short_side=16) as theirs:
         a, b = ours.frames([10, 3]), theirs.frames([10, 3])
@@ -174,7 +177,7 @@ def test_torchcodec_reads_upright_and_resizes(tmp_path, torchcodec):
     assert (a.float() - b.float()).abs().mean() < 2  # they resize in different ways
 
 
-def test_without_torchcodec_one_error_says_what_to_install(monkeypatch):
+def test_without_torchcodec_one_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(DataError, match=r"decoder=torchcodec needs the package torchcodec.*decoder=pyav needs neither"):
         reader("torchcodec")
@@ -187,7 +190,7 @@ def even(frames):
     return np.arange(frames) / 25
 
 
-def test_random_clips_begin_anywhere_and_end_within():
+def test_random_clips_begin_anywhere_and_end_within() -> None:
     sampling = ClipSampling(num_frames=3, stride=2)
     torch.manual_seed(0)
     clips = [tuple(sampling.random(even(8))) for _ in range(400)]
@@ -195,7 +198,7 @@ def test_random_clips_begin_anywhere_and_end_within():
     assert min(clips.count(clip) for clip in set(clips)) > 70  # all as often
 
 
-def test_uniform_clips_reach_from_the_first_to_the_last_frame():
+def test_uniform_clips_reach_from_the_first_to_the_last_frame() -> None:
     clips = ClipSampling(num_frames=4, stride=3).uniform(even(100), 4)
     assert [clip[0] for clip in clips] == [0, 30, 60, 90]
     assert clips[-1][-1] == 99
@@ -204,36 +207,36 @@ def test_uniform_clips_reach_from_the_first_to_the_last_frame():
 
 
 @pytest.mark.parametrize(("short", "expected"), [("loop", [0, 2, 4, 1, 3]), ("pad", [0, 2, 4, 4, 4])])
-def test_short_videos(short, expected):
+def test_short_videos(short: str, expected: list[int]) -> None:
     sampling = ClipSampling(num_frames=5, stride=2, short=short)
     assert sampling.random(even(5)).tolist() == expected
     in_seconds = ClipSampling(num_frames=5, seconds=0.4, short=short)
     assert in_seconds.random(even(5)).tolist() == expected
 
 
-def test_seconds_take_the_frame_that_is_shown():
+def test_seconds_take_the_frame_that_is_shown() -> None:
     times = np.array([0.0, 0.01, 0.02, 0.5, 1.0, 1.5])  # uneven
     [clip] = ClipSampling(num_frames=4, seconds=2.0).uniform(times, 1)
     assert clip.tolist() == [0, 3, 4, 5][: len(clip)]
 
 
-def test_seconds_make_frame_rates_alike():
+def test_seconds_make_frame_rates_alike() -> None:
     sampling = ClipSampling(num_frames=5, seconds=1.0)
     slow, fast = (sampling.uniform(np.arange(4 * rate) / rate, 3) for rate in (10, 30))
     for a, b in zip(slow, fast, strict=True):
         assert (a / 10).tolist() == pytest.approx((b / 30).tolist(), abs=0.1)
 
 
-def test_a_single_frame_is_a_clip():
+def test_a_single_frame_is_a_clip() -> None:
     for sampling in (ClipSampling(num_frames=3, stride=4), ClipSampling(num_frames=3, seconds=1.0)):
         assert sampling.random(np.zeros(1)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("wrong", [{"num_frames": 0}, {"stride": 0}, {"seconds": 0.0}])
-def test_impossible_clips(wrong):
+def test_impossible_clips(wrong: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="num_frames >= 1, stride >= 1 and seconds > 0; got"):
         ClipSampling(**wrong)
 
 
-def test_the_made_frames_differ():
+def test_the_made_frames_differ() -> None:
     assert len({frame(number).tobytes() for number in range(20)}) == 20

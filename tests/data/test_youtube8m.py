@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +50,7 @@ def dequantised(video):
     return torch.from_numpy(q * (4 / 255) + 4 / 512 - 2)
 
 
-def test_videos():
+def test_videos() -> None:
     made = videos(9)
     batch = decode("video", made)
     assert batch.ids == [video.id for video in made]
@@ -58,7 +60,7 @@ def test_videos():
 
 
 @pytest.mark.parametrize("num_frames", [4, 12, 30])
-def test_frames_are_cut_or_padded(num_frames):
+def test_frames_are_cut_or_padded(num_frames: int) -> None:
     made = videos(6, frames=20)
     batch = decode("frame", made, num_frames=num_frames)
     assert batch.inputs.shape == (6, num_frames, RGB + AUDIO)
@@ -69,7 +71,7 @@ def test_frames_are_cut_or_padded(num_frames):
     assert torch.equal(batch.targets, multi_hot(made))
 
 
-def test_no_byte_stands_for_zero():
+def test_no_byte_stands_for_zero() -> None:
     video = replace(videos(1, frames=1)[0], rgb=np.arange(256, dtype=np.uint8).reshape(16, 16))
     video = replace(video, audio=np.zeros((16, AUDIO), np.uint8))
     frames = decode("frame", [video], num_frames=16).inputs[0, :, :RGB].flatten()
@@ -80,7 +82,7 @@ def test_no_byte_stands_for_zero():
 
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 8, 50])
-def test_sampled_frames_are_spread_over_the_video(length, train):
+def test_sampled_frames_are_spread_over_the_video(length: int, train: bool) -> None:
     video = replace(videos(1, frames=1)[0], rgb=np.arange(length, dtype=np.uint8)[:, None].repeat(RGB, 1))
     video = replace(video, audio=np.zeros((length, AUDIO), np.uint8))
     reader = replace(level("frame", num_frames=8, sample_frames=True), train=train)
@@ -92,7 +94,7 @@ def test_sampled_frames_are_spread_over_the_video(length, train):
         assert chosen == [int((i + 0.5) * length / 8) for i in range(8)]
 
 
-def test_sampling_draws_anew_each_time_in_training_only():
+def test_sampling_draws_anew_each_time_in_training_only() -> None:
     made = videos(4, frames=40)
     for train in (False, True):
         reader = replace(level("frame", num_frames=5, sample_frames=True), train=train)
@@ -101,7 +103,7 @@ def test_sampling_draws_anew_each_time_in_training_only():
         assert torch.equal(draws[0], draws[2]) != train
 
 
-def test_rated_segments():
+def test_rated_segments() -> None:
     made = [
         replace(video, rgb=video.rgb[:1].repeat(30, 0), audio=np.arange(30 * AUDIO, dtype=np.uint8).reshape(30, AUDIO))
         for video in videos(2, frames=1)
@@ -117,7 +119,7 @@ def test_rated_segments():
     assert torch.equal(batch.targets, expected)
 
 
-def test_test_shards_have_no_labels_and_older_ones_another_id():
+def test_test_shards_have_no_labels_and_older_ones_another_id() -> None:
     data = TFRecordWriter.serialize_tf_example(
         {"video_id": (b"abc", "byte"), "mean_rgb": ([0.5] * RGB, "float"), "mean_audio": ([0.5] * AUDIO, "float")}
     )
@@ -176,7 +178,7 @@ def test_test_shards_have_no_labels_and_older_ones_another_id():
         ("video", [b""], "has no feature 'mean_rgb'; it has none"),
     ],
 )
-def test_bad_records_say_which_and_why(kind, made, message):
+def test_bad_records_say_which_and_why(kind: str, made: list[Any], message: str) -> None:
     good = [] if isinstance(made[0], bytes) else videos(1, None if kind == "video" else 3, seed=1)
     if kind == "segment":
         good = []
@@ -184,7 +186,7 @@ def test_bad_records_say_which_and_why(kind, made, message):
         decode(kind, [*good, *made])
 
 
-def test_a_record_without_an_id():
+def test_a_record_without_an_id() -> None:
     data = TFRecordWriter.serialize_tf_example(
         {"mean_rgb": ([0.5] * RGB, "float"), "mean_audio": ([0.5] * AUDIO, "float")}
     )
@@ -202,7 +204,7 @@ def test_a_record_without_an_id():
         ({"level": "video", "features": {"mean_rgb": -1}}, "must be positive"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         make_level(**arguments)
 
@@ -220,7 +222,7 @@ def data_module(folder, **options):
     return YouTube8M(str(folder), **settings | options)
 
 
-def test_the_data_module_splits_by_file_name(folder):
+def test_the_data_module_splits_by_file_name(folder: Path) -> None:
     data = data_module(folder)
     data.setup("fit")
     x, y = next(iter(data.train_dataloader()))
@@ -233,7 +235,7 @@ def test_the_data_module_splits_by_file_name(folder):
     assert len(data.test_dataloader()) == 8
 
 
-def test_workers_report_a_bad_record_in_one_line(folder):
+def test_workers_report_a_bad_record_in_one_line(folder: Path) -> None:
     write(folder / "train0001.tfrecord", videos(10, frames=3))
     data = data_module(folder, num_workers=2)
     data.setup("fit")
@@ -245,12 +247,12 @@ def test_workers_report_a_bad_record_in_one_line(folder):
     )
 
 
-def test_a_folder_without_shards(tmp_path):
+def test_a_folder_without_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"No files match .*/train\*\.tfrecord\*"):
         data_module(tmp_path).setup("fit")
 
 
-def test_frames_of_gzip_shards(tmp_path):
+def test_frames_of_gzip_shards(tmp_path: Path) -> None:
     made = videos(5, frames=6)
     path = write(tmp_path / "x.tfrecord.gz", made)
     loader = RecordLoader(index_shards([str(path)]), level("frame", num_frames=6).decode, Share(2))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -94,7 +96,7 @@ def check(rows, z, classes):
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize(("split", "more"), [("test", []), ("val", ["--split", "val"])])
-def test_a_split_of_the_runs_data(run, tmp_path, suffix, split, more):
+def test_a_split_of_the_runs_data(run: Path, tmp_path: Path, suffix: str, split: str, more: list[str]) -> None:
     path = predict([str(run), "--output", str(tmp_path / f"predictions{suffix}"), *more])
     restored = restore(run)
     data = data_module(restored)
@@ -107,7 +109,7 @@ def test_a_split_of_the_runs_data(run, tmp_path, suffix, split, more):
         check(rows, restored.network(x, per_head=True), list("0123456789"))
 
 
-def test_data_that_is_changed(run, tmp_path):
+def test_data_that_is_changed(run: Path, tmp_path: Path) -> None:
     assert len(read(predict([str(run), "--output", str(tmp_path / "x.csv"), "--data.num_test", "20"]))) == 20
 
 
@@ -122,7 +124,9 @@ def prepared(path):
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_images_are_prepared_as_for_testing(saved, images, tmp_path, suffix, workers):
+def test_images_are_prepared_as_for_testing(
+    saved: Path, images: Path, tmp_path: Path, suffix: str, workers: str
+) -> None:
     output = tmp_path / f"x{suffix}"
     arguments = [str(saved), "--data", str(images), str(images / "a.jpg"), "--output", str(output)]
     rows = read(predict([*arguments, "--batch-size", "3", "--num-workers", workers]))
@@ -135,7 +139,7 @@ def test_images_are_prepared_as_for_testing(saved, images, tmp_path, suffix, wor
     check(rows, z, CLASSES)
 
 
-def test_grey_images(images, tmp_path):
+def test_grey_images(images: Path, tmp_path: Path) -> None:
     described = {"preprocessing": {"mean": [0.5], "std": [0.25], "crop_pct": 1.0}}
     reader = file_reader((1, 20, 20), described)
     assert reader is not None
@@ -144,7 +148,7 @@ def test_grey_images(images, tmp_path):
     assert np.allclose(reader.read(images / "a.jpg")[0], expected, atol=1e-6)
 
 
-def test_videos_are_seen_as_in_testing(tmp_path):
+def test_videos_are_seen_as_in_testing(tmp_path: Path) -> None:
     """Ten clips of the centre, as the data module has them."""
     av = pytest.importorskip("av")
     rng = np.random.default_rng(0)
@@ -172,7 +176,9 @@ def test_videos_are_seen_as_in_testing(tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_broken_images(saved, images, tmp_path, capsys, workers):
+def test_broken_images(
+    saved: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
     (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:200])
     (images / "empty.png").touch()
     output = tmp_path / "x.csv"
@@ -205,7 +211,15 @@ def nothing_but_broken(images):
         (lambda images: None, ["--output", __file__], "exists; --output needs a new file"),
     ],
 )
-def test_what_a_user_gets_wrong(saved, images, tmp_path, capsys, change, more, message):
+def test_what_a_user_gets_wrong(
+    saved: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[..., Any],
+    more: list[str],
+    message: str,
+) -> None:
     change(images)
     arguments = ["predict", str(saved), "--output", str(tmp_path / "x.csv"), "--data", str(images), *more]
     assert main(arguments) == 2
@@ -214,7 +228,7 @@ def test_what_a_user_gets_wrong(saved, images, tmp_path, capsys, change, more, m
     assert not Path("x.txt").exists()
 
 
-def test_a_submission_is_csv(tmp_path, capsys):
+def test_a_submission_is_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = MLPTagger(1152, 6, [16])
     saved = ensemblenet.save(ensemblenet.convert(base, torch.randn(2, 1152), task="multilabel"), tmp_path / "saved")
     assert main(["predict", str(saved), "--data", "x", "--output", str(tmp_path / "x.parquet")]) == 2
@@ -233,7 +247,7 @@ def folders(tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_names_of_images_that_follow_skipped_ones(folders, tmp_path, workers):
+def test_names_of_images_that_follow_skipped_ones(folders: Path, tmp_path: Path, workers: str) -> None:
     model = ensemblenet.convert(CifarResNet(8, 8, num_classes=2), torch.randn(2, 3, 16, 16)).eval()
     saved = ensemblenet.save(model, tmp_path / "saved", {"classes": ["a", "b"]})
     for name in ("0", "1", "3"):  # a whole batch, and one more

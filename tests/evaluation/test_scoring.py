@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +68,7 @@ def reference(network, x, y):
 
 
 @pytest.mark.parametrize(("command", "split"), [(validate, "val"), (run_test, "test")])
-def test_rows_are_those_of_the_networks_that_stand_in_them(run, command, split):
+def test_rows_are_those_of_the_networks_that_stand_in_them(run: Path, command: Callable[..., Any], split: str) -> None:
     rows = {row["method"]: row for row in command([str(run)])}
     restored = restore(run)
     data = data_module(restored)
@@ -94,13 +97,13 @@ def test_rows_are_those_of_the_networks_that_stand_in_them(run, command, split):
         assert trained["test"]["head_top5_1"] == pytest.approx(rows["head 1"]["top5"], abs=1e-6)
 
 
-def test_a_base_is_one_row(tmp_path, capsys):
+def test_a_base_is_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [row] = run_test([str(train(tmp_path, None))])
     assert (row["method"], row["num_heads"], row["disagreement"]) == ("base", 1, 0)
     assert "tiny" in capsys.readouterr().out
 
 
-def test_the_table_and_the_file(run, tmp_path, capsys):
+def test_the_table_and_the_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "scores.json"
     rows = run_test([str(run), "--output", str(path), "--data.num_test", "30", "--data.init_args.num_val=20"])
     written = json.loads(path.read_text())
@@ -115,7 +118,7 @@ def test_the_table_and_the_file(run, tmp_path, capsys):
     assert "exists; --output needs a new file" in capsys.readouterr().err
 
 
-def test_a_saved_directory_takes_data_from_a_file_or_from_options(saved, tmp_path):
+def test_a_saved_directory_takes_data_from_a_file_or_from_options(saved: Path, tmp_path: Path) -> None:
     for content in (SPEC, {"data": SPEC, "model": {}}):
         (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
         from_file = run_test([str(saved), "--config", str(tmp_path / "data.yaml")])
@@ -123,13 +126,13 @@ def test_a_saved_directory_takes_data_from_a_file_or_from_options(saved, tmp_pat
         assert run_test([str(saved), "--data.class_path", SPEC["class_path"], *options]) == from_file
 
 
-def test_options_go_before_the_file_and_the_file_before_the_run(run, tmp_path):
+def test_options_go_before_the_file_and_the_file_before_the_run(run: Path, tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text(yaml.safe_dump({"init_args": {"num_test": 30, "num_val": 30}}))
     data = chosen_data(restore(run), tmp_path / "data.yaml", ["--data.num_test", "20"])
     assert data.sizes == (60, 30, 20)  # pyright: ignore
 
 
-def test_a_folder_has_a_short_option(saved):
+def test_a_folder_has_a_short_option(saved: Path) -> None:
     options = ["--data.class_path", "ensemblenet.data.ParquetImages", "--data", "elsewhere", "--data.num_val=7"]
     data = chosen_data(restore(saved), None, options)
     assert (str(data.folder), data.num_val) == ("elsewhere", 7)  # pyright: ignore
@@ -146,13 +149,15 @@ def test_a_folder_has_a_short_option(saved):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_what_the_command_line_gets_wrong(saved, capsys, arguments, message):
+def test_what_the_command_line_gets_wrong(
+    saved: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     assert main(["test", str(saved), *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "is not YAML"), ("- 1", "must hold class_path and init_args")])
-def test_a_file_that_names_no_data(saved, tmp_path, content, message):
+def test_a_file_that_names_no_data(saved: Path, tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "data.yaml").write_text(content)
     with pytest.raises(LoadError, match=message):
         run_test([str(saved), "--config", str(tmp_path / "data.yaml")])
@@ -165,7 +170,7 @@ class Examples(LightningDataModule):
         super().__init__()
         self.examples, self.classes = TensorDataset(x, y), classes
 
-    def test_dataloader(self):
+    def test_dataloader(self) -> None:
         return DataLoader(self.examples, batch_size=16)
 
     def description(self):
@@ -187,24 +192,24 @@ X, Y = torch.randn(20, 40), torch.arange(20) % 10
         (Examples(X, Y, list("0123")), "The data does not .*: 6 classes fewer: '4', ..."),
     ],
 )
-def test_data_that_does_not_fit(run, data, message):
+def test_data_that_does_not_fit(run: Path, data: Examples, message: str) -> None:
     with pytest.raises(EnsembleNetError, match=message):
         score(restore(run), data, "test")
 
 
-def test_data_of_another_number_of_classes_than_the_network_has_outputs(run):
+def test_data_of_another_number_of_classes_than_the_network_has_outputs(run: Path) -> None:
     restored = replace(restore(run), description={})
     with pytest.raises(LoadError, match=r"The data has 3 classes, .* has 10"):
         score(restored, Examples(X, Y, list("abc")), "test")
 
 
-def test_inputs_of_a_shape_that_the_network_cannot_take(tmp_path):
+def test_inputs_of_a_shape_that_the_network_cannot_take(tmp_path: Path) -> None:
     restored = Restored(torch.nn.Linear(40, 10).eval(), "multiclass", (40,), {}, None, tmp_path)
     with pytest.raises(LoadError, match=r"inputs of shape \(10,\), .* was trained on \(40,\)"):
         score(restored, Examples(X[:, :10], Y), "test")
 
 
-def test_views_of_an_example_are_one_example(tmp_path):
+def test_views_of_an_example_are_one_example(tmp_path: Path) -> None:
     network = torch.nn.Sequential(torch.nn.Linear(40, 10)).eval()
     restored = Restored(network, "multiclass", (40,), {}, None, tmp_path)
     views = torch.randn(20, 3, 40)
@@ -214,7 +219,7 @@ def test_views_of_an_example_are_one_example(tmp_path):
     assert row["nll"] == pytest.approx(log_loss(Y, p.numpy(), labels=range(10)), rel=1e-5)
 
 
-def test_taggers_have_the_metrics_of_tagging(tmp_path):
+def test_taggers_have_the_metrics_of_tagging(tmp_path: Path) -> None:
     model = ensemblenet.convert(
         ensemblenet.models.MLPTagger(12, 30, [64]), torch.randn(2, 12), task="multilabel"
     ).eval()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from networks import Dense
@@ -45,7 +48,7 @@ RULES = {
 @pytest.mark.parametrize("combine", ["logits", "probabilities"])
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_slow_way_gives_the_same(name, combine, fused):
+def test_the_slow_way_gives_the_same(name: str, combine: str, fused: bool) -> None:
     rule, slow_rule = RULES[name]
     model = model_with(combine)
     x = torch.randn(60, 40)
@@ -57,7 +60,7 @@ def test_the_slow_way_gives_the_same(name, combine, fused):
     assert not result.outputs.requires_grad
 
 
-def test_labels_that_agree():
+def test_labels_that_agree() -> None:
     model = model_with(task="multilabel", noise=0.05)
     x = torch.randn(60, 40)
     outputs, used = slowly(model, x, lambda z: len(z) > 1 and bool(((z > 0) == (z[0] > 0)).all()))
@@ -67,7 +70,7 @@ def test_labels_that_agree():
     torch.testing.assert_close(result.outputs, outputs, rtol=1e-4, atol=1e-5)
 
 
-def test_dense_outputs_agree_everywhere():
+def test_dense_outputs_agree_everywhere() -> None:
     model = convert(Dense(), torch.randn(2, 3, 16, 16), num_heads=3).eval()
     x = torch.randn(4, 3, 16, 16)
     assert predict_anytime(model, x).outputs.shape == (4, 7, 16, 16)
@@ -81,7 +84,7 @@ def test_dense_outputs_agree_everywhere():
     assert confident(0.9)(sure).tolist() == [True, False]
 
 
-def test_the_mean_cost():
+def test_the_mean_cost() -> None:
     model = model_with()
     x = torch.randn(50, 40)
     result = predict_anytime(model, x)
@@ -92,7 +95,7 @@ def test_the_mean_cost():
     assert predict_anytime(by_hand, torch.randn(2, 4)).macs is None
 
 
-def test_heads_run_only_on_what_is_left():
+def test_heads_run_only_on_what_is_left() -> None:
     model = model_with()
     seen = []
     for head in model.heads:
@@ -105,7 +108,7 @@ def test_heads_run_only_on_what_is_left():
     assert seen == [50]
 
 
-def test_no_examples_and_one_head():
+def test_no_examples_and_one_head() -> None:
     model = model_with()
     assert predict_anytime(model, torch.randn(0, 40)).outputs.shape == (0, 10)
     x = torch.randn(3, 40)
@@ -133,6 +136,6 @@ class Regroups(nn.Module):
         ),
     ],
 )
-def test_mistakes(model, rule, message):
+def test_mistakes(model: EnsembleNet, rule: Callable[..., Any], message: str) -> None:
     with pytest.raises(AnytimeError, match=message):
         predict_anytime(model, torch.randn(5, 4), rule)

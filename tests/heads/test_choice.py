@@ -36,7 +36,7 @@ def slow(monkeypatch) -> set:
 
 
 @pytest.mark.parametrize(("slower", "expected"), [("looped", "fused"), ("fused", "looped"), ("neither", "fused")])
-def test_the_faster_one_is_taken(slow, slower: str, expected: str) -> None:
+def test_the_faster_one_is_taken(slow: set, slower: str, expected: str) -> None:
     slow.add(slower)
     network = model()
     before = copy.deepcopy(network.state_dict())
@@ -52,7 +52,7 @@ def test_the_faster_one_is_taken(slow, slower: str, expected: str) -> None:
     assert chosen.heads[1] is network.heads[1]
 
 
-def test_the_user_can_force_one(slow) -> None:
+def test_the_user_can_force_one(slow: set) -> None:
     for heads in ("looped", "fused"):
         slow.add(heads)
         chosen, why = choose(model(), IMAGES, heads)
@@ -63,7 +63,7 @@ def test_the_user_can_force_one(slow) -> None:
         choose(model(), IMAGES, "fast")  # type: ignore[arg-type]
 
 
-def test_compiled_and_checkpointed_are_taken_only_when_asked_for(slow, monkeypatch) -> None:
+def test_compiled_and_checkpointed_are_taken_only_when_asked_for(slow: set, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(self))
     chosen, why = choose(model(), IMAGES, "compiled")
@@ -73,7 +73,7 @@ def test_compiled_and_checkpointed_are_taken_only_when_asked_for(slow, monkeypat
     assert not choose(chosen, IMAGES, "looped")[0].checkpoint_activations
 
 
-def test_one_head_and_unlike_heads_run_looped(slow) -> None:
+def test_one_head_and_unlike_heads_run_looped(slow: set) -> None:
     assert choose(model(1), IMAGES)[1].reason == "there is one head"
     unlike = EnsembleNet(nn.Flatten(), [nn.Linear(768, 3), nn.Linear(768, 3, bias=False)])
     chosen, why = choose(unlike, IMAGES)
@@ -84,7 +84,7 @@ def test_one_head_and_unlike_heads_run_looped(slow) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_convolutions_run_head_by_head_where_that_is_faster(slow, training: bool) -> None:
+def test_convolutions_run_head_by_head_where_that_is_faster(slow: set, training: bool) -> None:
     network = model(3).train(training)
     fused = fuse(copy.deepcopy(network))
     assert tune(fused, IMAGES) == set()
@@ -98,7 +98,7 @@ def test_convolutions_run_head_by_head_where_that_is_faster(slow, training: bool
         torch.testing.assert_close(fused(IMAGES), network(IMAGES))
 
 
-def test_the_command_shows_every_way(capsys) -> None:
+def test_the_command_shows_every_way(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["test_resnet", "--num-classes", "5", "--input-shape", "3,32,32", "--batch-size", "2", "--repeats", "1"]
     assert main(["benchmark", *arguments]) == 0
     shown = capsys.readouterr().out

@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,7 +258,7 @@ def test_a_run_may_change_its_mind_at_every_restart(start_fused: bool) -> None:
         torch.testing.assert_close(left, right, rtol=1e-7, atol=1e-9)
 
 
-def test_saved_and_loaded(tmp_path) -> None:
+def test_saved_and_loaded(tmp_path: Path) -> None:
     fused = fuse(mixer()).eval()
     again = ensemblenet.load(ensemblenet.save(fused, tmp_path / "model"), TokenMixer())
     torch.testing.assert_close(fused(IMAGES), again(IMAGES))
@@ -298,7 +300,7 @@ CHANGES = [replace_in_place, replace_data, replace_parameters, assign, convert_t
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("of_the_fused", [True, False])
-def test_every_change_of_the_parameters_is_seen(change, of_the_fused: bool) -> None:
+def test_every_change_of_the_parameters_is_seen(change: Callable[..., Any], of_the_fused: bool) -> None:
     model, x = by_hand(), torch.randn(4, 5)
     fused = fuse(model, x)
     assert_alike(fused, model, x)
@@ -378,7 +380,7 @@ class Rare(nn.Module):
     ("kind", "by_vmap", "looped"),
     [(BySign, 0, 1), (ByMode, 1, 0), (Rare, 3, 0), (lambda: nn.Linear(6, 3), 0, 0), (perceptron, 0, 0)],
 )
-def test_what_has_no_rule_or_graph(kind, by_vmap: int, looped: int) -> None:
+def test_what_has_no_rule_or_graph(kind: Callable[..., Any], by_vmap: int, looped: int) -> None:
     model, x = by_hand(*(kind() for _ in range(3))).double(), torch.randn(4, 5).double()
     fused = fuse(copy.deepcopy(model))
     assert fused.fusion is None  # it does not know its inputs yet

@@ -60,31 +60,31 @@ def reference(z, y, combine):
 
 @pytest.mark.parametrize("combine", ["logits", "probabilities"])
 @pytest.mark.parametrize("batches", [1, 4])
-def test_against_numpy_and_scikit_learn(combine, batches):
+def test_against_numpy_and_scikit_learn(combine: str, batches: int) -> None:
     assert metrics_of(Z, Y, batches, combine=combine) == pytest.approx(reference(Z, Y, combine), rel=1e-5)
 
 
-def test_a_single_head_agrees_with_itself():
+def test_a_single_head_agrees_with_itself() -> None:
     assert metrics_of(Z[:1], Y) == pytest.approx(reference(Z[:1], Y, "logits"), rel=1e-5)
 
 
-def test_of_fewer_than_five_classes_every_one_is_among_the_best_five():
+def test_of_fewer_than_five_classes_every_one_is_among_the_best_five() -> None:
     values = metrics_of(Z[:, :, :3], Y % 3)
     assert values["top5"] == values["head_top5_1"] == values["first_top5_2"] == 1
 
 
-def test_dense_outputs_count_positions():
+def test_dense_outputs_count_positions() -> None:
     z, y = Z.reshape(K, 10, 5, C).movedim(-1, 2), Y.reshape(10, 5)
     assert metrics_of(z, y, batches=2) == pytest.approx(metrics_of(Z, Y), rel=1e-5)
 
 
-def test_ignored_positions_do_not_count():
+def test_ignored_positions_do_not_count() -> None:
     y = Y.clone()
     y[:20] = -1
     assert metrics_of(Z, y, batches=5, ignore_index=-1) == pytest.approx(metrics_of(Z[:, 20:], Y[20:]), rel=1e-5)
 
 
-def test_forward_reset_prefix_and_copy():
+def test_forward_reset_prefix_and_copy() -> None:
     metrics = HeadMetrics(C, K, prefix="val/")
     batch = metrics(Z[:, :10], Y[:10])
     metrics(Z[:, 10:], Y[10:])
@@ -105,12 +105,12 @@ def test_forward_reset_prefix_and_copy():
         (Z, Z[0].softmax(1), "must hold class indices"),
     ],
 )
-def test_bad_input(z, y, message):
+def test_bad_input(z: torch.Tensor, y: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         HeadMetrics(C, K).update(z, y)
 
 
-def test_processes_add_up():
+def test_processes_add_up() -> None:
     """Merging reduces the states of two metrics exactly as a gather over two processes does."""
     first, second = HeadMetrics(C, K), HeadMetrics(C, K)
     first.update(Z[:, :20], Y[:20])

@@ -68,7 +68,7 @@ def challenge(z, y):
 @pytest.mark.parametrize("batches", [1, 7])
 @pytest.mark.parametrize("num_heads", [1, K])
 @pytest.mark.parametrize("combine", ["logits", "probabilities"])
-def test_against_the_challenges_definitions(batches, num_heads, combine):
+def test_against_the_challenges_definitions(batches: int, num_heads: int, combine: str) -> None:
     z, y = make(num_heads)
     values = metrics_of(z, y, batches, combine=combine)
     combined = combine_heads(z, combine, "multilabel")
@@ -82,13 +82,13 @@ def test_against_the_challenges_definitions(batches, num_heads, combine):
 
 
 @pytest.mark.parametrize("classes", [4, 19, 20, 21])
-def test_fewer_classes_than_predictions(classes):
+def test_fewer_classes_than_predictions(classes: int) -> None:
     z, y = make(1, classes=max(classes, 8))
     z, y = z[:, :, :classes], y[:, :classes]
     assert metrics_of(z, y) == pytest.approx(metrics_of(z, y) | challenge(z[0], y), rel=1e-5)
 
 
-def test_more_labels_than_predictions():
+def test_more_labels_than_predictions() -> None:
     z, y = make(1)
     y[5] = 1
     y[6, :30] = 1
@@ -98,7 +98,7 @@ def test_more_labels_than_predictions():
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_all_predictions_against_scikit_learn(ties):
+def test_all_predictions_against_scikit_learn(ties: bool) -> None:
     z, y = make(1, videos=400, ties=ties)
     values = metrics_of(z, y, 3)
     labelled = y.sum(0) > 0
@@ -109,7 +109,7 @@ def test_all_predictions_against_scikit_learn(ties):
         assert values[f"{average}_ap"] == pytest.approx(expected, abs=2e-3 if not ties else 1e-6)
 
 
-def test_with_at_most_twenty_classes_gap_is_scikit_learns_micro_average():
+def test_with_at_most_twenty_classes_gap_is_scikit_learns_micro_average() -> None:
     z, y = make(1, classes=15, ties=True)
     expected = average_precision_score(y.flatten(), z[0].flatten())
     assert metrics_of(z, y)["gap"] == pytest.approx(expected, rel=1e-6)
@@ -120,7 +120,7 @@ def test_with_at_most_twenty_classes_gap_is_scikit_learns_micro_average():
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 3)), min_size=1, max_size=40))
-def test_average_precision_with_ties_is_scikit_learns(listed):
+def test_average_precision_with_ties_is_scikit_learns(listed: list[tuple[int, bool, int]]) -> None:
     scores, hits, classes = (torch.tensor(column) for column in zip(*listed, strict=True))
     got = average_precision_of_classes(scores.float(), hits, classes, torch.bincount(classes[hits], minlength=4))
     for c in range(4):
@@ -132,7 +132,7 @@ def test_average_precision_with_ties_is_scikit_learns(listed):
         assert average_precision(scores.float(), hits, int(hits.sum())).item() == pytest.approx(expected)
 
 
-def test_order_does_not_matter_even_with_ties():
+def test_order_does_not_matter_even_with_ties() -> None:
     z, y = make(ties=True)
     # the best 20 of a video stay a choice among equals, so there are no more than 20 classes
     z, y = z[:, :, :20], y[:, :20]
@@ -140,7 +140,7 @@ def test_order_does_not_matter_even_with_ties():
     assert metrics_of(z[:, order], y[order], 4) == pytest.approx(metrics_of(z, y), rel=1e-6)
 
 
-def test_processes_add_up():
+def test_processes_add_up() -> None:
     """Merging reduces the states of two metrics exactly as a gather over two processes does."""
     z, y = make()
     first, second = TaggingMetrics(C, K), TaggingMetrics(C, K)
@@ -152,7 +152,7 @@ def test_processes_add_up():
     assert got == pytest.approx(metrics_of(z, y), rel=1e-6)
 
 
-def test_unknown_labels_do_not_count():
+def test_unknown_labels_do_not_count() -> None:
     z, y = make()
     y[:, 30:] = -1
     assert metrics_of(z, y, 3) == pytest.approx(metrics_of(z[:, :, :30], y[:, :30], 3), rel=1e-5)
@@ -162,14 +162,14 @@ def test_unknown_labels_do_not_count():
     assert unlabelled["gap"] == pytest.approx(kept["gap"], rel=1e-6)
 
 
-def test_no_labels_at_all():
+def test_no_labels_at_all() -> None:
     z, _ = make()
     values = metrics_of(z, torch.zeros(N, C, dtype=torch.int8))
     for name in ("gap", "map", "hit1", "perr", "micro_ap", "macro_ap", "head_gap"):
         assert values[name] == 0, name
 
 
-def test_reset_prefix_copy_and_bfloat16():
+def test_reset_prefix_copy_and_bfloat16() -> None:
     z, y = make()
     metrics = TaggingMetrics(C, K, prefix="val/")
     metrics.update(z.bfloat16(), y.float())
@@ -180,7 +180,7 @@ def test_reset_prefix_copy_and_bfloat16():
     assert metrics.compute()["val/gap"].item() == pytest.approx(metrics_of(z[:, :10], y[:10])["gap"])
 
 
-def test_what_is_kept_of_many_batches_lies_side_by_side(monkeypatch):
+def test_what_is_kept_of_many_batches_lies_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     z, y = make()
     expected = metrics_of(z, y)
     blocks = {}
@@ -199,7 +199,7 @@ def test_what_is_kept_of_many_batches_lies_side_by_side(monkeypatch):
     assert blocks[1000, 0] > 2
 
 
-def test_memory_for_each_video_is_bounded():
+def test_memory_for_each_video_is_bounded() -> None:
     z, y = make()
     metrics = TaggingMetrics(C, K)
     metrics.update(z, y)
@@ -220,6 +220,6 @@ def test_memory_for_each_video_is_bounded():
         ((K, N, C), (N,), "target must have the shape (60, 50), got (60,)"),
     ],
 )
-def test_bad_input(z_shape, y_shape, message):
+def test_bad_input(z_shape: tuple[int, ...], y_shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TaggingMetrics(C, K).update(torch.zeros(z_shape), torch.zeros(y_shape))

@@ -3,7 +3,7 @@ import torch
 
 from ensemblenet import convert, measure_cost
 from ensemblenet.models import S3D
-from ensemblenet.models.sources import ModelNameError, create, default_input_shape
+from ensemblenet.models.sources import create
 from ensemblenet.testing import check_conversion, check_full_width
 
 CLIPS = torch.randn(2, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -90,15 +90,5 @@ def test_a_conversion_is_rebuilt_without_its_base() -> None:
 
 
 def test_a_network_of_torchvision_converts() -> None:
-    # the others: benchmarks/video_models.py
+    # the others: benchmarks/kinetics_models.py
     check_conversion(create("torchvision:r2plus1d_18", num_classes=5), CLIPS[:, :, :4, :16, :16])
-
-
-@pytest.mark.parametrize(("name", "size"), [("r3d_18", 112), ("s3d", 224), ("swin3d_t", 224)])
-def test_video_networks_know_their_inputs(name: str, size: int) -> None:
-    assert default_input_shape(create(f"torchvision:{name}")) == (3, 16, size, size)
-
-
-def test_an_unknown_video_network_gets_a_suggestion() -> None:
-    with pytest.raises(ModelNameError, match=r"Did you mean .*mvit_v2_s"):
-        create("torchvision:mvit_v2")

@@ -52,7 +52,7 @@ def findings_of(z, y, combine="logits", task="multiclass", batches=1, **options)
 
 @pytest.mark.parametrize("combine", ["logits", "probabilities"])
 @pytest.mark.parametrize("batches", [1, 4])
-def test_heads_and_first_heads(combine, batches):
+def test_heads_and_first_heads(combine: str, batches: int) -> None:
     findings = findings_of(Z, Y, combine, batches=batches)
     for k in range(K):
         for best, z in ((findings.heads, Z[k]), (findings.firsts, combine_heads(Z[: k + 1], combine))):
@@ -63,21 +63,21 @@ def test_heads_and_first_heads(combine, batches):
     assert findings.count == N
 
 
-def test_scores_of_classes():
+def test_scores_of_classes() -> None:
     scores, counts = findings_of(Z, Y, batches=3).class_scores(C + 1)
     table = confusion_matrix(Y, Z.mean(0).argmax(1), labels=range(C))
     assert scores.tolist() == pytest.approx([*(table.diagonal() / table.sum(1)), 0])
     assert counts.tolist() == [*table.sum(1), 0]
 
 
-def test_scores_of_labels():
+def test_scores_of_labels() -> None:
     scores, counts = findings_of(Z, TAGS, task="multilabel", batches=3).class_scores(C)
     expected = [average_precision_score(TAGS[:, c], Z.mean(0)[:, c]) for c in range(C)]
     assert scores.tolist() == pytest.approx(expected)  # of so few classes all are among the 20 best
     assert counts.tolist() == TAGS.sum(0).tolist()
 
 
-def test_labels_that_nobody_looked_for_are_nobodys_best():
+def test_labels_that_nobody_looked_for_are_nobodys_best() -> None:
     unknown = TAGS.clone()
     unknown[:, 2] = -1
     findings = findings_of(Z, unknown, task="multilabel")
@@ -86,7 +86,7 @@ def test_labels_that_nobody_looked_for_are_nobodys_best():
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_the_examples_on_which_heads_differ_most(task):
+def test_the_examples_on_which_heads_differ_most(task: str) -> None:
     y = Y if task == "multiclass" else TAGS
     findings = findings_of(Z, y, task=task, batches=4, most=7)
     apart = [divergence(Z[:, n : n + 1], task).item() for n in range(N)]
@@ -100,7 +100,7 @@ def test_the_examples_on_which_heads_differ_most(task):
         assert [best for best, _ in example.heads] == Z[:, example.place].argmax(1).tolist()
 
 
-def test_reliability():
+def test_reliability() -> None:
     confidence, hits = torch.rand(500, generator=torch.Generator().manual_seed(3)), Y.repeat(9)[:500] > 2
     bins = reliability(confidence, hits, bins=10, fewest=45)
     which = [[n for n in range(500) if b / 10 <= confidence[n] < (b + 1) / 10] for b in range(10)]
@@ -111,21 +111,21 @@ def test_reliability():
     assert bins.share == pytest.approx([len(some) / 500 for some in full])
 
 
-def test_pairs():
+def test_pairs() -> None:
     votes = Z.argmax(2)
     expected = [[np.mean([votes[i, n] == votes[j, n] for n in range(N)]) for j in range(K)] for i in range(K)]
     assert np.allclose(same_class(votes), expected)
 
 
 @pytest.mark.parametrize("fewest", [1, 2, 3])
-def test_agreeing(fewest):
+def test_agreeing(fewest: int) -> None:
     votes = torch.randint(2, (4, 50), generator=torch.Generator().manual_seed(5))
     expected = [[len(set(votes[:k, n].tolist())) == 1 and k >= fewest for n in range(50)] for k in range(1, 5)]
     assert agreeing(votes, fewest).tolist() == expected
 
 
 @pytest.mark.parametrize("rule", ["agree", "confident"])
-def test_stopping_is_what_a_model_does_that_stops(rule):
+def test_stopping_is_what_a_model_does_that_stops(rule: str) -> None:
     """The same rules, run head by head."""
     torch.manual_seed(0)
     base = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.ReLU(), torch.nn.Linear(64, C))
@@ -149,7 +149,7 @@ def pixels(pictures):
     return np.asarray(Image.open(io.BytesIO(pictures["light"])))
 
 
-def test_pictures_undo_the_preprocessing():
+def test_pictures_undo_the_preprocessing() -> None:
     image = torch.randint(256, (3, 12, 10))
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.1]
     x = (image / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -159,7 +159,7 @@ def test_pictures_undo_the_preprocessing():
     assert (stretched.min(), stretched.max()) == (0, 255)
 
 
-def test_pictures_of_other_inputs():
+def test_pictures_of_other_inputs() -> None:
     clips = torch.zeros(1, 5, 3, 7, 6, 8)
     clips[:, 2, :, 6] = 1  # the last frame of the middle view is white
     [clip] = glimpse(clips, ndim=4)
@@ -214,7 +214,7 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-def test_a_page_of_two_runs(runs, tmp_path, capsys):
+def test_a_page_of_two_runs(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = report([*map(str, runs), "--output", str(tmp_path / "new" / "page.html")])
     assert [file.name for file in path.parent.iterdir()] == ["page.html"]
     page = Page(path.read_text())
@@ -231,7 +231,7 @@ def test_a_page_of_two_runs(runs, tmp_path, capsys):
     assert "exists; --output needs a new file" in capsys.readouterr().err
 
 
-def test_a_page_of_a_base_alone_on_validation_data(runs, tmp_path):
+def test_a_page_of_a_base_alone_on_validation_data(runs: tuple[Path, Path], tmp_path: Path) -> None:
     path = report([str(runs[0]), "--output", str(tmp_path / "page.html"), "--split", "val"])
     text = " ".join(Page(path.read_text()).text)
     assert "40 examples of the val split" in text
@@ -278,7 +278,7 @@ def test_names_from_outside_are_text(runs: tuple[Path, Path], tmp_path: Path) ->
     assert any("<script>" in text for text in page.text)
 
 
-def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
+def test_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
     for version, lines in {0: "0,5.0,\n1,4.0,\n", 1: "1,3.0,\n2,,0.5\n", 10: "2,2.0,\n"}.items():
         folder = tmp_path / "csv" / f"version_{version}"
         folder.mkdir(parents=True)
@@ -309,7 +309,7 @@ def test_runs_of_other_classes_do_not_go_on_one_page(runs: tuple[Path, Path], tm
     assert not (tmp_path / "page.html").exists()
 
 
-def test_class_folders_of_imagenet_have_english_names():
+def test_class_folders_of_imagenet_have_english_names() -> None:
     assert readable_names(["n01440764", "n02102040"]) == ["tench", "English springer"]
     assert readable_names(["n02012849", "n03126707"]) == ["crane, n02012849", "crane, n03126707"]
     assert readable_names(["n01440764", "cat"]) == ["n01440764", "cat"]

@@ -192,7 +192,7 @@ def test_a_missing_tensor_is_refused(saved: Path) -> None:
         load(saved, perceptron())
 
 
-def test_in_inference_mode(tmp_path):
+def test_in_inference_mode(tmp_path: Path) -> None:
     base, x = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(4, 8)
     with torch.inference_mode():
         model = convert(base, x, num_heads=2).eval()

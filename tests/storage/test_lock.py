@@ -35,6 +35,7 @@ from ensemblenet.training import resume
 from ensemblenet.training.fit import fit
 from ensemblenet.training.processes import agreed_folder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 OWN_CODE = """
 import multiprocessing
 import os
@@ -61,14 +62,6 @@ class Hold(Callback):
 # Its children are forked from a process that has imported all and trained nothing.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["ensemblenet.cli.fit", "ensemblenet.cli.compare"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

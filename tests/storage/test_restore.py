@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +39,7 @@ def run(tmp_path, conversion):
 
 
 @pytest.mark.parametrize("conversion", [None, {"num_heads": 2}])
-def test_a_run_restores_what_it_tested(tmp_path, conversion):
+def test_a_run_restores_what_it_tested(tmp_path: Path, conversion: dict[str, Any] | None) -> None:
     folder = run(tmp_path, conversion)
     restored = restore(folder)
     [row] = json.loads((folder / "results.json").read_text())["rows"]
@@ -52,14 +55,14 @@ def test_a_run_restores_what_it_tested(tmp_path, conversion):
     assert not restored.network.training
 
 
-def test_other_data_of_the_same_kind(tmp_path):
+def test_other_data_of_the_same_kind(tmp_path: Path) -> None:
     restored = restore(run(tmp_path, None))
     assert data_module(restored, {"num_test": 30}).sizes == (60, 20, 30)  # pyright: ignore
     with pytest.raises(LoadError, match="folder"):
         data_module(restored, {"folder": "x"})
 
 
-def test_a_saved_directory(tmp_path):
+def test_a_saved_directory(tmp_path: Path) -> None:
     model = ensemblenet.convert(MNIST1DNet(8), torch.randn(2, 40), seed=1).eval()
     ensemblenet.save(model, tmp_path / "saved", {"classes": ["a", "b"]})
     restored = restore(tmp_path / "saved")
@@ -70,7 +73,7 @@ def test_a_saved_directory(tmp_path):
         data_module(restored)
 
 
-def test_a_base_that_only_the_user_can_make(tmp_path):
+def test_a_base_that_only_the_user_can_make(tmp_path: Path) -> None:
     base = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
     model = ensemblenet.convert(base, torch.randn(2, 4)).eval()
     ensemblenet.save(model, tmp_path / "saved")
@@ -96,7 +99,7 @@ def missing_weight(folder):
         (lambda f: (f / "model" / "data.json").unlink(), "does not name task and input_shape"),
     ],
 )
-def test_a_damaged_run(tmp_path, spoil, message):
+def test_a_damaged_run(tmp_path: Path, spoil: Callable[..., Any], message: str) -> None:
     folder = run(tmp_path, None)
     spoil(folder)
     with pytest.raises(LoadError, match=message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -30,19 +32,19 @@ def softmax(z):
     return z / z.sum(-1, keepdims=True)
 
 
-def test_errors_are_of_the_given_prediction_and_of_each_head(values):
+def test_errors_are_of_the_given_prediction_and_of_each_head(values: dict[str, Any]) -> None:
     assert values["error"] == pytest.approx(100 * np.mean(GATED.argmax(1).numpy() != Y.numpy()))
     assert values["head_errors"] == pytest.approx([100 * np.mean(z.argmax(1).numpy() != Y.numpy()) for z in Z])
 
 
-def test_likelihoods(values):
+def test_likelihoods(values: dict[str, Any]) -> None:
     labels = range(C)
     assert values["nll"] == pytest.approx(log_loss(Y, softmax(GATED), labels=labels), rel=1e-5)
     heads = [log_loss(Y, softmax(z), labels=labels) for z in Z]
     assert values["head_nll"] == pytest.approx(np.mean(heads), rel=1e-5)
 
 
-def test_calibration_error_in_15_bins(values):
+def test_calibration_error_in_15_bins(values: dict[str, Any]) -> None:
     p = softmax(GATED)
     confidence, right = p.max(1), p.argmax(1) == Y.numpy()
     bins = np.ceil(confidence * 15)
@@ -50,7 +52,7 @@ def test_calibration_error_in_15_bins(values):
     assert values["ece"] == pytest.approx(error, rel=1e-4)
 
 
-def test_diversity(values):
+def test_diversity(values: dict[str, Any]) -> None:
     votes = Z.argmax(2).tolist()
     pairs = [(j, k) for j in range(K) for k in range(K) if j != k]
     differ = np.mean([votes[j][n] != votes[k][n] for j, k in pairs for n in range(N)])
@@ -62,7 +64,7 @@ def test_diversity(values):
     assert values["divergence"] == pytest.approx(np.mean((mean * np.log(mean / p)).sum(2)), rel=1e-4)
 
 
-def test_one_head_does_not_differ_from_itself():
+def test_one_head_does_not_differ_from_itself() -> None:
     measures = Measures(C, 1)
     measures.update(Z[:1], Z[0], Y)
     values = measures.compute()
@@ -71,14 +73,14 @@ def test_one_head_does_not_differ_from_itself():
     assert values["head_nll"] == pytest.approx(values["nll"])
 
 
-def test_kl_of_labels_is_summed_over_them():
+def test_kl_of_labels_is_summed_over_them() -> None:
     p = 1 / (1 + np.exp(-np.asarray(Z, dtype=np.float64)))
     pairs = [(j, k) for j in range(K) for k in range(K) if j != k]
     expected = [p[j] * np.log(p[j] / p[k]) + (1 - p[j]) * np.log((1 - p[j]) / (1 - p[k])) for j, k in pairs]
     assert kl_between_heads(Z, "multilabel").item() == pytest.approx(np.mean([kl.sum(1) for kl in expected]), rel=1e-4)
 
 
-def test_tags_are_scored_by_their_average_precision():
+def test_tags_are_scored_by_their_average_precision() -> None:
     labels = torch.randint(2, (N, C), generator=torch.Generator().manual_seed(1))
     measures = Measures(C, K, "multilabel")
     measures.update(Z, GATED, labels)

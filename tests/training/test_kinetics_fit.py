@@ -47,7 +47,7 @@ def arguments(folder, runs, **options):
     return ["--config", str(CONFIG), *(str(word) for pair in (small | options).items() for word in pair)]
 
 
-def test_a_run_scores_videos_by_the_average_of_their_views(folder, tmp_path):
+def test_a_run_scores_videos_by_the_average_of_their_views(folder: Path, tmp_path: Path) -> None:
     run = fit(arguments(folder, tmp_path))
     [row] = json.loads((run / "results.json").read_text())["rows"]
     restored = restore(run)
@@ -70,6 +70,6 @@ def test_a_run_scores_videos_by_the_average_of_their_views(folder, tmp_path):
         assert value == pytest.approx(expected[name].item(), abs=1e-5), name
 
 
-def test_a_network_of_other_classes_is_refused(folder, tmp_path):
+def test_a_network_of_other_classes_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="The data has 21 classes and the network 5 outputs"):
         fit(arguments(folder, tmp_path, **{"--model.base.init_args.num_classes": 5}))

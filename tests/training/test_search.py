@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def scorer(quality, log):
     return score
 
 
-def test_the_better_half_goes_on_and_the_base_always(tmp_path):
+def test_the_better_half_goes_on_and_the_base_always(tmp_path: Path) -> None:
     log = []
     quality = dict(zip(["base", *"abcdef"], [0.5, 0.1, 0.6, 0.3, 0.2, 0.9, 0.4], strict=True))
     chosen = search(tmp_path, among(), 80, scorer(quality, log))
@@ -47,12 +48,12 @@ def test_the_better_half_goes_on_and_the_base_always(tmp_path):
 
 
 @pytest.mark.parametrize("best", [0.5, 0.7])
-def test_the_base_is_chosen_where_no_conversion_is_better(tmp_path, best):
+def test_the_base_is_chosen_where_no_conversion_is_better(tmp_path: Path, best: float) -> None:
     quality = dict.fromkeys("abcdef", 0.4) | {"c": best, "base": 0.7}
     assert search(tmp_path, among(), 8, scorer(quality, [])).name == "base"  # also where they are equal
 
 
-def test_a_killed_search_goes_on_after_what_is_finished(tmp_path):
+def test_a_killed_search_goes_on_after_what_is_finished(tmp_path: Path) -> None:
     quality = dict(zip(["base", *"abcdef"], [0.5, 0.1, 0.6, 0.3, 0.2, 0.9, 0.4], strict=True))
     log = []
     whole = scorer(quality, log)
@@ -68,14 +69,14 @@ def test_a_killed_search_goes_on_after_what_is_finished(tmp_path):
     assert len(log) == len(set(log)) == 13  # nothing ran twice
 
 
-def test_the_scores_of_a_search_with_other_settings_are_not_taken(tmp_path):
+def test_the_scores_of_a_search_with_other_settings_are_not_taken(tmp_path: Path) -> None:
     search(tmp_path, among(), 8, scorer(dict.fromkeys(["base", *"abcdef"], 0.5), []))
     others = [Candidate("base"), Candidate("a", Conversion(split_at="a", budget=0.5))]
     with pytest.raises(TrainingError, match=r"plan.json is of a search with other settings of a; start a new run"):
         search(tmp_path, others, 8, scorer({}, []))
 
 
-def test_candidates_keep_the_settings_and_fit_the_budget():
+def test_candidates_keep_the_settings_and_fit_the_budget() -> None:
     base, x = MNIST1DNet(16), torch.randn(4, 40)
     found = candidates(base, x, Conversion(budget=0.9, seed=7))
     assert found[0].conversion is None
@@ -112,7 +113,7 @@ def config(tmp_path):
     return path
 
 
-def test_a_run_trains_what_the_search_chose(config, tmp_path, capsys):
+def test_a_run_trains_what_the_search_chose(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = fit(["--config", str(config), "--runs", str(tmp_path / "runs")])
     plan = json.loads((folder / "plan.json").read_text())
     stored = yaml.safe_load((folder / "config.yaml").read_text())
@@ -128,7 +129,7 @@ def test_a_run_trains_what_the_search_chose(config, tmp_path, capsys):
     assert f"Plan: {plan['chosen']}" in capsys.readouterr().out
 
 
-def test_a_search_needs_a_length(config, tmp_path, capsys):
+def test_a_search_needs_a_length(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(config), "--runs", str(tmp_path), "--trainer.max_epochs", "null"]
     assert main(["fit", *arguments, "--trainer.max_steps", "5"]) == 2
     assert "--plan search shortens runs by epochs: give --trainer.max_epochs." in capsys.readouterr().err

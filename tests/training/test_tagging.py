@@ -8,6 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from ensemblenet.cli.test import test as run_test
 from ensemblenet.errors import DataError
 from ensemblenet.training.fit import fit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BASES = {
     "video": {"class_path": "MLPTagger", "init_args": {"feature_size": RGB + AUDIO, "hidden": [16], "dropout": 0.0}},
     "frame": {
@@ -46,14 +50,6 @@ class Kill(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
             raise KilledError
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rated(made):
@@ -89,7 +85,7 @@ def make(folder, level="video"):
 
 
 @pytest.mark.parametrize("level", ["video", "frame", "segment"])
-def test_a_run_of_each_level(tmp_path, level):
+def test_a_run_of_each_level(tmp_path: Path, level: str) -> None:
     folder = fit(make(tmp_path, level))
     [row] = json.loads((folder / "results.json").read_text())["rows"]
     assert row["num_heads"] == 2
@@ -102,7 +98,7 @@ def test_a_run_of_each_level(tmp_path, level):
     assert ensemblenet.load(folder / "model").task == "multilabel"
 
 
-def test_two_processes_count_every_video_once_where_their_shares_differ(tmp_path):
+def test_two_processes_count_every_video_once_where_their_shares_differ(tmp_path: Path) -> None:
     arguments = make(tmp_path)
     write(tmp_path / "validate0002.tfrecord", videos(5, frames=None, seed=20))  # 49: 24 and 25, 3 and 4 batches of 8
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false"]
@@ -123,7 +119,9 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_killed_within_an_epoch_goes_on_to_the_same_weights(tmp_path, monkeypatch, workers):
+def test_a_run_killed_within_an_epoch_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     arguments = [*make(tmp_path), "--trainer.max_epochs", "2", "--data.init_args.num_workers", str(workers)]
     whole = fit(arguments)
     assert len(set(whole.glob("checkpoints/*"))) == 1
@@ -154,7 +152,7 @@ def read(path):
 
 @pytest.mark.parametrize("level", ["video", "frame"])
 @pytest.mark.parametrize("conversion", ["null", "{num_heads: 2}"])
-def test_predictions_of_a_run_are_those_of_its_network(tmp_path, level, conversion):
+def test_predictions_of_a_run_are_those_of_its_network(tmp_path: Path, level: str, conversion: str) -> None:
     folder = fit([*make(tmp_path, level), "--trainer.max_epochs", "1", "--model.conversion", conversion])
     path = predict(
         [str(folder), "--data", str(tmp_path / "validate*"), "--output", str(tmp_path / "out" / "x.csv"), "--top", "5"]
@@ -177,7 +175,7 @@ def test_predictions_of_a_run_are_those_of_its_network(tmp_path, level, conversi
         predict([str(folder), "--data", str(tmp_path), "--output", str(path)])
 
 
-def test_a_saved_model_reads_the_features_of_its_recipe(tmp_path):
+def test_a_saved_model_reads_the_features_of_its_recipe(tmp_path: Path) -> None:
     model = ensemblenet.convert(ensemblenet.models.MLPTagger(1152, 6, [16]), torch.randn(2, 1152), task="multilabel")
     saved = ensemblenet.save(model, tmp_path / "saved")
     rng = torch.Generator().manual_seed(0)
@@ -190,7 +188,7 @@ def test_a_saved_model_reads_the_features_of_its_recipe(tmp_path):
     assert list(rows) == [v.id for v in made]
 
 
-def test_predictions_go_on_past_damaged_records_if_asked(tmp_path, capsys):
+def test_predictions_go_on_past_damaged_records_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = fit([*make(tmp_path), "--trainer.max_epochs", "1"])
     shard = tmp_path / "validate0000.tfrecord"
     data = bytearray(shard.read_bytes())
@@ -205,7 +203,9 @@ def test_predictions_go_on_past_damaged_records_if_asked(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_training_goes_on_past_damaged_records_if_asked(tmp_path, capsys, workers):
+def test_training_goes_on_past_damaged_records_if_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
     arguments = [*make(tmp_path), "--trainer.max_epochs", "2", "--data.init_args.num_workers", workers]
     shard = tmp_path / "train0000.tfrecord"
     data = bytearray(shard.read_bytes())
@@ -250,7 +250,9 @@ def no_shards(folder):
     ],
 )
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_bad_data_is_one_line_that_names_the_file(tmp_path, capfd, spoil, message, workers):
+def test_bad_data_is_one_line_that_names_the_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], spoil: Callable[..., Any], message: str, workers: str
+) -> None:
     arguments = make(tmp_path)
     spoil(tmp_path)
     assert main(["fit", *arguments, "--data.init_args.num_workers", workers]) == 2
@@ -260,14 +262,14 @@ def test_bad_data_is_one_line_that_names_the_file(tmp_path, capfd, spoil, messag
     assert str(tmp_path) in error[0]
 
 
-def test_a_network_of_another_number_of_classes_is_refused(tmp_path, capfd):
+def test_a_network_of_another_number_of_classes_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", *make(tmp_path), "--model.base.init_args.num_classes", "7"]) == 2
     error = capfd.readouterr().err
     assert "The data has 20 classes and the network 7 outputs: give the base num_classes=20, or the data" in error
     assert "Traceback" not in error
 
 
-def test_what_predict_cannot_load(tmp_path):
+def test_what_predict_cannot_load(tmp_path: Path) -> None:
     with pytest.raises(ensemblenet.LoadError, match="nowhere"):
         predict([str(tmp_path / "nowhere"), "--data", "x", "--output", str(tmp_path / "x.csv")])
     folder = fit([*make(tmp_path), "--trainer.max_epochs", "1", "--model.conversion", "null"])
@@ -284,14 +286,14 @@ def first_loss(folder):
     return next(float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column])
 
 
-def test_segments_cost_what_their_rated_labels_cost(tmp_path):
+def test_segments_cost_what_their_rated_labels_cost(tmp_path: Path) -> None:
     folder = fit([*make(tmp_path, "segment"), "--trainer.max_epochs", "1"])
     rate = 3 / CLASSES  # where the biases begin
     # of each video one segment has a label that is there, and one a label that is not
     assert first_loss(folder) == pytest.approx(-(math.log(rate) + math.log(1 - rate)) / 2, rel=0.5)
 
 
-def test_the_loss_of_tagging_is_summed_over_classes(tmp_path):
+def test_the_loss_of_tagging_is_summed_over_classes(tmp_path: Path) -> None:
     first = first_loss(fit([*make(tmp_path), "--trainer.max_epochs", "1"]))
     rate = 3 / CLASSES  # where the biases begin
     assert first == pytest.approx(CLASSES * -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)), rel=0.5)

@@ -67,6 +67,23 @@ class Kinetics(DataModule):
 
     Raises:
         DataError: at setup, what is wrong with the data; while loading, which video is broken.
+
+    Example:
+        >>> import tempfile
+        >>> import av
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for split in ("train", "val"):
+        ...         Path(folder, split, "high_jump").mkdir(parents=True)
+        ...         with av.open(f"{folder}/{split}/high_jump/a.mp4", "w") as file:
+        ...             stream = file.add_stream("mpeg4", rate=25, width=32, height=32)
+        ...             for _ in range(8):
+        ...                 file.mux(stream.encode(av.VideoFrame(32, 32, "yuv420p")))
+        ...             file.mux(stream.encode(None))
+        ...     small = {"num_frames": 4, "stride": 1, "image_size": 16, "batch_size": 1, "num_workers": 0}
+        ...     data = Kinetics(Path(folder), "train", "val", **small)
+        ...     data.setup("fit")
+        ...     data.classes, [tuple(x.shape) for x in next(iter(data.train_dataloader()))]
+        (['high jump'], [(1, 3, 4, 16, 16), (1,)])
     """
 
     def __init__(

@@ -53,6 +53,21 @@ class YouTube8M(DataModule):
 
     Raises:
         DataError: at setup or while reading; it names the file, and where in it.
+
+    Example:
+        >>> import tempfile
+        >>> from tfrecord import TFRecordWriter
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("train0000", "validate0000"):
+        ...         writer = TFRecordWriter(f"{folder}/{name}.tfrecord")
+        ...         for label in range(4):
+        ...             video = {"id": (b"ab12", "byte"), "labels": (label, "int"), "mean_rgb": ([0.5] * 6, "float")}
+        ...             writer.write(video)
+        ...         writer.close()
+        ...     data = YouTube8M(folder, features={"mean_rgb": 6}, num_classes=10, batch_size=4, num_workers=0)
+        ...     data.setup("fit")
+        ...     [tuple(x.shape) for x in next(iter(data.train_dataloader()))]
+        [(4, 6), (4, 10)]
     """
 
     finds_classes = False  # classes have numbers only

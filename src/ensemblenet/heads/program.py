@@ -41,6 +41,15 @@ class Program:
         graph: of each of them.
         examples: what its nodes gave the first head for an example batch, in fake tensors.
         tied: the ids of parameters that must not be moved, because not one head alone has them.
+
+    Example:
+        What a program has written for a fused model:
+
+        >>> from ensemblenet import EnsembleNet, fuse
+        >>> model = fuse(EnsembleNet(nn.Identity(), [nn.Linear(8, 3) for _ in range(2)]), torch.randn(4, 8))
+        >>> fusion = model.fusion
+        >>> fusion.program(torch.randn(4, 8), *(stack.value() for stack in fusion.stacks)).shape
+        torch.Size([2, 4, 3])
     """
 
     def __init__(

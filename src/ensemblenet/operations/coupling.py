@@ -20,7 +20,12 @@ Axes = list[Axis]
 
 
 class TensorRef(NamedTuple):
-    """A tensor as an event names it; `source` is the name of the parameter or buffer that it is, if any."""
+    """A tensor as an event names it; `source` is the name of the parameter or buffer that it is, if any.
+
+    Example:
+        >>> TensorRef(id=0, shape=(64, 8), source="0.weight").shape
+        (64, 8)
+    """
 
     id: int
     shape: tuple[int, ...]
@@ -28,7 +33,14 @@ class TensorRef(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One ATen call, with every tensor replaced by its `TensorRef`."""
+    """One ATen call, with every tensor replaced by its `TensorRef`.
+
+    Example:
+        >>> import torch
+        >>> from ensemblenet.conversion.trace import trace
+        >>> [(event.name, event.out.shape) for event in trace(torch.nn.Conv2d(3, 8, 3), torch.zeros(2, 3, 6, 6)).events]
+        [('convolution', (2, 8, 4, 4))]
+    """
 
     node: fx.Node
     op: Any
@@ -65,7 +77,25 @@ def refs(value: Any) -> list[TensorRef]:
 
 
 class Sizes(Protocol):
-    """The axes of all tensors, while it is being stated which of them are one."""
+    """The axes of all tensors, while it is being stated which of them are one.
+
+    Example:
+        A linear layer whose outputs are never narrowed:
+
+        >>> import torch
+        >>> from torch import nn
+        >>> from ensemblenet import convert
+        >>> from ensemblenet.operations import linear, register
+        >>> class Wide(nn.Linear): ...
+        >>> @register(Wide)
+        ... class WideOperation(linear.Linear):
+        ...     def tie(self, sizes, node, layer):
+        ...         sizes.value(node)[-1].keep()
+
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), Wide(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> convert(base, torch.randn(4, 8), budget=0.9, split_at="input").heads[0].get_submodule("2").out_features
+        64
+    """
 
     def axes(self, ref: TensorRef) -> Axes:
         """The axes of a tensor; a parameter's are unknown at first, any other constant keeps its sizes."""
@@ -119,7 +149,20 @@ class Sizes(Protocol):
 
 
 class Narrowed(Protocol):
-    """What has become of the sizes of a node of the base."""
+    """What has become of the sizes of a node of the base.
+
+    Example:
+        A reshape in a network all of whose sizes are halved:
+
+        >>> from ensemblenet.operations.axes import free
+        >>> class Halved:
+        ...     def size(self, axis):
+        ...         return axis.size // 2
+        >>> graph = fx.Graph()
+        >>> copy = graph.call_method("reshape", (graph.placeholder("x"), -1, 64))
+        >>> new_size(Halved(), free(64), 64, copy)
+        32
+    """
 
     def axes(self, node: fx.Node) -> Axes:
         """The axes of a node's tensor."""

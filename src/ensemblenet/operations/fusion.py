@@ -24,7 +24,15 @@ __all__ = ["FIRST", "FOLDED", "SHARED", "Layout", "Program", "Value", "aligned",
 
 
 class Layout(Enum):
-    """Where the heads are in a value; see the module."""
+    """Where the heads are in a value; see the module.
+
+    Example:
+        >>> stacked = torch.zeros(2, 5, 8)  # FIRST: 2 heads, 5 examples, 8 channels
+        >>> fold(stacked).shape  # FOLDED
+        torch.Size([5, 16])
+        >>> [layout.name for layout in Layout]
+        ['SHARED', 'FIRST', 'FOLDED']
+    """
 
     SHARED = "shared"
     FIRST = "first"
@@ -35,7 +43,12 @@ SHARED, FIRST, FOLDED = Layout
 
 
 class Value(NamedTuple):
-    """A value of all heads: its node in the graph of all heads, and its layout. Of a tuple, that of its tensors."""
+    """A value of all heads: its node in the graph of all heads, and its layout. Of a tuple, that of its tensors.
+
+    Example:
+        >>> Value(fx.Graph().placeholder("features"), SHARED).layout.value
+        'shared'
+    """
 
     node: Any
     layout: Layout
@@ -46,6 +59,21 @@ class Program(Protocol):
 
     Attributes:
         num_heads: K.
+
+    Example:
+        >>> from ensemblenet import EnsembleNet, fuse
+        >>> from ensemblenet.operations import Operation, register
+        >>> class Double(nn.Module):
+        ...     def forward(self, x):
+        ...         return 2 * x
+        >>> @register(Double)
+        ... class DoubleOperation(Operation):
+        ...     def fuse(self, program, node):
+        ...         return Value(program.method("mul", program.first(node.args[0]), 2), FIRST)
+
+        >>> heads = [nn.Sequential(nn.Linear(8, 3), Double()) for _ in range(2)]
+        >>> model, x = EnsembleNet(nn.Identity(), heads), torch.randn(4, 8)
+        >>> torch.testing.assert_close(fuse(model, x)(x), model(x))
     """
 
     num_heads: int

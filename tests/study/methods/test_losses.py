@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -134,36 +136,36 @@ def co_training_by_hand(task: str, weight: float) -> float:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("ramp", [0.0, 0.3, 1.0])
-def test_one(task, ramp):
+def test_one(task: str, ramp: float) -> None:
     actual = one(Z, GATE, TARGETS[task], task, temperature=T, ramp=ramp)
     assert actual.item() == pytest.approx(one_by_hand(task, ramp))
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_mutual(task):
+def test_mutual(task: str) -> None:
     assert mutual(Z, TARGETS[task], task).item() == pytest.approx(mutual_by_hand(task))
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("ramp", [0.3, 1.0])
-def test_okddip(task, ramp):
+def test_okddip(task: str, ramp: float) -> None:
     actual = okddip(Z, QUERIES, KEYS, TARGETS[task], task, temperature=T, ramp=ramp)
     assert actual.item() == pytest.approx(okddip_by_hand(task, ramp))
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
-def test_kdcl(weight):
+def test_kdcl(weight: float) -> None:
     actual = kdcl(Z, TARGETS["multiclass"], temperature=T, weight=weight)
     assert actual.item() == pytest.approx(kdcl_by_hand(weight))
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_co_training(task):
+def test_co_training(task: str) -> None:
     actual = co_training(Z, TARGETS[task], task, weight=0.6, ramp=0.5)
     assert actual.item() == pytest.approx(co_training_by_hand(task, 0.3))
 
 
-def test_the_published_settings_are_the_defaults():
+def test_the_published_settings_are_the_defaults() -> None:
     y = TARGETS["multiclass"]
     assert torch.equal(one(Z, GATE, y), one(Z, GATE, y, temperature=3.0, ramp=1.0))
     assert torch.equal(okddip(Z, QUERIES, KEYS, y), okddip(Z, QUERIES, KEYS, y, temperature=3.0, ramp=1.0))
@@ -189,7 +191,7 @@ def cross_entropy(z):
     return -z.softmax(-1)[..., range(N), TARGETS["multiclass"]].log().mean(-1)
 
 
-def test_one_stops_the_gradient_at_its_teacher_only():
+def test_one_stops_the_gradient_at_its_teacher_only() -> None:
     fixed = (GATE[:, :, None] * Z).sum(0)
 
     def expected(z, gate):
@@ -201,7 +203,7 @@ def test_one_stops_the_gradient_at_its_teacher_only():
     assert actual[1].abs().min() > 0  # the gate learns
 
 
-def test_mutual_stops_the_gradient_at_the_others():
+def test_mutual_stops_the_gradient_at_the_others() -> None:
     def expected(z):
         plain = sum(cross_entropy(z[k]) for k in range(K))
         q, p = Z.softmax(-1), z.softmax(-1)
@@ -211,7 +213,7 @@ def test_mutual_stops_the_gradient_at_the_others():
     torch.testing.assert_close(gradients(lambda z: mutual(z, TARGETS["multiclass"]), Z), gradients(expected, Z))
 
 
-def test_kdcl_stops_the_gradient_at_its_teacher():
+def test_kdcl_stops_the_gradient_at_its_teacher() -> None:
     y = TARGETS["multiclass"]
     fixed = torch.stack([Z[k] - Z[k][range(N), y][:, None] for k in range(K)]).min(0).values
 
@@ -221,7 +223,7 @@ def test_kdcl_stops_the_gradient_at_its_teacher():
     torch.testing.assert_close(gradients(lambda z: kdcl(z, y, temperature=T), Z), gradients(expected, Z))
 
 
-def test_okddip_stops_no_gradient_and_its_attention_learns():
+def test_okddip_stops_no_gradient_and_its_attention_learns() -> None:
     def expected(z, queries, keys):
         total = sum(cross_entropy(z[k]) for k in range(K))
         for a in range(K - 1):
@@ -238,13 +240,13 @@ def test_okddip_stops_no_gradient_and_its_attention_learns():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_co_training_stops_no_gradient(task):
+def test_co_training_stops_no_gradient(task: str) -> None:
     z = Z.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda z: co_training(z, TARGETS[task], task), z)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_losses_are_taken_in_float32(dtype):
+def test_losses_are_taken_in_float32(dtype: torch.dtype) -> None:
     z, y, queries = Z.to(dtype), TARGETS["multiclass"], QUERIES.float()
     for loss in (mutual(z, y), kdcl(z, y), co_training(z, y), one(z, GATE.float(), y), okddip(z, queries, queries, y)):
         assert loss.dtype == torch.float32
@@ -254,14 +256,14 @@ def test_losses_are_taken_in_float32(dtype):
 # -- ramp-up, probabilities, errors
 
 
-def test_ramp_up_is_that_of_laine_and_aila():
+def test_ramp_up_is_that_of_laine_and_aila() -> None:
     assert ramp_up(0.0, 0.25) == pytest.approx(math.exp(-5))
     assert ramp_up(0.1, 0.25) == pytest.approx(math.exp(-5 * 0.6**2))
     assert [ramp_up(progress, 0.25) for progress in (0.25, 0.9, 1.0)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_log_probabilities(task):
+def test_log_probabilities(task: str) -> None:
     expected = [sum(zip(*probabilities(z.tolist(), task), strict=True), ()) for z in Z[0]]
     torch.testing.assert_close(log_probabilities(Z[0], task).exp(), torch.tensor(expected, dtype=torch.float64))
 
@@ -282,6 +284,6 @@ def test_log_probabilities(task):
         (lambda: mutual(Z, torch.zeros(4, dtype=torch.long)), "target for task='multiclass' must be class indices"),
     ],
 )
-def test_errors(call, message):
+def test_errors(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         call()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ensemblenet.models import MNIST1DNet
-from ensemblenet.study.methods import METHODS, Setup, Source
+from ensemblenet.study.methods import METHODS, Setup, Source, TrainingTask
 from ensemblenet.study.methods.co_training import co_training
 from ensemblenet.study.methods.okddip import okddip
 
@@ -28,7 +28,7 @@ def built():
 
 
 @pytest.mark.parametrize("key", METHODS)
-def test_every_method_trains_all_its_parameters_and_predicts(key):
+def test_every_method_trains_all_its_parameters_and_predicts(key: str) -> None:
     task = METHODS[key].build(source(), SETUP).train()
     task.loss(X, Y, 0.5).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
@@ -38,7 +38,7 @@ def test_every_method_trains_all_its_parameters_and_predicts(key):
     assert METHODS[key].several == (key not in SINGLE)
 
 
-def test_costs(built):
+def test_costs(built: dict[str, TrainingTask]) -> None:
     costs = {key: task.cost(X[:1]) for key, task in built.items()}
     base = costs["base"]
     for key in set(METHODS) - {"deep_ensemble_of_bases", "one"}:
@@ -55,7 +55,7 @@ def test_costs(built):
 
 
 @pytest.mark.parametrize("key", METHODS)
-def test_a_seed_gives_the_same_weights_and_another_one_others(key):
+def test_a_seed_gives_the_same_weights_and_another_one_others(key: str) -> None:
     first, again, other = (
         torch.cat([p.flatten() for p in METHODS[key].build(source(seed), SETUP).parameters()]) for seed in (0, 0, 1)
     )
@@ -64,13 +64,13 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(key):
 
 
 @pytest.mark.parametrize("key", sorted(SINGLE))
-def test_single_networks_have_cross_entropy(key, built):
+def test_single_networks_have_cross_entropy(key: str, built: dict[str, TrainingTask]) -> None:
     task = built[key].eval()
     assert task.loss(X, Y, 0.0).item() == pytest.approx(F.cross_entropy(task.network(X), Y).item())
 
 
 @pytest.mark.parametrize(("key", "weight"), [("joint", 0.0), ("independent", 1.0), ("codistillation", 3.0)])
-def test_the_weights_of_co_distillation(key, weight, built):
+def test_the_weights_of_co_distillation(key: str, weight: float, built: dict[str, TrainingTask]) -> None:
     task = built[key].eval()
     z = task.network(X, per_head=True)
     whole, heads = F.cross_entropy(z.mean(0), Y), sum(F.cross_entropy(z_k, Y) for z_k in z) / 3
@@ -78,7 +78,7 @@ def test_the_weights_of_co_distillation(key, weight, built):
 
 
 @pytest.mark.parametrize("key", ["deep_ensemble", "deep_ensemble_of_bases"])
-def test_networks_of_a_deep_ensemble_learn_as_if_each_were_alone(key):
+def test_networks_of_a_deep_ensemble_learn_as_if_each_were_alone(key: str) -> None:
     task = METHODS[key].build(source(), SETUP).train()
     task.loss(X, Y, 0.0).backward()
     for network in task.network.heads:
@@ -89,7 +89,7 @@ def test_networks_of_a_deep_ensemble_learn_as_if_each_were_alone(key):
             torch.testing.assert_close(ours, alone.grad)
 
 
-def test_one_predicts_by_its_gate():
+def test_one_predicts_by_its_gate() -> None:
     task = METHODS["one"].build(source(), SETUP).eval()
     torch.nn.init.normal_(task.gate[0].weight, std=5.0)  # far from the same weight for all heads
     outputs, prediction = task(X)
@@ -100,14 +100,14 @@ def test_one_predicts_by_its_gate():
     torch.testing.assert_close(prediction, expected)
 
 
-def test_one_and_okddip_ramp_their_distillation_up(built):
+def test_one_and_okddip_ramp_their_distillation_up(built: dict[str, TrainingTask]) -> None:
     for key in ("one", "okddip"):
         task = built[key].eval()
         early, late, end = (task.loss(X, Y, progress).item() for progress in (0.0, 80 / 300, 1.0))
         assert early < late == end
 
 
-def test_okddip_reads_what_enters_the_classifiers():
+def test_okddip_reads_what_enters_the_classifiers() -> None:
     task = METHODS["okddip"].build(source(), SETUP).eval()
     for projection in (task.query, task.key):
         torch.nn.init.normal_(projection.weight, std=5.0)  # far from the same attention for all peers
@@ -123,7 +123,7 @@ def test_okddip_reads_what_enters_the_classifiers():
     assert task.students == (2,)
 
 
-def test_co_training_warms_up(built):
+def test_co_training_warms_up(built: dict[str, TrainingTask]) -> None:
     task = built["co_training"].eval()
     z = task.network(X, per_head=True)
     for progress, ramp in ((0.0, 0.0), (20 / 300, 0.5), (40 / 300, 1.0), (1.0, 1.0)):
@@ -131,7 +131,7 @@ def test_co_training_warms_up(built):
         torch.testing.assert_close(task.loss(X, Y, progress), expected)
 
 
-def test_multilabel_targets():
+def test_multilabel_targets() -> None:
     labels = torch.randint(2, (6, 10), generator=torch.Generator().manual_seed(1))
     for key in set(METHODS) - {"kdcl"}:
         task = METHODS[key].build(source(), Setup(num_heads=2, budget=0.9, task="multilabel"))

@@ -12,23 +12,16 @@ from made_images import CLASSES, make_folders
 
 from ensemblenet.training.fit import fit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = [
     path
     for name in ("imagenet", "imagenette")
-    for path in sorted(Path(__file__).parents[2].glob(f"configs/{name}/*.yaml"))
+    for path in sorted(Path(__file__).parents[1].glob(f"configs/{name}/*.yaml"))
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=[f"{path.parent.name}-{path.stem}" for path in CONFIGS])
-def test_a_config_trains(config, tmp_path):
+def test_a_config_trains(config: Path, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
 

@@ -61,32 +61,32 @@ def trained_norms(network):
 
 @pytest.mark.parametrize(("num_heads", "budget"), [(2, 0.9), (4, 1.0)])
 @pytest.mark.parametrize("name", ALL)
-def test_conversion(name, num_heads, budget):
+def test_conversion(name: str, num_heads: int, budget: float) -> None:
     torch.manual_seed(0)
     assert check_conversion(ALL[name](), inputs(name), num_heads, budget).width < 1
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_saved_conversion_knows_its_base(name):
+def test_a_saved_conversion_knows_its_base(name: str) -> None:
     recipe = convert(ALL[name](), inputs(name), 2, 1.0).recipe
     assert recipe is not None
     assert recipe.base is not None
     assert recipe.base.build().arguments == ALL[name]().arguments
 
 
-def test_a_logistic_regression_has_nothing_to_narrow():
+def test_a_logistic_regression_has_nothing_to_narrow() -> None:
     with pytest.raises(BudgetError, match="do not fit"):
         convert(LogisticTagger(D, C), torch.randn(2, D), 2, 0.9)
 
 
-def test_heads_have_fewer_experts():
+def test_heads_have_fewer_experts() -> None:
     model = convert(MoETagger(D, C, 4, [64]), torch.randn(4, D), 2, 1.0, "input")
     experts = {head.get_submodule("classifier.experts").out_features for head in model.heads}
     assert experts == {3 * C}
 
 
 @pytest.mark.parametrize("hidden", [[], [16]])
-def test_a_mixture_of_experts_gives_the_log_odds_of_its_probability(hidden):
+def test_a_mixture_of_experts_gives_the_log_odds_of_its_probability(hidden: list[int]) -> None:
     torch.manual_seed(0)
     network = trained_norms(MoETagger(D, C, 3, hidden))
     x = torch.randn(5, D, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_a_mixture_of_experts_gives_the_log_odds_of_its_probability(hidden):
     torch.testing.assert_close(network(x), torch.log(p / (1 - p)), rtol=1e-5, atol=1e-5)
 
 
-def test_a_mixture_of_experts_is_finite_where_its_probability_is_not():
+def test_a_mixture_of_experts_is_finite_where_its_probability_is_not() -> None:
     network = MoETagger(4, 3)
     x = torch.randn(2, 4, requires_grad=True)
     for size in (1e2, 1e5):
@@ -110,14 +110,14 @@ def test_a_mixture_of_experts_is_finite_where_its_probability_is_not():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_outputs_begin_at_the_odds_of_few_labels(name):
+def test_outputs_begin_at_the_odds_of_few_labels(name: str) -> None:
     network = ALL[name]().eval()
     mean = network(inputs(name)).sigmoid().mean().item()
     assert mean == pytest.approx(3 / C, rel=0.6)
 
 
 @pytest.mark.parametrize("name", FRAMES)
-def test_padding_changes_nothing(name):
+def test_padding_changes_nothing(name: str) -> None:
     network = trained_norms(FRAMES[name]())
     x = inputs(name).double()
     for video in range(4):
@@ -127,13 +127,13 @@ def test_padding_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["dbof", "netvlad", "nextvlad"])
-def test_pooling_does_not_see_the_order_of_frames(name):
+def test_pooling_does_not_see_the_order_of_frames(name: str) -> None:
     network = trained_norms(FRAMES[name]())
     x = inputs(name).double()
     torch.testing.assert_close(network(x.flip(1)), network(x))
 
 
-def test_the_recurrent_tagger_sees_the_order_and_the_first_frame():
+def test_the_recurrent_tagger_sees_the_order_and_the_first_frame() -> None:
     network = GRUTagger(D, C, 32).double().eval()
     x = inputs("gru").double()
     assert not torch.allclose(network(x[:1].flip(1)), network(x[:1]))
@@ -142,7 +142,7 @@ def test_the_recurrent_tagger_sees_the_order_and_the_first_frame():
     assert ((network(changed) - network(x)).abs().amax(1) > 1e-4).all()
 
 
-def test_netvlad_pools_as_defined():
+def test_netvlad_pools_as_defined() -> None:
     """Residuals to every centre, weighted by soft assignment, frame by frame."""
     torch.manual_seed(0)
     pool = trained_norms(GatedNetVLAD([D], C, 5, 8)).pools[0]
@@ -163,7 +163,7 @@ def test_netvlad_pools_as_defined():
     torch.testing.assert_close(pool(x, is_there), torch.stack(expected))
 
 
-def test_nextvlad_pools_as_defined():
+def test_nextvlad_pools_as_defined() -> None:
     """Groups of lower dimension, each attended and assigned by itself, frame by frame."""
     torch.manual_seed(0)
     groups, clusters = 3, 5
@@ -187,7 +187,7 @@ def test_nextvlad_pools_as_defined():
     torch.testing.assert_close(pool(x, is_there), pool.norm(torch.stack(pooled)))
 
 
-def test_deep_bag_of_frames_pools_codes_by_their_maximum():
+def test_deep_bag_of_frames_pools_codes_by_their_maximum() -> None:
     network = trained_norms(DeepBagOfFrames(D, C, 16, 8))
     x = inputs("dbof").double()
     frames = [x[1:2, [t]] for t in range(2)]  # two frames are there
@@ -198,13 +198,13 @@ def test_deep_bag_of_frames_pools_codes_by_their_maximum():
     torch.testing.assert_close(network(x[1:2]), network.classifier(hidden))
 
 
-def test_nextvlad_needs_groups_that_divide():
+def test_nextvlad_needs_groups_that_divide() -> None:
     with pytest.raises(ValueError, match="must be multiples of groups, got 48 and 5"):
         NeXtVLAD([D], C, groups=5)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_every_parameter_learns(name):
+def test_every_parameter_learns(name: str) -> None:
     network = ALL[name]()
     network(inputs(name)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
@@ -218,7 +218,7 @@ def test_every_parameter_learns(name):
         (MoETagger(), 4 * 1153 * 3862),
     ],
 )
-def test_default_sizes_are_those_of_the_data(network, size):
+def test_default_sizes_are_those_of_the_data(network: nn.Module, size: int) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == size
     assert network(torch.zeros(2, *network.input_shape)).shape == (2, 3862)
     assert math.prod(network.input_shape) == 1152
