@@ -54,6 +54,11 @@ def run(bare: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"OMP_NUM_THREADS": "1"})
 
 
+def test_every_public_name_is_there(bare: Path) -> None:
+    done = run(bare, "from ensemblenet import *; print(callable(push_to_hub) and callable(register_timm))")
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_the_core_converts_trains_saves_and_loads(bare: Path, tmp_path: Path) -> None:
     code = """
 import importlib.util
@@ -87,7 +92,7 @@ print("done")
         ("import ensemblenet.training.module", "train"),
         ("from ensemblenet.evaluation import scoring", "train"),
         ("import ensemblenet.study.compare", "study"),
-        ("import ensemblenet; ensemblenet.push_to_hub", "hub"),
+        ("import ensemblenet; ensemblenet.push_to_hub('model', 'owner/name')", "hub"),
         ("import ensemblenet; ensemblenet.load('hf://owner/name')", "hub"),
         ("import ensemblenet.models; ensemblenet.models.create('resnet18')", "timm"),
         ("import ensemblenet.models; ensemblenet.models.create('torchvision:resnet18')", "timm"),

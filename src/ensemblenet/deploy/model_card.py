@@ -21,8 +21,6 @@ from ensemblenet.storage.hub import PREFIX, upload
 
 __all__ = ["model_card", "push_to_hub"]
 
-require("hub")  # whose libraries are imported where they are used: naming the functions here loads none
-
 _RESULTS = "results.json"
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PIPELINES = {3: "image-classification", 4: "video-classification"}  # by the dimensions of an example
@@ -59,6 +57,7 @@ def push_to_hub(
     Raises:
         LoadError: no converted model, a name that is none, or the hub refuses.
     """
+    require("hub")
     config, results = None, {}
     if isinstance(model, (str, os.PathLike)):
         require("train")
@@ -109,6 +108,7 @@ def model_card(
         >>> print(next(line for line in card.splitlines() if line.startswith("| all")))
         | all 3 heads | 20,198 | 220,000 | 1.50 |
     """
+    require("hub")
     import yaml
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
