@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -33,15 +32,21 @@ from ensemblenet.training.module import Classifier
 from ensemblenet.training.optimization import Optimization, build_optimizer, layer_depths
 
 OWN_CODE = """
-import time
+import os
+import signal
+from pathlib import Path
 
 from lightning.pytorch import Callback
 from torch import nn
 
 
-class Slow(Callback):
-    def on_train_batch_end(self, trainer, module, *rest):
-        time.sleep(0.2)
+class KilledOnce(Callback):
+    # in the second epoch of 4 batches; not again when the run goes on
+    def on_train_batch_start(self, trainer, module, *rest):
+        done = Path(__file__).with_name("was_killed")
+        if trainer.global_step == 6 and not done.exists():
+            done.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Small(nn.Module):
@@ -57,14 +62,10 @@ class Small(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def own_code(tmp_path, monkeypatch):
+def own_code(tmp_path, monkeypatch, one_thread):
     (tmp_path / "own.py").write_text(OWN_CODE)
     monkeypatch.syspath_prepend(tmp_path)
     sys.modules.pop("own", None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(folder, runs="runs", data=(), model=(), **settings):
@@ -106,26 +107,17 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_weights(tmp_path):
     whole = fit([*make(tmp_path, data={"num_workers": 2}), *options])
 
     arguments = [*make(tmp_path, "killed", data={"num_workers": 2}), *options, "--checkpoint_steps", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ensemblenet", "fit", *arguments, "--trainer.callbacks", "own.Slow"],
+    killed = subprocess.run(
+        [sys.executable, "-m", "ensemblenet", "fit", *arguments, "--trainer.callbacks", "own.KilledOnce"],
         env=os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=120,
     )
-    deadline = time.monotonic() + 120
-    while True:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        found = list(tmp_path.glob("killed/*/checkpoints/last.ckpt"))
-        if found and checkpoint(found[0].parents[1])["global_step"] >= 5:  # of 4 an epoch
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    folder = found[0].parents[1]
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    [folder] = (tmp_path / "killed").iterdir()
     state = checkpoint(folder)
-    assert 5 <= state["global_step"] < 8
-    assert state["ImageData"]["consumed"] == state["global_step"] % 4
+    assert state["global_step"] == 6
+    assert state["ImageData"]["consumed"] == 2
 
     assert fit([*make(tmp_path, "killed", data={"num_workers": 0}), *options, "--resume", "auto"]) == folder
     ends = checkpoint(whole), checkpoint(folder)
