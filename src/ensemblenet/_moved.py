@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -75,11 +74,18 @@ MOVED: dict[str, str | tuple[str, ...]] = {
 }
 
 
-class _Finder(MetaPathFinder, Loader):
+class _Finder:
+    """Finds and loads old names; the base classes in `importlib.abc` would double the time of `import ensemblenet`."""
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if fullname in MOVED else None
+        if fullname not in MOVED:
+            return None
+        return ModuleSpec(fullname, self, is_package=True)  # pyright: ignore[reportArgumentType]  it has what counts
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Leave it to the import system."""
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__

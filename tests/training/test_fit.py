@@ -20,7 +20,7 @@ from ensemblenet.cli.main import main
 from ensemblenet.errors import TrainingError
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.storage.runs import environment
-from ensemblenet.training import fit as cli
+from ensemblenet.training import loggers
 from ensemblenet.training.fit import fit
 
 CUSTOM_CODE = """
@@ -263,9 +263,9 @@ def test_a_resumed_run_goes_on_in_mlflow(tmp_path, monkeypatch):
         asked.append(options)
         return SimpleNamespace(run_id="17")
 
-    monkeypatch.setattr(cli, "MLFlowLogger", logger)
+    monkeypatch.setattr(loggers, "MLFlowLogger", logger)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for _ in range(2):
-        cli._mlflow(tmp_path)
+        loggers._mlflow(tmp_path)
     assert [options["run_id"] for options in asked] == [None, "17"]
     assert asked[0]["tracking_uri"] == f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -25,7 +25,7 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from ensemblenet.data import MNIST1D
 from ensemblenet.models import MNIST1DNet
@@ -107,6 +107,13 @@ class Endless(IterableDataset):
     def __iter__(self):
         while True:
             yield torch.randn(40), 0
+
+
+class Plain(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(torch.randn(60, 40), torch.arange(60) % 10), 20)
+
+    val_dataloader = test_dataloader = train_dataloader
 
 
 class Stream(MNIST1D):
@@ -356,7 +363,7 @@ def test_the_others_change_nothing_and_resume(arguments: list[str], caplog: pyte
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     assert stored["trainer"]["callbacks"].pop()["class_path"] == "own.Stop"
     (folder / "config.yaml").write_text(yaml.safe_dump(stored))
-    fit(["--resume", str(folder)])
+    fit(["--resume", str(folder), "--trust"])
 
     for name, tensor in weights(alone).items():
         assert torch.equal(tensor, weights(folder)[name]), name
@@ -388,7 +395,6 @@ def test_the_others_change_nothing_and_resume(arguments: list[str], caplog: pyte
         ("trainer.precision", "transformer-engine", "transformer_engine"),
         ("trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: nonsense}}", "`nonsense` which is not"),
         ("checkpoint_steps", "0", "checkpoint_steps must be at least 1"),
-        ("checkpoint_steps", "2", "needs data that can go on in the middle of an epoch"),
         ("model.base", "own.Frozen", "Every parameter of the base is frozen"),
         ("model.label_smoothing", "1", r"label_smoothing must be in [0, 1)"),
         ("model.task", "multilabel", "needs targets (N, C)"),
@@ -417,10 +423,20 @@ def test_an_untrained_network_where_it_is_asked_for(arguments: list[str]) -> Non
     assert not (folder / "checkpoints").exists()
 
 
+def test_checkpoints_within_an_epoch_need_data_that_can_go_on_there(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = yaml.safe_load(Path("tiny.yaml").read_text()) | {"data": {"class_path": "own.Plain"}}
+    Path("plain.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", "plain.yaml", "--checkpoint_steps", "2"]) == 2
+    assert "needs data that can go on in the middle of an epoch" in capsys.readouterr().err
+    assert fit([*arguments, "--checkpoint_steps", "2"])
+
+
 def test_a_trial_keeps_no_results(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     folder = fit([*arguments, "--trainer.fast_dev_run", "2"])
     assert "A trial of 2 batch(es): it keeps no results." in capsys.readouterr().out
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "environment.json"}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "data.json", "environment.json"}
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
