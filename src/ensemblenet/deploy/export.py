@@ -210,7 +210,7 @@ def _write(
     description: dict[str, Any],
     base: nn.Module | None,
 ) -> Predict:
-    """Write the file; what runs it."""
+    """Write the file; return a function that runs it."""
     if format == "safetensors":
         return _write_directory(network, path, description, base)
     try:

@@ -54,7 +54,7 @@ class _Experts(nn.Module):
         _start_rare(self.experts, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        # (N, M, C); the gate of the one that says no is 0, which loses nothing: a softmax has one degree too many
+        # (N, M, C); the gate logit of the expert that says no is fixed at 0: softmax is shift-invariant
         gates = _full_precision(self.gates(x)).unflatten(1, (-1, self.num_classes))
         experts = _full_precision(self.experts(x)).unflatten(1, (-1, self.num_classes))
         yes = gates - F.softplus(-experts)  # not logsigmoid, which ONNX has as log(sigmoid(e)): infinite below e = -104
