@@ -71,6 +71,7 @@ MAY_IMPORT = {
     "reports": {"errors", "functional", "inputs", "cost", "ensemble", "metrics", "storage", "evaluation"},
     "study": {
         "data",
+        "recipe",
         "conversion",
         "timing",
         "cost",
@@ -85,6 +86,7 @@ MAY_IMPORT = {
     },
     "cli": {
         "errors",
+        "recipe",
         "inputs",
         "cost",
         "timing",

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ensemblenet.cli.options import add_base, base_of, command_parser
-from ensemblenet.conversion.convert import convert as convert_network
+from ensemblenet.conversion.convert import convert_as
 from ensemblenet.errors import ConversionError
 from ensemblenet.models.sources import source_named
+from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import MACS_NOTE
 from ensemblenet.storage.checkpoint import save
 
@@ -41,7 +42,8 @@ def convert(arguments: Sequence[str]) -> None:
     if options.output.exists():
         raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
     base, x = base_of(options)
-    model = convert_network(base, x, options.num_heads, options.budget, options.split_at, options.seed)
+    wanted = Conversion(options.num_heads, options.budget, options.split_at, options.seed)
+    model = convert_as(wanted, base, x)
     assert model.cost is not None
     assert model.base_cost is not None
     assert model.recipe is not None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ensemblenet.conversion.convert import convert
+from ensemblenet.conversion.convert import convert_as
 from ensemblenet.cost import Cost, measure_cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.functional import Task, codistillation, combine_heads
+from ensemblenet.recipe import Conversion
 from ensemblenet.training.module import head_outputs
 
 __all__ = ["Loss", "Method", "Setup", "Source", "TrainingTask", "codistilled", "pooled", "run_once"]
@@ -62,21 +64,18 @@ class Source:
     example: Tensor
     seed: int = 0
 
-    def convert(self, setup: Setup, *, num_heads: int | None = None, split_at: str | None = None) -> EnsembleNet:
-        """Convert a fresh base as a setup asks, or otherwise where a value is given.
+    def convert(self, setup: Setup, **options: Any) -> EnsembleNet:
+        """Convert a fresh base.
+
+        Args:
+            setup: the options of the conversion.
+            options: those that differ from the setup's, such as `split_at="input"`.
 
         Raises:
             ConversionError: the base cannot be converted so.
         """
-        return convert(
-            self.make_base(),
-            self.example,
-            num_heads or setup.num_heads,
-            setup.budget,
-            split_at or setup.split_at,
-            self.seed,
-            task=setup.task,
-        )
+        wanted = replace(Conversion(setup.num_heads, setup.budget, setup.split_at, self.seed), **options)
+        return convert_as(wanted, self.make_base(), self.example, setup.task)
 
 
 class TrainingTask(nn.Module):
