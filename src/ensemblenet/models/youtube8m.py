@@ -1,4 +1,6 @@
-"""Taggers for YouTube-8M: the models of the challenge's code and of its winners, as ordinary modules.
+"""Taggers for YouTube-8M, in one file since they share their experts, gates and hidden layers.
+
+They are the models of the challenge's code and of its winners, as ordinary modules.
 
 All give logits (N, C) for `CoDistillationLoss(task="multilabel")`; a mixture of experts gives the log-odds of its
 probability. Taggers of frames take (N, T, D), in which frames that are not there are zero throughout: no length
