@@ -20,6 +20,7 @@ from ensemblenet._moved import renamed
 from ensemblenet.cost import measure_cost
 from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
+from ensemblenet.metrics.scores import TASKS
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
@@ -160,7 +161,7 @@ def _searched(cli: FitCLI) -> Candidate:
             _train(proxy)
             [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
         gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
-        return metrics[f"val/{'accuracy' if proxy.model.task == 'multiclass' else 'gap'}"]
+        return metrics[f"val/{TASKS[proxy.model.task].main}"]
 
     return search(cli.folder, among, epochs, score)
 

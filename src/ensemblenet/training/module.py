@@ -20,6 +20,7 @@ from ensemblenet.functional import ClassifierTask, divergence
 from ensemblenet.heads import Choice, HeadsMode, choose, current_mode, fuse, unfuse
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
+from ensemblenet.metrics.scores import TASKS
 from ensemblenet.metrics.tagging import TaggingMetrics, mask_unknown
 from ensemblenet.recipe import Conversion
 from ensemblenet.training.mixing import Mix, Mixing, soft_targets
@@ -261,7 +262,7 @@ class Classifier(LightningModule):
         metrics: Any = self.metrics[split]
         values = metrics.compute()
         metrics.reset()
-        shown = f"{split}/{'accuracy' if self.task == 'multiclass' else 'gap'}"
+        shown = f"{split}/{TASKS[self.task].main}"
         self.log(shown, values.pop(shown), prog_bar=True)
         self.log_dict(values)
 
