@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ensemblenet.errors import ConversionError, InputError
 
-__all__ = ["DTYPES", "Inputs", "InputSpec", "Tree", "call", "check_sizes", "map_tensors", "num_examples", "tensors_in"]
+__all__ = ["DTYPES", "CheckSizes", "InputSpec", "Inputs", "call", "map_tensors", "num_examples", "tensors_in"]
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64")
 
@@ -212,24 +212,36 @@ def call(network: nn.Module, inputs: Tree, **options: Any) -> Any:
     return network(*inputs, **options) if isinstance(inputs, (tuple, list)) else network(inputs, **options)
 
 
-@fx.has_side_effect
-def check_sizes(tensor: Tensor, name: str, sizes: Mapping[int, int]) -> None:
-    """Refuse an input tensor whose sizes a model cannot follow.
+class CheckSizes(nn.Module):
+    """The identity, which refuses an input whose sizes a model cannot follow.
 
     Args:
-        tensor: the input.
-        name: what it is called.
+        name: what the input is called.
         sizes: by dimension, the size that it must have.
 
     Raises:
-        InputError: it has another.
+        InputError: on a call, the input has another.
 
     Example:
-        >>> check_sizes(torch.zeros(4, 3, 32, 32), "x", {1: 3})
+        >>> CheckSizes("x", {1: 3})(torch.zeros(4, 3, 32, 32)).shape
+        torch.Size([4, 3, 32, 32])
     """
-    if tensor.ndim <= max(sizes) or any(tensor.shape[dim] != size for dim, size in sizes.items()):
-        expected = ", ".join(str(sizes.get(dim, "any")) for dim in range(max(max(sizes) + 1, tensor.ndim)))
-        raise InputError(
-            f"Input {name!r} must have the shape ({expected}), got {tuple(tensor.shape)}: the model was converted for "
-            "these sizes; convert the base again with example inputs of the sizes that you need."
-        )
+
+    def __init__(self, name: str, sizes: Mapping[int, int]) -> None:
+        super().__init__()
+        self.name = name
+        self.sizes = dict(sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input."""
+        if x.ndim <= max(self.sizes) or any(x.shape[dim] != size for dim, size in self.sizes.items()):
+            expected = ", ".join(str(self.sizes.get(dim, "any")) for dim in range(max(max(self.sizes) + 1, x.ndim)))
+            raise InputError(
+                f"Input {self.name!r} must have the shape ({expected}), got {tuple(x.shape)}: the model was converted "
+                "for these sizes; convert the base again with example inputs of the sizes that you need."
+            )
+        return x
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.name}, {self.sizes}"

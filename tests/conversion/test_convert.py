@@ -212,7 +212,13 @@ class Lambda(nn.Module):
 BAD = [
     ("not a module", lambda: "resnet50", X, {}, "base must be an nn.Module, got str"),
     ("no tensor", lambda: Lambda(lambda x: None), X, {}, "must return a tensor of shape .*, got NoneType"),
-    ("several", lambda: Lambda(lambda x: (x, x)), X, {}, r"returns tuple of 2; name the tensor .*: output= takes one of \[0, 1\]"),
+    (
+        "several",
+        lambda: Lambda(lambda x: (x, x)),
+        X,
+        {},
+        r"returns tuple of 2; name the tensor .*: output= takes one of \[0, 1\]",
+    ),
     ("unknown output", lambda: Lambda(lambda x: {"out": x}), X, {"output": "logits"}, "no tensor 'logits' .* one of"),
     ("values", Wrapped, X, {}, r"block \(Branching\) at test_convert.py:\d+ reads the values of a tensor"),
     ("by hand", Wrapped, X, {}, r"given by hand: ensemblenet\.EnsembleNet\(trunk, heads\)"),

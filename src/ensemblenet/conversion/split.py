@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from ensemblenet.conversion.trace import TensorRef, Trace, refs
 from ensemblenet.cost import Cost, count_parameters
 from ensemblenet.errors import ConversionError
-from ensemblenet.inputs import check_sizes
+from ensemblenet.inputs import CheckSizes
 
 __all__ = ["Cut", "Flow", "SplitPoint", "find_cuts", "head_graph", "named_cut", "sizes_read", "trunk_graph"]
 
@@ -169,8 +169,8 @@ class Flow:
         >>> from torch import nn
         >>> from ensemblenet.conversion.trace import trace
         >>> traced = trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.zeros(3, 4))
-        >>> [node.name for node in Flow(traced).trunk(traced.outputs[0], 9)]
-        ['input_1', '_0', '_1']
+        >>> [node.name for node in Flow(traced).trunk(traced.outputs, 9)]
+        ['_0', '_1']
     """
 
     def __init__(self, trace: Trace) -> None:
@@ -324,7 +324,9 @@ def trunk_graph(trace: Trace, cut: Cut) -> fx.Graph:
             copies[node] = _copy_node(graph, node, copies.__getitem__)
     for node, spec, tensor in zip(trace.input_nodes, trace.inputs.tensors, trace.tensors, strict=True):
         if spec.fixed:
-            graph.call_function(check_sizes, (copies[node], _input_name(node), {dim: tensor.shape[dim] for dim in spec.fixed}))
+            sizes = {dim: tensor.shape[dim] for dim in spec.fixed}
+            trace.module.add_module(f"check_{node.name}", CheckSizes(_input_name(node), sizes))
+            copies[node] = graph.call_module(f"check_{node.name}", (copies[node],))
     copier = _Copier(trace, graph, copies, trace.input_nodes[0])
     copier.copy(cut.trunk)
     ends = [copies[cut.node], *(copies[node] for node in cut.inputs), *map(copier.scalar, cut.sizes)]
@@ -340,9 +342,7 @@ def _input_name(node: fx.Node) -> str:
     return f"{_input_name(source)}[{key!r}]"  # type: ignore[arg-type]
 
 
-def head_graph(
-    trace: Trace, cut: Cut, size_of: SizeOf | None = None
-) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def head_graph(trace: Trace, cut: Cut, size_of: SizeOf | None = None) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """The graph of a head: from what the trunk gives to the outputs.
 
     Sizes of the head's own tensors are read from them. Others are given by the trunk, or read from the features where
@@ -379,7 +379,12 @@ class _Copier:
     """
 
     def __init__(
-        self, trace: Trace, graph: fx.Graph, copies: dict[fx.Node, fx.Node], entry: fx.Node, size_of: SizeOf | None = None
+        self,
+        trace: Trace,
+        graph: fx.Graph,
+        copies: dict[fx.Node, fx.Node],
+        entry: fx.Node,
+        size_of: SizeOf | None = None,
     ) -> None:
         self.trace = trace
         self.graph = graph

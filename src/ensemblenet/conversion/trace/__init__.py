@@ -50,9 +50,7 @@ __all__ = [
 ]
 
 
-def trace(
-    base: nn.Module, example_inputs: Tree, output: Output = None, inputs: Inputs | None = None
-) -> Trace:
+def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: Inputs | None = None) -> Trace:
     """Trace a base in training and evaluation mode; the base and the random state are left as they were.
 
     Args:
@@ -92,9 +90,7 @@ def trace(
         training = _record(module, inputs, few, leaves, training=True)
         evaluation.finish(outputs)
         if type(training.returned) is not type(evaluation.returned):
-            notes = [
-                f"The base returns {describe(training.returned)} in training mode; only its prediction is kept."
-            ]
+            notes = [f"The base returns {describe(training.returned)} in training mode; only its prediction is kept."]
             break
         training.finish(pick(training.returned, output))
         owner = merge_modes(evaluation, training)

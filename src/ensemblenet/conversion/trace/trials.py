@@ -70,7 +70,9 @@ def try_sizes(traced: Trace, tensors: list[Tensor], base: Base | None) -> None:
                 node.meta["varies"] = True
             if size != count:
                 batch.discard(node)
-        batch_dims.difference_update({(n, d) for n, d in batch_dims if n in found.shapes and found.shapes[n][d] != count})
+        batch_dims.difference_update(
+            {(n, d) for n, d in batch_dims if n in found.shapes and found.shapes[n][d] != count}
+        )
 
     for count in _counts(traced, len(next(tensor for tensor in tensors if tensor.ndim))):
         doubt = (
@@ -204,5 +206,3 @@ class _Reader(GraphRunner):
         if isinstance(value, Tensor):
             self.shapes[n] = value.shape
         return value
-
-
