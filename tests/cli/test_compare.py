@@ -59,7 +59,10 @@ def test_the_command_runs_and_goes_on_with_other_settings(
     ("arguments", "message"),
     [
         (["--config", "missing.yaml"], "missing.yaml"),
-        (["--resume", "missing"], "missing is no folder of a study: it has no config.yaml"),
+        (
+            ["--resume", "missing"],
+            "missing has no config.yaml, so nothing there can go on: give --resume a folder under runs/.",
+        ),
         (["--methods", "[codistillation]"], "methods must begin with base"),
         (["--methods", "[base, nothing]"], "methods must be among base, narrow,"),
         (["--methods", "[base, joint, joint]"], "methods has 'joint, λ = 0' twice"),
@@ -67,7 +70,7 @@ def test_the_command_runs_and_goes_on_with_other_settings(
         (["--tuning.lr", "[0.1, 0.01]"], "tuning.lr must be two numbers above 0, the smaller first"),
         (["--split_at", "conv9"], "conv9"),
         (["--budget", "0.001"], "do not fit a budget"),
-        (["--base.class_path", "ensemblenet.models.Nothing"], "Nothing"),
+        (["--base.class_path", "ensemblenet.models.Nothing"], "base: ensemblenet.models.Nothing cannot be made: "),
         (["--data.init_args.batch_size", "100"], "MNIST1D needs 1 <= batch_size <= num_train"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),

@@ -74,7 +74,10 @@ def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, caps
         (["convert", NET, "--budget", "0.001", "--output", "never"], "do not fit a budget"),
         (["convert", NET, "--split-at", "conv9", "--output", "never"], "conv9"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
-        (["fit", "--resume", "missing"], "missing is no run folder"),
+        (
+            ["fit", "--resume", "missing"],
+            "missing has no config.yaml, so nothing there can go on: give --resume a folder under runs/ or auto.",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(

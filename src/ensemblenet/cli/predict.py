@@ -74,7 +74,7 @@ def predict(arguments: Sequence[str]) -> Path:
 
 
 def _predict_split(restored: Restored, options: argparse.Namespace, changes: Sequence[str]) -> None:
-    data = chosen_data(restored, options.config, changes)
+    data = chosen_data(restored, options.config, changes, options.class_path)
     name = data.example_name if isinstance(data, Names) else lambda split, place: str(place)
     quiet_lightning()
     with PredictionFile(options.output, restored) as file:
