@@ -148,6 +148,7 @@ def finish(run: Run, folder: str) -> dict[str, Any]:
     training = METHODS[run.method].build(Source(lambda: series.base(run.width), x, run.seed), series.setup)
     cost = training.cost(x)
     optimization = Optimization("adamw", lr=run.lr, weight_decay=run.weight_decay)
+    data.reseed(run.seed)
     seconds = train(training, data, optimization, run.epochs, run.seed, series.precision)["cpu_seconds"]
     found: dict[str, Any] = {"parameters": cost.parameters, "macs": cost.macs, "cpu_seconds": seconds}
     for part, loader in (("val", data.val_dataloader()), ("train", data.train_dataloader())):

@@ -79,10 +79,10 @@ class Trial:
         return trial_key(asdict(self))
 
     def data_module(self) -> LightningDataModule:
-        """The data module, set up; a process keeps that of its last trial."""
-        data: Any = _data_module(json.dumps(self.data))
-        if self.data.get("init_args", {}).get("seed", 0) is None:
-            data.seed = self.seed  # `seed: null` asks for the seed of the run
+        """The data module, set up; a process keeps that of its last trial, and begins its training data anew."""
+        data = _data_module(json.dumps(self.data))
+        if isinstance(data, DataModule):
+            data.reseed(self.seed)
         return data
 
     def task(self, example: Tensor) -> TrainingTask:
@@ -233,7 +233,7 @@ def train(
         data: a data module whose training batches begin with inputs and targets.
         optimization: optimizer and learning rate; all modules of the method are trained by it.
         epochs: passes over the training examples.
-        seed: of the data, unless it has a seed of its own; and every epoch starts from a seed made of this one.
+        seed: every epoch starts from a seed made of this one.
         precision: the precision of the forward pass.
 
     Returns:
@@ -243,8 +243,6 @@ def train(
         TrainingError: the loss became non-finite.
     """
     device = next(task.parameters()).device
-    if isinstance(data, DataModule):
-        data.reseed(seed)
     loader = data.train_dataloader()
     steps = epochs * len(loader)
     optimizer = build_optimizer(task, optimization)
