@@ -212,7 +212,7 @@ def finish(name: str, variant: str, seed: int, folder: str) -> dict[str, Any]:
     task = VARIANTS[name][variant](series, Source(lambda: series.base(WIDTHS[name]), x, seed))
     cost = task.cost(x)
     data.reseed(seed)
-    source: Any = Together(data, series.setup.num_heads, seed) if isinstance(task, OwnOrders) else data
+    source: Any = Together(data, series.setup.conversion.num_heads, seed) if isinstance(task, OwnOrders) else data
     train(task, source, OPTIMIZATION[name], EPOCHS[name], seed, series.precision)
     kind = series.setup.task
     found: dict[str, Any] = {"parameters": cost.parameters, "macs": cost.macs}

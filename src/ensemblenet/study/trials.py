@@ -112,11 +112,19 @@ def trial_key(stored: Mapping[str, Any]) -> str:
         True
     """
     filled = {"device": "cpu", "precision": "32", **stored}
-    filled["setup"] = asdict(Setup()) | stored.get("setup", {})
+    filled["setup"] = _complete_setup(stored.get("setup", {}))
     filled["optimization"] = asdict(Optimization()) | stored.get("optimization", {})
     for name in ("base", "data"):
         filled[name] = json.loads(_complete(name, json.dumps(stored.get(name, {}))))
     return json.dumps(filled, sort_keys=True)
+
+
+def _complete_setup(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The setup of a stored trial; version 0.1 wrote what is asked of a conversion beside the rest."""
+    setup = asdict(Setup())
+    beside = {key: value for key, value in stored.items() if key in setup["conversion"]}
+    conversion = setup["conversion"] | stored.get("conversion", {}) | beside
+    return setup | {key: value for key, value in stored.items() if key not in beside} | {"conversion": conversion}
 
 
 @lru_cache(maxsize=64)
