@@ -46,6 +46,7 @@ from ensemblenet.training.options import (
     check_replaced,
     check_trainer,
     listed,
+    rename_scores,
 )
 from ensemblenet.training.processes import agreed_folder, is_first_process
 from ensemblenet.training.resume import changed_setting, take_unfinished
@@ -135,10 +136,11 @@ class FitCLI(LightningCLI):
         parser.add_argument("--trust", action="store_true", default=SUPPRESS, help=f"with --resume: {TRUST_HELP}")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what the run could not honour."""
+        """Refuse what the run could not honour, and take the names of version 0.1."""
         check_replaced({name: self.config.pop(name, None) for name in REPLACED})
         if (steps := self.config["checkpoint_steps"]) is not None and steps < 1:
             raise TrainingError(f"checkpoint_steps must be at least 1, got {steps}.")
+        rename_scores(listed(self.config["trainer"]["callbacks"]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
