@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from torch import nn
 from ensemblenet.errors import EnsembleNetError, LoadError
 from ensemblenet.extras import require
 
-__all__ = ["BaseSource", "ModelNameError", "create", "default_input_shape", "find_source", "is_known", "source_named"]
+__all__ = [
+    "BaseSource",
+    "ModelNameError",
+    "create",
+    "default_input_shape",
+    "find_source",
+    "is_known",
+    "made_with",
+    "source_named",
+]
 
 _OWN = "ensemblenet.models"
 
@@ -170,6 +179,20 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 
 # -- where a base came from
+
+
+def made_with(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a network, as plain data, for [`find_source`][ensemblenet.models.sources.find_source].
+
+    Args:
+        given: the `locals()` of its constructor before it sets others.
+
+    Example:
+        >>> made_with({"self": None, "width": 8, "hidden": (16, 16)})
+        {'width': 8, 'hidden': [16, 16]}
+    """
+    arguments = {name: value for name, value in given.items() if name not in ("self", "__class__")}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
 
 
 @dataclass(frozen=True)
