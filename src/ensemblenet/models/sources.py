@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _OWN = "ensemblenet.models"
+_OF_TIMM = ("num_classes", "in_chans", "img_size")  # what a recipe may pass to timm
 
 
 class ModelNameError(EnsembleNetError, ValueError):
@@ -228,7 +229,7 @@ class BaseSource:
                 "trust=True (on the command line --trust); else pass base, a fresh instance."
             )
         makers = {
-            "timm": self._build_timm,
+            "timm": lambda: _from_timm(self.name, {k: v for k, v in self.arguments.items() if k in _OF_TIMM}, None),
             "torchvision": lambda: create(f"torchvision:{self.name}", options=self.arguments),
             "ensemblenet": self._build_own,
             "module": lambda: create(self.name, options=self.arguments),
@@ -239,10 +240,6 @@ class BaseSource:
             return makers[self.factory]()
         except (TypeError, ValueError, RuntimeError) as error:
             raise LoadError(f"The base {self.name!r} of {self.factory} cannot be built: {error}") from error
-
-    def _build_timm(self) -> nn.Module:
-        known = ("num_classes", "in_chans", "img_size")
-        return _from_timm(self.name, {key: value for key, value in self.arguments.items() if key in known}, None)
 
     def _build_own(self) -> nn.Module:
         if not is_known(f"{_OWN}:{self.name}"):
