@@ -353,3 +353,23 @@ def test_trunks_by_hand_give_heads_what_they_take() -> None:
     expected = torch.stack([model.head(k)(x, mask) for k in range(2)])
     torch.testing.assert_close(model(x, mask), expected)
     torch.testing.assert_close(fuse(model, (x, mask))(x, mask), expected)
+
+
+class Wrapper(nn.Module):
+    """A network one level deeper."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        return self.net(**inputs)
+
+
+def test_the_automatic_split_is_the_same_for_a_wrapped_network_and_shares_rather_than_not() -> None:
+    base, inputs = make("masked")
+    alone, wrapped = (convert(net, inputs).recipe for net in (base, Wrapper(Wrapper(base))))
+    assert alone is not None
+    assert wrapped is not None
+    assert alone.split_at != "input"
+    assert wrapped.split_at == f"net.net.{alone.split_at}"

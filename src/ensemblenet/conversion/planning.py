@@ -131,14 +131,22 @@ def choose_plan(
             raise _no_fit(plan, wanted, base, f"at split point {wanted.split_at!r}")
         return design, plan
     able = {cut.point.name: cut for cut in cuts if cut.has_parameters}
+    unshared: tuple[HeadDesign, Plan] | None = None  # heads that share nothing, if they come first
     for point in preferred([cut.point for cut in able.values()]):
+        if unshared and _distance(point, STEM) > _distance(unshared[1].split, STEM):
+            break
         if point.name in misfits:
             continue
         design = design_head(trace, able[point.name], pinned)
         plan = plan_at(design, wanted.num_heads, limit)
-        if is_eligible(plan, wanted):
+        if not is_eligible(plan, wanted):
+            misfits[point.name] = plan
+        elif able[point.name].node is trace.input_nodes[0]:
+            unshared = design, plan
+        elif unshared is None or plan.width >= unshared[1].width:  # type: ignore[operator]
             return design, plan
-        misfits[point.name] = plan
+    if unshared:
+        return unshared
     # the one that comes nearest: the widest heads, or where none fit, the least cost
     least = max(misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.share_of(limit))))
     raise _no_fit(least, replace(wanted, min_width=_least_width(wanted)), base, "at any split point")
@@ -147,8 +155,8 @@ def choose_plan(
 def preferred(points: Sequence[SplitPoint], share: float = STEM) -> list[SplitPoint]:
     """Split points, in the order in which they are tried.
 
-    Those near a share of the MACs come first; of those that are near, the ends of large modules; of equals, the last,
-    which shares most.
+    Those near a share of the MACs come first; of those that are near, the ends of large modules, however deep the
+    network itself lies in others; of equals, the last, which shares most.
 
     Args:
         points: in the network's order.
@@ -161,12 +169,18 @@ def preferred(points: Sequence[SplitPoint], share: float = STEM) -> list[SplitPo
         (['a', 'b.c', 'd'], 'd')
     """
 
-    def key(point: SplitPoint) -> tuple[int, int, float]:
-        distance = abs(point.macs_share - share)
-        return int(distance / _NEAR), point.name.count("."), distance
+    depth = min((point.name.count(".") for point in points if point.name != "input"), default=0)
 
-    from_the_end = points[::-1]
-    return sorted(from_the_end, key=key)
+    def key(point: SplitPoint) -> tuple[int, int, float]:
+        inside = 0 if point.name == "input" else point.name.count(".") - depth
+        return _distance(point, share), inside, abs(point.macs_share - share)
+
+    return sorted(reversed(points), key=key)
+
+
+def _distance(point: SplitPoint, share: float) -> int:
+    """How far a split point is from a share, in steps; points of one step count as equally near."""
+    return int(abs(point.macs_share - share) / _NEAR)
 
 
 def is_eligible(plan: Plan, wanted: Conversion) -> bool:
