@@ -13,17 +13,19 @@ A layer stays whole, called but not opened, if it is PyTorch's own or its operat
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ensemblenet.conversion.trace.attributes import Attributes
+from ensemblenet.conversion.trace.chance import CHANCE, keeping_state, line_of_draw
+from ensemblenet.conversion.trace.check import check_training
 from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, depends_on_input
 from ensemblenet.conversion.trace.modes import BY_MODE, ByMode, merge_modes
 from ensemblenet.conversion.trace.recorder import Recorder
+from ensemblenet.conversion.trace.refusals import KEEP_WHOLE, copy_base, refuse_parameter_hooks
+from ensemblenet.conversion.trace.watch import keep_contexts
 from ensemblenet.errors import ConversionError
 from ensemblenet.operations import Event, TensorRef, refs
 
@@ -36,6 +38,7 @@ __all__ = [
     "NodeError",
     "TensorRef",
     "Trace",
+    "check_training",
     "depends_on_input",
     "keeping_state",
     "refs",
@@ -58,12 +61,10 @@ def trace(base: nn.Module, example_input: Tensor) -> Trace:
         >>> [node.target for node in traced.graph.nodes]
         ['input', '0', '1', '2', 'output']
     """
-    try:
-        module = copy.deepcopy(base)
-    except Exception as error:
-        raise ConversionError(f"The base cannot be copied: {type(error).__name__}: {error}. {BY_HAND}") from error
+    refuse_parameter_hooks(base)
+    module, computed = copy_base(base)
     if len(example_input) == 1:  # with two examples, sizes that follow the batch tell themselves from sizes of one
-        _record(module, example_input, set(), training=True)
+        _record(module, example_input, set(), computed, training=True)
         example_input = example_input.repeat_interleave(2, dim=0)
     x = example_input[:2]
     leaves: set[type[nn.Module]] = set()
@@ -71,9 +72,13 @@ def trace(base: nn.Module, example_input: Tensor) -> Trace:
     notes: list[str] = []
     expected: Tensor | None = None
     while True:
-        evaluation = _record(module, x, leaves, training=False)
+        evaluation = _record(module, x, leaves, computed, training=False)
         expected = evaluation.output if expected is None else expected  # of the base as it came
-        training = _record(module, x, leaves, training=True)
+        training = _record(module, x, leaves, computed, training=True)
+        assigned = evaluation.assigned or training.assigned
+        if assigned is not None:
+            leaves.add(type(module.get_submodule(assigned)))
+            continue
         if not evaluation.returns_tensor:
             raise ConversionError(
                 f"The base must return one tensor of shape (N, ...), got {evaluation.returned}. {BY_HAND}"
@@ -93,19 +98,59 @@ def trace(base: nn.Module, example_input: Tensor) -> Trace:
             leaves.add(type(module.get_submodule(owner)))
         tried.add(owner)  # the first time may have been the filling of a cache
     module.add_module(BY_MODE, ByMode())  # only now: a Sequential would call it
+    notes += dict.fromkeys(evaluation.notes + training.notes)
     traced = evaluation.trace(module, x, notes)
+    mixed = keep_contexts(module, traced.graph)
+    if mixed is not None:
+        raise ConversionError(
+            f"{mixed.meta['line']} calls a layer in other contexts (no_grad, autocast) than elsewhere; one layer can "
+            f"have one. {BY_HAND}"
+        )
     assert expected is not None
+    check_training(traced, base)
     _check_batch_size(traced, expected)
     return traced
 
 
-def _record(module: nn.Module, x: Tensor, leaves: set[type[nn.Module]], *, training: bool) -> Recorder:
-    """Run the module once under all observers."""
-    recorder = Recorder(module, x, leaves)
+def _record(
+    module: nn.Module, x: Tensor, leaves: set[type[nn.Module]], computed: dict[int, str], *, training: bool
+) -> Recorder:
+    """Run the module once under all observers, and leave it as it was."""
     module.train(training)
+    attributes = Attributes(module)
+    recorder = Recorder(module, x, leaves)
+    _run(recorder, x, training)
+    if recorder.chance.drew:
+        _refuse_draws(Recorder(module, x, leaves), x, training)
+    assigned = attributes.assigned(recorder)
+    for one in assigned:
+        owner = module.get_submodule(one.module)
+        if one.is_buffer and (one.module == "" or any(owner.children())):
+            raise ConversionError(
+                f"{one.module or type(module).__name__} assigns a tensor to its buffer {one.attribute!r} in forward; "
+                f"update the buffer in place (copy_, mul_, add_) in a layer of its own. {KEEP_WHOLE}"
+            )
+        if one.is_buffer:
+            recorder.assigned = one.module
+    if assigned and recorder.assigned is None:
+        again = Recorder(module, x, leaves)
+        again.left_behind = {id(one.tensor): str(one) for one in assigned}
+        _run(again, x, training)
+    held = {id(value): value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)}
+    for key, name in computed.items():
+        if key in held:
+            raise ConversionError(
+                f"{name} is a computed tensor that the forward pass does not compute anew, so no copy can have it: set "
+                f"it to None before the conversion, or make it a parameter or a buffer."
+            )
+    attributes.restore(recorder)
+    return recorder
+
+
+def _run(recorder: Recorder, x: Tensor, training: bool) -> None:
     mode = "training" if training else "evaluation"
     what = f"The base's forward pass in {mode} mode, on an input of shape {tuple(x.shape)},"
-    with torch.no_grad(), keeping_state(module, x):
+    with torch.enable_grad(), keeping_state(recorder.root, x):
         try:
             recorder.run(x)
         except ConversionError:
@@ -117,19 +162,14 @@ def _record(module: nn.Module, x: Tensor, leaves: set[type[nn.Module]], *, train
             raise ConversionError(
                 f"{what} failed in {recorder.where(error)}: {type(error).__name__}: {error}.{hint}"
             ) from error
-    return recorder
 
 
-@contextmanager
-def keeping_state(module: nn.Module, x: Tensor) -> Iterator[None]:
-    """Restore buffers and the random state after a run in training mode."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
-    with torch.no_grad():
-        for buffer, value in before:  # into the old tensors: a new one in their place is a cache that the run filled
-            buffer.copy_(value)
+def _refuse_draws(recorder: Recorder, x: Tensor, training: bool) -> None:
+    """Run once more to find where the network draws numbers of Python or NumPy."""
+    line = line_of_draw(lambda: _run(recorder, x, training), recorder.chance, lambda: recorder.paused)
+    raise ConversionError(
+        f"{line or 'The base'} draws random numbers in Python or NumPy, which a graph would freeze. {CHANCE} {KEEP_WHOLE}"
+    )
 
 
 class _SizeReader(GraphRunner):

@@ -50,7 +50,7 @@ def merge_modes(evaluation: Recorder, training: Recorder) -> str | None:
 
 def _merge_nodes(left: fx.Node, right: fx.Node, twins: dict[fx.Node, fx.Node]) -> None:
     """Pair two nodes, merging the arguments of the right one into the left one."""
-    if (left.op, left.target) != (right.op, right.target):
+    if (left.op, left.target) != (right.op, right.target) or left.meta.get("context") != right.meta.get("context"):
         raise _MismatchError
 
     def merge(a: Any, b: Any) -> Any:

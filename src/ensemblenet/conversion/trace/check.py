@@ -1,0 +1,92 @@
+"""Check a graph against the network that it was traced from: outputs and gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from ensemblenet.conversion.trace.chance import keeping_state
+from ensemblenet.conversion.trace.graph import BY_HAND, Trace
+from ensemblenet.conversion.trace.refusals import KEEP_WHOLE, copy_base
+from ensemblenet.errors import ConversionError
+
+__all__ = ["check_training"]
+
+_WHY = (
+    "something acts there that a graph cannot say, such as a train() method of its own, or what acts in the backward "
+    "pass alone."
+)
+
+
+def check_training(traced: Trace, base: nn.Module) -> None:
+    """Run one training step of the base and one of its graph, with the same random numbers, and compare them.
+
+    A base that returns no tensor in training mode, or cannot be trained, has nothing to compare.
+
+    Args:
+        traced: the traced network, in any mode; its buffers and the random state are left as they were.
+        base: what it was traced from; a copy of it runs.
+
+    Raises:
+        ConversionError: their outputs, or the gradients of a parameter, differ; the message names the first one.
+    """
+    graph = fx.GraphModule(traced.module, traced.graph)
+    modes = {module: module.training for module in graph.modules()}
+    try:
+        expected = _training_step(copy_base(base)[0], traced.input)
+    except Exception:  # its own training says so more clearly
+        return
+    if expected is None:
+        return
+    with keeping_state(traced.module, traced.input):
+        got = _training_step(graph, traced.input)
+    for module, training in modes.items():
+        module.training = training
+    assert got is not None
+    if not _agree(expected.output, got.output):
+        raise ConversionError(
+            f"In training mode the base gives other outputs than its graph: {_WHY} {KEEP_WHOLE} {BY_HAND}"
+        )
+    for name, gradient in expected.gradients.items():
+        if not _agree(gradient, got.gradients.get(name)):
+            raise ConversionError(
+                f"In training, the gradient of {name!r} differs between the base and its graph: {_WHY} {KEEP_WHOLE} "
+                f"{BY_HAND}"
+            )
+
+
+class _Step(NamedTuple):
+    output: Tensor
+    gradients: dict[str, Tensor | None]
+
+
+def _training_step(module: nn.Module, x: Tensor) -> _Step | None:
+    """The output and the gradients of all parameters, for a fixed random projection of the output."""
+    module.train()
+    with torch.enable_grad(), keeping_state(module, x):
+        torch.manual_seed(0)
+        output = module(x.clone())
+        if not isinstance(output, Tensor):
+            return None
+        if output.requires_grad:
+            generator = torch.Generator().manual_seed(0)
+            direction = torch.randn(output.shape, generator=generator).to(output)
+            (output * direction).sum().abs().backward()  # abs: an output may be complex
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    module.zero_grad(set_to_none=True)
+    return _Step(output.detach(), gradients)
+
+
+def _agree(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors, each possibly missing, are the same up to rounding."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    tolerance = 1e-3 if torch.finfo(a.dtype).eps < 1e-5 else 5e-2
+    scale = a.abs().nan_to_num(0, 0, 0).max().item() if a.numel() else 0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
