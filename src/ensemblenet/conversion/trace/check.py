@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, fx, nn
 
 from ensemblenet.conversion.trace.chance import keeping_state
 from ensemblenet.conversion.trace.graph import BY_HAND, Trace
+from ensemblenet.conversion.trace.outputs import Output, pick
 from ensemblenet.conversion.trace.refusals import KEEP_WHOLE, copy_base
 from ensemblenet.errors import ConversionError
+from ensemblenet.inputs import call
 
 __all__ = ["check_training"]
 
@@ -20,32 +23,31 @@ _WHY = (
 )
 
 
-def check_training(traced: Trace, base: nn.Module) -> None:
+def check_training(traced: Trace, base: nn.Module, output: Output = None) -> None:
     """Run one training step of the base and one of its graph, with the same random numbers, and compare them.
 
-    A base that returns no tensor in training mode, or cannot be trained, has nothing to compare.
+    A base that returns something else in training mode, or cannot be trained, has nothing to compare.
 
     Args:
         traced: the traced network, in any mode; its buffers and the random state are left as they were.
         base: what it was traced from; a copy of it runs.
+        output: which of the tensors that the base returns are its outputs.
 
     Raises:
         ConversionError: their outputs, or the gradients of a parameter, differ; the message names the first one.
     """
     graph = fx.GraphModule(traced.module, traced.graph)
-    modes = {module: module.training for module in graph.modules()}
+    twin = copy_base(base)[0]
+    x = traced.inputs.build(traced.tensors)
     try:
-        expected = _training_step(copy_base(base)[0], traced.input)
+        expected = _training_step(twin, traced.tensors[0], lambda: pick(call(twin, x), output))
     except Exception:  # its own training says so more clearly
         return
-    if expected is None:
-        return
-    with keeping_state(traced.module, traced.input):
-        got = _training_step(graph, traced.input)
+    modes = {module: module.training for module in graph.modules()}
+    got = _training_step(graph, traced.tensors[0], lambda: _outputs(graph(*traced.arguments)))
     for module, training in modes.items():
         module.training = training
-    assert got is not None
-    if not _agree(expected.output, got.output):
+    if not all(map(_agree, expected.outputs, got.outputs)):
         raise ConversionError(
             f"In training mode the base gives other outputs than its graph: {_WHY} {KEEP_WHOLE} {BY_HAND}"
         )
@@ -58,25 +60,31 @@ def check_training(traced: Trace, base: nn.Module) -> None:
 
 
 class _Step(NamedTuple):
-    output: Tensor
+    outputs: list[Tensor]
     gradients: dict[str, Tensor | None]
 
 
-def _training_step(module: nn.Module, x: Tensor) -> _Step | None:
-    """The output and the gradients of all parameters, for a fixed random projection of the output."""
+def _outputs(returned: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [returned] if isinstance(returned, Tensor) else list(returned)
+
+
+def _training_step(module: nn.Module, x: Tensor, run: Callable[[], list[Tensor]]) -> _Step:
+    """The outputs and the gradients of all parameters, for a fixed random projection of the outputs."""
     module.train()
     with torch.enable_grad(), keeping_state(module, x):
         torch.manual_seed(0)
-        output = module(x.clone())
-        if not isinstance(output, Tensor):
-            return None
-        if output.requires_grad:
-            generator = torch.Generator().manual_seed(0)
-            direction = torch.randn(output.shape, generator=generator).to(output)
-            (output * direction).sum().abs().backward()  # abs: an output may be complex
+        outputs = run()
+        generator = torch.Generator().manual_seed(0)
+        loss = [
+            (tensor * torch.randn(tensor.shape, generator=generator).to(tensor)).sum().abs()  # abs: it may be complex
+            for tensor in outputs
+            if tensor.requires_grad
+        ]
+        if loss:
+            torch.stack(loss).sum().backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     module.zero_grad(set_to_none=True)
-    return _Step(output.detach(), gradients)
+    return _Step([tensor.detach() for tensor in outputs], gradients)
 
 
 def _agree(a: Tensor | None, b: Tensor | None) -> bool:

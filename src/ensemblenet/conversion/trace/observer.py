@@ -71,11 +71,13 @@ class Observer(TorchDispatchMode):
         if tensor not in self.ids:
             self.ids[tensor] = self.num_ids
             self.num_ids += 1
-            if self.num_ids == 1:  # the first tensor that is named is the input
-                self._input.ids.add(0)
         with torch._C.DisableTorchFunction():  # the recorder would take this for the network's own reading
             shape = tuple(tensor.shape)
         return TensorRef(self.ids[tensor], shape, self.recorder.constants.get(id(tensor)))
+
+    def is_input(self, tensor: Tensor) -> None:
+        """Note that a tensor is an input of the network."""
+        self._input.ids.add(self.ref(tensor).id)
 
     def hold(self, tensor: Tensor) -> None:
         """Note that the graph refers to a tensor, so that writing into it is more than a node's own affair."""
@@ -124,6 +126,8 @@ class Observer(TorchDispatchMode):
                 origin.ids.update(self.ids[tensor] for tensor in outputs)
                 origin.memory.update(memory for memory in written if memory is not None)
         if self.node is not None:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                self.node.meta["random"] = True
             macs = _count_macs(func, ref_args, ref_kwargs, ref_out)
             self.events.append(Event(self.node, func, ref_args, ref_kwargs, ref_out, macs))
         return out
@@ -186,7 +190,7 @@ def _only_reads(node: fx.Node, func: Any) -> bool:
         return classes != -1
     if name_of(node) not in ("getitem", "setitem"):
         return False
-    bounds = [part for part in tree_leaves(node.args[1], is_leaf=lambda x: isinstance(x, slice))]
+    bounds = tree_leaves(node.args[1], is_leaf=lambda part: isinstance(part, slice))
     slices = [bound for part in bounds if isinstance(part, slice) for bound in (part.start, part.stop, part.step)]
     return not any(isinstance(bound, fx.Node) and "scalar" not in bound.meta for bound in slices)
 

@@ -17,12 +17,14 @@ __all__ = [
     "ASSIGNED",
     "KEEP_WHOLE",
     "copy_base",
+    "refuse_assigned_buffer",
     "refuse_backward_hooks",
     "refuse_dynamic_shape",
     "refuse_function",
     "refuse_packed",
     "refuse_parameter_hooks",
     "refuse_scripted_weights",
+    "refuse_uncomputed",
 ]
 
 KEEP_WHOLE = (
@@ -88,6 +90,26 @@ def refuse_dynamic_shape(where: str, operator: str) -> None:
         f"{where} makes a tensor whose shape depends on the input's values ({operator}); write it densely, for "
         f"instance by torch.where with three arguments or by a mask that multiplies. {KEEP_WHOLE}"
     )
+
+
+def refuse_assigned_buffer(root: nn.Module, owner: str, attribute: str) -> None:
+    """Refuse a module that assigns a new tensor to its buffer and is too much to be kept whole."""
+    module = root.get_submodule(owner)
+    if module is root or any(module.children()):
+        raise ConversionError(
+            f"{owner or type(module).__name__} assigns a new tensor to its buffer {attribute!r} in forward; update the "
+            f"buffer in place (copy_, mul_, add_), or do it in a layer of its own without layers inside. {KEEP_WHOLE}"
+        )
+
+
+def refuse_uncomputed(root: nn.Module, computed: dict[int, str]) -> None:
+    """Refuse tensors with a gradient's history that the forward pass does not compute anew: no copy has them."""
+    held = {id(value) for module in root.modules() for value in vars(module).values()}
+    for name in (name for key, name in computed.items() if key in held):
+        raise ConversionError(
+            f"{name} is a tensor that was computed from others, which no copy can be, and forward does not compute it "
+            f"anew: set it to None before the conversion, or make it a parameter or a buffer."
+        )
 
 
 def copy_base(base: nn.Module) -> tuple[nn.Module, dict[int, str]]:
