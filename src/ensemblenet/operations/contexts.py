@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Autocast", "Context", "InContext", "in_context"]
+__all__ = ["Autocast", "Context", "InContext", "always_in_evaluation", "in_context"]
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
@@ -120,4 +120,30 @@ def _class_in_context(kind: type[nn.Module], context: Context) -> type[nn.Module
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return context.run(functools.partial(kind.forward, self), args, kwargs)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    return _derived(kind, forward=forward)
+
+
+def always_in_evaluation(layer: _Layer) -> _Layer:
+    """Make a layer stay in evaluation mode, whatever the mode of the model is.
+
+    Example:
+        >>> always_in_evaluation(nn.BatchNorm1d(3)).train().training
+        False
+    """
+    layer.__class__ = _class_in_evaluation(type(layer))
+    return layer.eval()
+
+
+@functools.cache
+def _class_in_evaluation(kind: type[nn.Module]) -> type[nn.Module]:
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        return kind.train(self, False)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # its own, so that it is not fused like another
+        return kind.forward(self, *args, **kwargs)
+
+    return _derived(kind, train=train, forward=forward)
+
+
+def _derived(kind: type[nn.Module], **methods: Callable[..., Any]) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__, "__doc__": kind.__doc__})

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ensemblenet.conversion.trace.attributes import Attributes
-from ensemblenet.conversion.trace.chance import CHANCE, keeping_state, line_of_draw
+from ensemblenet.conversion.trace.attributes import Attributes, keeping_state
+from ensemblenet.conversion.trace.chance import CHANCE, keeping_values, place_of_draw
 from ensemblenet.conversion.trace.check import check_training
 from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, Trial, depends_on_input
 from ensemblenet.conversion.trace.modes import BY_MODE, ByMode, merge_modes
@@ -35,10 +35,11 @@ from ensemblenet.conversion.trace.refusals import (
     refuse_uncomputed,
 )
 from ensemblenet.conversion.trace.trials import differs, examples, try_sizes
-from ensemblenet.conversion.trace.watch import keep_contexts
+from ensemblenet.conversion.trace.watch import keep_contexts, without_fast_path
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
+from ensemblenet.operations.contexts import always_in_evaluation
 
 __all__ = [
     "BY_HAND",
@@ -119,11 +120,13 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
     module.add_module(BY_MODE, ByMode())  # only now: a Sequential would call it
     notes += dict.fromkeys(evaluation.notes + training.notes)
     traced = evaluation.trace(module, inputs, few, notes)
+    for name in training.in_evaluation:
+        always_in_evaluation(module.get_submodule(name))
     mixed = keep_contexts(module, traced.graph)
     if mixed is not None:
         raise ConversionError(
-            f"{mixed.meta['line']} calls a layer in other contexts (no_grad, autocast) than elsewhere; one layer can "
-            f"have one. {BY_HAND}"
+            f"{mixed.meta['line']} calls a layer in another context (no_grad, autocast) than elsewhere, and a layer "
+            f"has only one; detach() can take the place of no_grad. {BY_HAND}"
         )
     _try(traced, base, tensors, output, is_known)
     return traced
@@ -138,7 +141,7 @@ def _in_order(base: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
 def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, is_known: bool) -> None:
     """Compare the graph with the base, at the sizes of the examples and at others."""
     module = traced.module.eval()
-    with keeping_state(module, tensors[0]):
+    with keeping_state(module, tensors[0]), without_fast_path():
         if is_known:
             try_sizes(traced, tensors, None)
             return
@@ -162,6 +165,12 @@ def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, 
                 f"to the next? {BY_HAND}"
             )
         try_sizes(traced, tensors, run)
+    with torch.no_grad():
+        if differs(expected, tuple(run(traced.tensors))):
+            traced.notes.append(
+                "In evaluation mode PyTorch's fast path of nn.TransformerEncoder gives other values than in training, "
+                "such as zeros at padding; the model gives in both modes what the base gives in training."
+            )
 
 
 def _record(
@@ -201,7 +210,7 @@ def _record(
 def _run(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bool) -> None:
     """Run a recorder; with gradients on, to see where the network turns them off."""
     mode = "training" if training else "evaluation"
-    with torch.enable_grad(), keeping_state(recorder.root, tensors[0]):
+    with torch.enable_grad(), keeping_values(recorder.root, tensors[0]):
         try:
             recorder.run(inputs, tensors)
         except ConversionError:
@@ -220,8 +229,7 @@ def _run(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bo
 def _refuse_draws(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bool) -> None:
     """Run once more to find where the network draws numbers of Python or NumPy."""
     run = lambda: _run(recorder, inputs, tensors, training)  # noqa: E731
-    line = line_of_draw(run, recorder.chance, lambda: recorder.paused)
+    place = place_of_draw(run, recorder.chance, lambda: recorder.paused, recorder.label)
     raise ConversionError(
-        f"{line or 'The base'} draws random numbers in Python or NumPy, which a graph would freeze. {CHANCE} "
-        f"{KEEP_WHOLE}"
+        f"{place} draws random numbers in Python or NumPy, which a graph would freeze. {CHANCE} {KEEP_WHOLE}"
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
-from ensemblenet.conversion.trace.recorder import Recorder
+from ensemblenet.conversion.trace.chance import keeping_values
 
-__all__ = ["Assigned", "Attributes"]
+if TYPE_CHECKING:
+    from ensemblenet.conversion.trace.recorder import Recorder
+
+__all__ = ["Assigned", "Attributes", "keeping_state"]
 
 
 class Assigned(NamedTuple):
@@ -27,7 +32,18 @@ class Assigned(NamedTuple):
     is_buffer: bool
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.attribute}".strip(".")
+        return f"{self.module or 'self'}.{self.attribute}"
+
+
+@contextmanager
+def keeping_state(root: nn.Module, x: Tensor) -> Iterator[None]:
+    """Put back what runs in any mode change: the random state, buffers, and all tensors that modules assign."""
+    attributes = Attributes(root)
+    try:
+        with keeping_values(root, x):
+            yield
+    finally:
+        attributes.restore()
 
 
 class Attributes:
@@ -59,26 +75,29 @@ class Attributes:
             if isinstance(value, Tensor) and value is not old.get(key) and recorder.observer.comes_from_input(value)
         ]
 
-    def restore(self, recorder: Recorder) -> None:
-        """Put back what the run has replaced by a value of its own; a cache that no input fills stays."""
+    def restore(self, recorder: Recorder | None = None) -> None:
+        """Put back what has been replaced since.
+
+        Args:
+            recorder: of a run that may have filled caches: only what came from its input is put back, and what has a
+                gradient's history, which no copy can have.
+        """
+
+        def is_new(value: object) -> bool:
+            if not isinstance(value, Tensor):
+                return False
+            return recorder is None or not value.is_leaf or recorder.observer.comes_from_input(value)
+
         for _, module, plain, buffers in self._before:
             for table, old in ((vars(module), plain), (module._buffers, buffers)):
-                for key, value in list(table.items()):
-                    if not isinstance(value, Tensor) or value is old.get(key):
-                        continue
-                    if not value.is_leaf or recorder.observer.comes_from_input(value):
-                        if key in old:
-                            table[key] = old[key]
-                        else:
-                            del table[key]
+                for key in [key for key, value in table.items() if value is not old.get(key) and is_new(value)]:
+                    if key in old:
+                        table[key] = old[key]
+                    else:
+                        del table[key]
         for container, contents in self._inside:
-            if any(
-                _is_of_input(part, recorder)
-                for part in (container.values() if isinstance(container, dict) else container)
-            ):
+            if isinstance(container, list) and any(map(is_new, container)):
+                container[:] = contents
+            elif isinstance(container, dict) and any(map(is_new, container.values())):
                 container.clear()
-                container.update(contents) if isinstance(container, dict) else container.extend(contents)
-
-
-def _is_of_input(value: object, recorder: Recorder) -> bool:
-    return isinstance(value, Tensor) and recorder.observer.comes_from_input(value)
+                container.update(contents)

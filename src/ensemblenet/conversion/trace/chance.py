@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CHANCE", "HostRandomness", "keeping_state", "line_of_draw"]
+__all__ = ["CHANCE", "HostRandomness", "keeping_values", "place_of_draw"]
 
 CHANCE = (
     "Draw tensors (torch.rand) and use them as tensors, such as a factor for each example; or set the rate to zero."
@@ -93,8 +93,8 @@ _OWN = (str(Path(random.__file__)), str(Path(np.__file__).parent))
 
 
 @contextmanager
-def keeping_state(module: nn.Module, x: Tensor) -> Iterator[None]:
-    """Restore buffers and the random state, PyTorch's, Python's and NumPy's, after a run in training mode."""
+def keeping_values(module: nn.Module, x: Tensor) -> Iterator[None]:
+    """Restore the buffers' values and the random state, PyTorch's, Python's and NumPy's, after runs in any mode."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
     devices = [x.device] if x.device.type == "cuda" else []
     chance = HostRandomness(module)
@@ -107,16 +107,19 @@ def keeping_state(module: nn.Module, x: Tensor) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def line_of_draw(run: Callable[[], Any], chance: HostRandomness, is_kept: Callable[[], bool]) -> str | None:
-    """Run a network line by line; the line that first draws a number, as "file:line".
+def place_of_draw(
+    run: Callable[[], Any], chance: HostRandomness, is_kept: Callable[[], bool], label: Callable[[], str]
+) -> str:
+    """Run a network line by line; the module and the line that first draw a number.
 
     Args:
         run: runs it.
         chance: its sources.
         is_kept: whether the code that runs now belongs to a layer that is kept whole.
+        label: the module that runs now.
     """
     last: list[tuple[str, int]] = [("", 0)]
-    found: list[tuple[str, int]] = []
+    found: list[str] = []
     states = [chance.state()]
 
     def watch(frame: FrameType, event: str, arg: Any) -> Any:
@@ -127,7 +130,8 @@ def line_of_draw(run: Callable[[], Any], chance: HostRandomness, is_kept: Callab
         if not _same(now, states[0]):
             states[0] = now
             if not is_kept():
-                found.append(last[0])
+                file, line = last[0]
+                found.append(f"{label()} at {Path(file).name}:{line}")
         if event == "return" and frame.f_back is not None:
             frame = frame.f_back
         last[0] = frame.f_code.co_filename, frame.f_lineno
@@ -139,4 +143,4 @@ def line_of_draw(run: Callable[[], Any], chance: HostRandomness, is_kept: Callab
         run()
     finally:
         sys.settrace(before)
-    return f"{Path(found[0][0]).name}:{found[0][1]}" if found else None
+    return next(iter(found), "The base")

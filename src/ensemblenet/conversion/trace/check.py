@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ensemblenet.conversion.trace.chance import keeping_state
+from ensemblenet.conversion.trace.attributes import keeping_state
 from ensemblenet.conversion.trace.graph import BY_HAND, Trace
 from ensemblenet.conversion.trace.outputs import Output, pick
 from ensemblenet.conversion.trace.refusals import KEEP_WHOLE, copy_base
@@ -59,6 +60,15 @@ def check_training(traced: Trace, base: nn.Module, output: Output = None) -> Non
             )
 
 
+class _SameDraws(TorchDispatchMode):
+    """Every random operator draws from the same seed, so that one more draw elsewhere is no difference."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            torch.manual_seed(0)
+        return func(*args, **(kwargs or {}))
+
+
 class _Step(NamedTuple):
     outputs: list[Tensor]
     gradients: dict[str, Tensor | None]
@@ -71,8 +81,7 @@ def _outputs(returned: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
 def _training_step(module: nn.Module, x: Tensor, run: Callable[[], list[Tensor]]) -> _Step:
     """The outputs and the gradients of all parameters, for a fixed random projection of the outputs."""
     module.train()
-    with torch.enable_grad(), keeping_state(module, x):
-        torch.manual_seed(0)
+    with torch.enable_grad(), keeping_state(module, x), _SameDraws():
         outputs = run()
         generator = torch.Generator().manual_seed(0)
         loss = [

@@ -92,6 +92,11 @@ class Observer(TorchDispatchMode):
         self.ids[twin] = self.ids[tensor] if tensor in self.ids else self.ref(tensor).id
         return twin
 
+    def claim_write(self, node: fx.Node, tensor: Tensor) -> None:
+        """Note that a node writes into a tensor in the other mode, as `nn.Dropout(inplace=True)` does in training."""
+        ref = self.ref(tensor)
+        self.events.append(Event(node, torch.ops.aten.relu_.default, (ref,), {}, ref, 0.0))  # any pointwise one
+
     def comes_from_input(self, tensor: Tensor) -> bool:
         """Whether a tensor's values come from the network's input, by whatever way."""
         return self._comes_from(self._input, tensor)
@@ -134,6 +139,8 @@ class Observer(TorchDispatchMode):
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
         """Refuse a call on what depends on the input, where no graph can say what it does for another input."""
+        if self.node is None and func is torch.ops.aten.detach.default:
+            return  # autograd saves a tensor; if the network used the result, the recorder would not know it
         if self.node is None:
             reason = self.opaque or "code that PyTorch does not show"
             raise ConversionError(

@@ -26,7 +26,6 @@ from ensemblenet.conversion.trace.graph import BY_HAND, Trace, drop_unused
 from ensemblenet.conversion.trace.numbers import followed_functions, node_of_size, traced_number
 from ensemblenet.conversion.trace.observer import Observer
 from ensemblenet.conversion.trace.refusals import (
-    ASSIGNED,
     KEEP_WHOLE,
     refuse_backward_hooks,
     refuse_function,
@@ -82,6 +81,7 @@ class Recorder(TorchFunctionMode):
         self.assigned: str | None = None  # a module that has assigned to a buffer of its own
         self.left_behind: dict[int, str] = {}  # tensors that an earlier run assigned to modules, and where
         self.whole_layers: set[nn.Module] = set()
+        self.in_evaluation: set[str] = set()  # the layers that were called in evaluation mode
         self.observer = Observer(self)
         self.aliases: dict[fx.Node, list[str]] = {}
         self.refs: dict[fx.Node, TensorRef] = {}
@@ -127,10 +127,12 @@ class Recorder(TorchFunctionMode):
         """Write what the graph returns: one tensor, or a tuple."""
         nodes = tuple(self.nodes[tensor] for tensor in outputs)
         self.stream.append(self.graph.output(nodes[0] if len(nodes) == 1 else nodes))
+        drop_unused(self.graph)  # now: what one mode does in vain is no difference between the modes
+        alive = set(self.graph.nodes)
+        self.stream = [part for part in self.stream if isinstance(part, str) or part in alive]
 
     def trace(self, module: nn.Module, inputs: Inputs, tensors: list[Tensor], notes: list[str]) -> Trace:
         """The trace of this run."""
-        drop_unused(self.graph)
         alive = set(self.graph.nodes)
         events = [event for event in self.observer.events if event.node in alive]
         aliases = {node: names for node, names in self.aliases.items() if node in alive}
@@ -146,6 +148,8 @@ class Recorder(TorchFunctionMode):
         self.stream.append("+" + name)
         if name and self._is_leaf(module):
             self.whole_layers.update(module.modules())
+            if not module.training:
+                self.in_evaluation.add(name)
             with self.chance.of_others():
                 out = self._call(lambda: call(*args, **kwargs), "call_module", name, args, kwargs)
         else:
@@ -165,11 +169,9 @@ class Recorder(TorchFunctionMode):
             return True
         return type(module).__module__.startswith("torch.nn.") and not any(module.children())
 
-    def whole(self, function: InContext, args: Any, kwargs: Any, run: Callable[[], Any] | None = None) -> Any:
-        """Record a function that is no torch function as one node."""
-        if self.paused:
-            return function(*args, **kwargs)
-        return self._call(run or (lambda: function(*args, **kwargs)), "call_function", function, args, kwargs)
+    def whole(self, function: InContext, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+        """Record a call that is no torch function as one node of a function that does the same."""
+        return run() if self.paused else self._call(run, "call_function", function, args, kwargs)
 
     def length(self, tensor: Tensor) -> int:
         """The length of a tensor, as an integer that remembers where it comes from."""
@@ -268,6 +270,8 @@ class Recorder(TorchFunctionMode):
             node.meta["effect"] = True
         elif not _may_write(self.root, op, target, kwargs):
             out = self._apart(out, (args, kwargs))
+        elif isinstance(out, Tensor):
+            self.observer.claim_write(node, out)
         if target is not operator.setitem and not self._keep_all(node, out):
             self._refuse_unknown(node, out)
             self.graph.erase_node(node)
@@ -336,8 +340,13 @@ class Recorder(TorchFunctionMode):
         name = self.constants.get(id(tensor))
         if id(tensor) in self.left_behind:
             raise ConversionError(
-                f"{self.where()} reads {self.left_behind[id(tensor)]}, which an earlier forward pass has assigned, "
-                f"so its output depends on earlier inputs. {ASSIGNED} {KEEP_WHOLE}"
+                f"{self.where()} reads {self.left_behind[id(tensor)]}, which an earlier forward pass has assigned, so "
+                f"its output depends on earlier inputs. {KEEP_WHOLE} {BY_HAND}"
+            )
+        if self.observer.comes_from_input(tensor) and name is None:
+            raise ConversionError(
+                f"{self.where()} uses a tensor of the input that it got in a way that cannot be followed. {KEEP_WHOLE} "
+                f"{BY_HAND}"
             )
         if name is None:
             name = f"_constant{self.num_constants}"
@@ -356,13 +365,16 @@ class Recorder(TorchFunctionMode):
 
     # -- errors
 
-    def where(self, error: Exception | None = None) -> str:
-        """The module that runs or has failed, and the user's line in it."""
+    def label(self) -> str:
+        """The module that runs or has failed."""
         name = self.stack[-1] if self.stack else ""
         module = type(self.root.get_submodule(name)).__name__
-        label = f"{name} ({module})" if name else module
+        return f"{name} ({module})" if name else module
+
+    def where(self, error: Exception | None = None) -> str:
+        """The module that runs or has failed, and the user's line in it."""
         line = _user_line(error)
-        return f"{label} at {line}" if line else label
+        return f"{self.label()} at {line}" if line else self.label()
 
 
 def _is_atom(value: Any) -> bool:

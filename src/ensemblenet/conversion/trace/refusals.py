@@ -14,7 +14,6 @@ from ensemblenet.conversion.trace.graph import BY_HAND
 from ensemblenet.errors import ConversionError
 
 __all__ = [
-    "ASSIGNED",
     "KEEP_WHOLE",
     "copy_base",
     "refuse_assigned_buffer",
@@ -31,7 +30,6 @@ KEEP_WHOLE = (
     "A layer that does it can be kept whole: decorate `class Whole(ensemblenet.operations.Operation): ...` with "
     "`@ensemblenet.operations.register(<the layer's class>)`."
 )
-ASSIGNED = "Make it a buffer (register_buffer) that forward updates in place."
 
 _PACKING = {"_pack_padded_sequence", "_pad_packed_sequence"}
 
@@ -107,8 +105,8 @@ def refuse_uncomputed(root: nn.Module, computed: dict[int, str]) -> None:
     held = {id(value) for module in root.modules() for value in vars(module).values()}
     for name in (name for key, name in computed.items() if key in held):
         raise ConversionError(
-            f"{name} is a tensor that was computed from others, which no copy can be, and forward does not compute it "
-            f"anew: set it to None before the conversion, or make it a parameter or a buffer."
+            f"{name} of {type(root).__name__} is a tensor that was computed from others, which no copy can be, and "
+            f"forward does not compute it anew: set it to None before the conversion, or make it a parameter or a buffer."
         )
 
 
@@ -132,8 +130,8 @@ def copy_base(base: nn.Module) -> tuple[nn.Module, dict[int, str]]:
         return copy.deepcopy(base, memo), computed
     except Exception as error:
         raise ConversionError(
-            f"The base cannot be copied{_culprit(base)}: {type(error).__name__}: {str(error).splitlines()[0]} Give the "
-            f"module a __deepcopy__, or make the attribute where it is used. {BY_HAND}"
+            f"The base cannot be copied{_culprit(base)}: {type(error).__name__}: {str(error).splitlines()[0]}. Give "
+            f"the module a __deepcopy__, or make the attribute where it is used. {BY_HAND}"
         ) from error
 
 

@@ -21,7 +21,7 @@ from ensemblenet.operations.contexts import Autocast, Context, InContext, in_con
 if TYPE_CHECKING:
     from ensemblenet.conversion.trace.recorder import Recorder
 
-__all__ = ["Contexts", "keep_contexts", "watching"]
+__all__ = ["Contexts", "keep_contexts", "watching", "without_fast_path"]
 
 
 class Contexts:
@@ -71,12 +71,24 @@ def keep_contexts(module: nn.Module, graph: fx.Graph) -> fx.Node | None:
 
 
 @contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Off with the operator that hides a whole encoder layer, and writes zeros where there is padding: that is for
+    evaluation only, so a network gives other values there in training mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def watching(recorder: Recorder) -> Iterator[None]:
     """Tell a recorder of what torch functions do not show, and put all back afterwards."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it hides a whole encoder layer in one operator
+    import torch._dynamo  # it notes the builtin functions when PyTorch first needs it: not those that stand in for them
+
     with ExitStack() as stack:
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        stack.enter_context(without_fast_path())
         for owner, name, value in _replacements(recorder):
             stack.enter_context(patch.object(owner, name, value))
         for kind, forward in [(kind, kind.forward) for kind in _subclasses(Function)]:
@@ -88,7 +100,9 @@ def watching(recorder: Recorder) -> Iterator[None]:
 def _replacements(recorder: Recorder) -> list[tuple[Any, str, Callable[..., Any]]]:
     """What takes the place of which attribute."""
     enter, leave, length = autocast.__enter__, autocast.__exit__, builtins.len
-    is_tracing, call_scripted = torch.jit.is_tracing, torch._C.ScriptFunction.__call__
+    is_tracing, is_autocast, call_scripted = (
+        torch.jit.is_tracing, torch.is_autocast_enabled, torch._C.ScriptFunction.__call__,
+    )  # fmt: skip
 
     def entered(self: autocast) -> Any:
         recorder.contexts.autocasts.append(self)
@@ -106,14 +120,20 @@ def _replacements(recorder: Recorder) -> list[tuple[Any, str, Callable[..., Any]
         caller = sys._getframe(1).f_globals.get("__name__", "")
         return caller.startswith("transformers.") or is_tracing()
 
+    def autocasts(*args: Any) -> bool:
+        # Transformers' `maybe_autocast` turns off what it finds on; a model may meet it on in another run.
+        return sys._getframe(1).f_code.co_name == "maybe_autocast" or is_autocast(*args)
+
     def scripted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return recorder.whole(InContext(functools.partial(call_scripted, self), Context(), self.name), args, kwargs)
+        function = InContext(self, Context(), self.name)
+        return recorder.whole(function, args, kwargs, lambda: call_scripted(self, *args, **kwargs))
 
     return [
         (autocast, "__enter__", entered),
         (autocast, "__exit__", left),
         (builtins, "len", size_of),
         (torch.jit, "is_tracing", tracing),
+        (torch, "is_autocast_enabled", autocasts),
         (torch._C.ScriptFunction, "__call__", scripted),
     ]
 
@@ -137,8 +157,11 @@ def _function_forward(recorder: Recorder, kind: Any, forward: Callable[..., Any]
             kind, CheckpointFunction
         ):  # the function that it checkpoints, then what else it takes, then inputs
             recorder.notes.append("The base recomputes activations in its backward pass, the model does not.")
-            with torch.set_grad_enabled(recorder.contexts.gradients):
-                return inputs[0](*inputs[2:])
+            gradients = recorder.contexts.gradients
+            with torch.set_grad_enabled(gradients):
+                out = inputs[0](*inputs[2:])
+            recorder.contexts.gradients = gradients
+            return out
         function = InContext(kind.apply, Context(), f"{kind.__name__}.apply")
         return recorder.whole(function, inputs, {}, lambda: forward(*context, *inputs))
 
