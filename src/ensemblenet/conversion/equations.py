@@ -65,7 +65,8 @@ class Equations:
         operations = {node: operation_of(type(layer)) for node, layer in layers.items()}
         for event in trace.events:
             if event.node in nodes:
-                self._apply(event, operations.get(event.node), event.node in pinned)
+                is_pinned = event.node in pinned or "keeps_sizes" in event.node.meta
+                self._apply(event, operations.get(event.node), is_pinned)
         for node, operation in operations.items():
             operation.tie(self, node, layers[node])
 

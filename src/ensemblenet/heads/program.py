@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from ensemblenet.heads.fallback import Looped, Mapped, Slot
 from ensemblenet.heads.stacks import Stack
 from ensemblenet.operations import FIRST, FOLDED, SHARED, Layout, Value, fusing_operation, operation_named
+from ensemblenet.operations.contexts import InContext
 from ensemblenet.operations.coupling import name_of
 from ensemblenet.operations.fusion import fold, repeat, unfold
 
@@ -89,7 +90,10 @@ class Program:
         layer = self.module(node) if node.op == "call_module" else None
         if layer is not None and any(has_hooks(own) or is_parametrized(own) for own in self.modules(node)):
             return self._loop(node)
-        operation = operation_named(name_of(node)) if layer is None else fusing_operation(layer)
+        if isinstance(node.target, InContext):
+            operation = None  # what an operation writes would run outside of the context
+        else:
+            operation = operation_named(name_of(node)) if layer is None else fusing_operation(layer)
         value = None if operation is None else operation.fuse(self, node)
         if value is not None:
             return value
