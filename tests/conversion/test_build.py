@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ensemblenet import BudgetError, EnsembleNet, convert
+from ensemblenet import BudgetError, EnsembleNet, convert, fuse
 from ensemblenet.conversion.trace import trace
 from ensemblenet.operations import Event, LayerSizes, Operation, Sizes, register
+from ensemblenet.testing import check_conversion, check_full_width
 
 
 class Between(nn.Module):
@@ -258,3 +259,53 @@ def test_gated_recurrent_units_are_narrowed(bidirectional: bool) -> None:
 def test_operations_that_let_channels_through(operation: Callable[..., Any]) -> None:
     model = convert(Between(Function(operation)), torch.randn(2, 3, 8, 8), 2, 0.9, "input")
     assert all(head.get_submodule("first").out_channels < 64 for head in model.heads)
+
+
+class Loop(nn.Module):
+    """A recurrent network by hand, whose first state the network makes itself."""
+
+    def __init__(self, begin: Callable[["Loop", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden, self.begin = 96, begin
+        self.first, self.enter, self.step, self.last = (nn.Linear(*w) for w in ((12, 64), (64, 96), (96, 96), (96, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        state = self.begin(self, x)
+        for k in range(x.shape[1]):
+            state = torch.tanh(self.enter(x[:, k]) + self.step(state))
+        return self.last(state)
+
+
+def written(net: Loop, x: Tensor) -> Tensor:
+    states = x.new_empty((x.size(0), 2, net.hidden))
+    states[:, 0] = net.enter(x[:, 0])
+    states[:, 1] = 1.0
+    return states.sum(1)
+
+
+BEGINNINGS: dict[str, Callable[[Loop, Tensor], Tensor]] = {
+    "zeros": lambda net, x: torch.zeros(x.shape[0], net.hidden, device=x.device, dtype=x.dtype),
+    "ones, a tuple": lambda net, x: torch.ones((x.shape[0], 96)),
+    "full": lambda net, x: torch.full(size=(x.size(0), 96), fill_value=0.5),
+    "new zeros": lambda net, x: x.new_zeros(x.size(0), 96),
+    "new full": lambda net, x: x.new_full((x.size(0), 96), 0.5),
+    "like another": lambda net, x: torch.full_like(net.enter(x[:, 0]), 0.5),
+    "expanded": lambda net, x: torch.zeros(1, 1).expand(x.size(0), 96),
+    "a vector, repeated": lambda net, x: torch.zeros(96).repeat(x.size(0), 1),
+    "as another's size": lambda net, x: (y := net.enter(x[:, 0])) + torch.zeros(x.size(0), y.size(1)),
+    "written": written,
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_tensors_that_the_network_makes_are_as_wide_as_what_they_meet(name: str) -> None:
+    torch.manual_seed(0)
+    base, x = Loop(BEGINNINGS[name]), torch.randn(3, 7, 12)
+    assert check_conversion(base, x, budget=0.9, split_at="input").width > 0.6
+    check_full_width(base, x, "input")
+    model = convert(base, x, budget=0.9, split_at="input").eval()
+    assert model.recipe is not None
+    assert model.recipe.head.pinned == ()
+    assert model(torch.randn(5, 7, 12)).shape == (5, 5)
+    torch.testing.assert_close(fuse(model)(x), model(x))

@@ -208,15 +208,14 @@ def _new_tensors(design: HeadDesign, shape: HeadShape, initialiser: Initialiser)
 
 
 def _read_tensors(design: HeadDesign) -> Iterator[tuple[str, Tensor]]:
-    module = design.trace.module
+    trace = design.trace
     for node in design.cut.head:
         name = str(node.target)
         if node.op == "get_attr":
-            yield name, design.trace.tensor(name)
+            yield name, trace.tensor(name)
         elif node.op == "call_module":
-            layer = module.get_submodule(name)
-            for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-                yield f"{name}.{key}", tensor
+            layer = trace.module.get_submodule(name)
+            yield from ((trace.names[id(tensor)], tensor) for tensor in (*layer.parameters(), *layer.buffers()))
 
 
 def _narrow_layer(narrowed: _Narrowed, node: fx.Node, tensors: dict[int, Tensor]) -> nn.Module:

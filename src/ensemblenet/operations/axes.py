@@ -61,6 +61,16 @@ class Axis:
         for part in axis.parts:
             yield from part.unknowns()
 
+    def segments(self) -> list[Axis]:
+        """The axes that it is the sum of, or itself.
+
+        Example:
+            >>> concatenated([free(16), free(48)]).segments(), free(64).segments()
+            ([16?, 48?], [64?])
+        """
+        axis = self.root()
+        return [segment.root() for segment in axis.parts] if axis.is_sum else [axis]
+
     def is_free(self) -> bool:
         """Whether its size can change."""
         return any(not unknown.is_kept for unknown in self.unknowns())

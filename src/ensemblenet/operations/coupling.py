@@ -101,7 +101,7 @@ class Sizes(Protocol):
         """The axes of a tensor; a parameter's are unknown at first, any other constant keeps its sizes."""
         ...
 
-    def set(self, out: Any, axes: Axes) -> None:
+    def set(self, out: TensorRef | fx.Node, axes: Axes) -> None:
         """Give the axes of an output; one that was written in place has them already, and they are unified."""
         ...
 
@@ -141,6 +141,10 @@ class Sizes(Protocol):
 
     def parameter(self, node: fx.Node, name: str) -> Axes:
         """The axes of a parameter of the layer that a node calls."""
+        ...
+
+    def parameter_ref(self, node: fx.Node, name: str) -> TensorRef | None:
+        """The reference to a parameter of the layer that a node calls; None where the layer has none."""
         ...
 
     def value(self, node: fx.Node) -> Axes:

@@ -40,7 +40,9 @@ __all__ = ["Concatenation", "Reshape", "Split", "Unflatten"]
 
 
 class _OfShape(Operation):
-    """Functions whose arguments are a shape."""
+    """Functions whose arguments are a shape, behind those of other kinds."""
+
+    num_others = 1
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
         (axes,) = narrowed.outputs(node)
@@ -48,10 +50,48 @@ class _OfShape(Operation):
             if isinstance(copy.kwargs.get(key), (tuple, list)):
                 copy.update_kwarg(key, new_sizes(narrowed, axes, copy.kwargs[key], copy))  # type: ignore[arg-type]
                 return
-        if isinstance(copy.args[1], (tuple, list)):
-            copy.update_arg(1, new_sizes(narrowed, axes, copy.args[1], copy))
-        elif not hasattr(copy.args[1], "is_floating_point"):
-            copy.args = (copy.args[0], *new_sizes(narrowed, axes, copy.args[1:], copy))
+        others, given = copy.args[: self.num_others], copy.args[self.num_others :]
+        if given and isinstance(given[0], (tuple, list)):
+            copy.args = (*others, new_sizes(narrowed, axes, given[0], copy), *given[1:])
+        elif given and not hasattr(given[0], "is_floating_point"):
+            copy.args = (*others, *new_sizes(narrowed, axes, given, copy))
+
+    def given_axes(self, sizes: Sizes, node: fx.Node, shape: Sequence[int]) -> Axes:
+        """The axes of a shape in a call: free where the code writes a number, else what the code reads it from."""
+        given = node.kwargs.get("size") or node.kwargs.get("shape") or node.args[self.num_others :]
+        if isinstance(given, tuple) and given and isinstance(given[0], (tuple, list)):
+            (given, *_) = given
+        if not isinstance(given, (tuple, list)) or len(given) != len(shape):
+            return [kept(size) for size in shape]
+        return [_given_axis(sizes, number, size) for number, size in zip(given, shape, strict=True)]
+
+
+def _given_axis(sizes: Sizes, given: Any, size: int) -> Axis:
+    if not isinstance(given, fx.Node):
+        return free(size)
+    if given.target == "size" and isinstance(source := given.args[0], fx.Node) and len(given.args) == 2:
+        return sizes.value(source)[given.args[1]]  # type: ignore[index]
+    return kept(size)
+
+
+class _New(_OfShape):
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """A tensor that the network makes; what is made inside of another function keeps its sizes."""
+        if name_of(event.node) != event.name:
+            raise NotImplementedError
+        sizes.set(event.out, self.given_axes(sizes, event.node, event.out.shape))
+
+
+@register("zeros", "ones", "empty", "full", "rand", "randn")
+class New(_New):
+    """New tensors of a shape."""
+
+    num_others = 0
+
+
+@register("new_zeros", "new_ones", "new_empty", "new_full")
+class NewLike(_New):
+    """New tensors of a shape, and of the dtype and device of another."""
 
 
 def _given_sizes(program: Program, node: fx.Node) -> list[Any] | None:
@@ -221,27 +261,12 @@ class Expand(_OfShape):
         shape = event.out.shape
         before = sizes.axes(event.args[0])
         before = [kept(1)] * (len(shape) - len(before)) + before
-        literal = _literal_sizes(event.node, shape)
-        sizes.set(
-            event.out,
-            [
-                old if old.size == size else free(size) if is_literal else kept(size)
-                for old, size, is_literal in zip(before, shape, literal, strict=True)
-            ],
-        )
+        own = name_of(event.node) == "expand"
+        new = self.given_axes(sizes, event.node, shape) if own else [kept(size) for size in shape]
+        sizes.set(event.out, [old if old.size == axis.size else axis for old, axis in zip(before, new, strict=True)])
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         return _fuse_repeat(program, node, -1)
-
-
-def _literal_sizes(node: fx.Node, shape: Sequence[int]) -> list[bool]:
-    """For a call of `expand`, which of its sizes are plain numbers in the graph."""
-    if node.op != "call_method" or node.target != "expand":
-        return [False] * len(shape)
-    sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    if len(sizes) != len(shape):
-        return [False] * len(shape)
-    return [isinstance(size, int) for size in sizes]
 
 
 def _fuse_repeat(program: Program, node: fx.Node, of_heads: int) -> Value | None:
