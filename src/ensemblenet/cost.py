@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula, sdpa_flop
 
 from ensemblenet.errors import BudgetError
+from ensemblenet.inputs import Tree, call, num_examples
 
 __all__ = ["Budget", "Cost", "count_parameters", "measure_cost"]
 
@@ -121,12 +122,13 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def measure_cost(module: nn.Module, example_input: Tensor) -> Cost:
+def measure_cost(module: nn.Module, example_inputs: Tree) -> Cost:
     """Measure a module by running it once in evaluation mode; its mode is put back.
 
     Args:
-        module: a network of one tensor.
-        example_input: its input, of shape (N, *); MACs are divided by N.
+        module: a network.
+        example_inputs: a tensor (N, *), a tuple of its arguments by position or a dictionary of them by name; MACs are
+            divided by N.
 
     Example:
         >>> measure_cost(nn.Linear(8, 4), torch.zeros(2, 8))
@@ -138,9 +140,9 @@ def measure_cost(module: nn.Module, example_input: Tensor) -> Cost:
     try:
         # with gradients on: the counter's hooks fail on parameters that a layer takes as inputs otherwise
         with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            module.eval()(example_input)
+            call(module.eval(), example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for child, training in modes.items():
             child.training = training
-    return Cost(count_parameters(module), counter.get_total_flops() / 2 / len(example_input))
+    return Cost(count_parameters(module), counter.get_total_flops() / 2 / num_examples(example_inputs))

@@ -6,7 +6,6 @@ Shapes: N examples, K heads, C outputs (classes, labels or regression targets), 
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from ensemblenet.cost import Cost
     from ensemblenet.recipe import Recipe
 
-__all__ = ["EnsembleNet"]
+__all__ = ["EnsembleNet", "SingleHead", "as_tuple"]
 
 
 class EnsembleNet(nn.Module):
@@ -31,8 +30,9 @@ class EnsembleNet(nn.Module):
     be traced.
 
     Args:
-        trunk: maps the input to the features that every head reads.
-        heads: the K heads; each maps the trunk's output to (N, C) or (N, C, *).
+        trunk: maps the inputs to the features that every head reads; or to a tuple of the features and more that
+            heads take, which are then called with `head(*tuple)`.
+        heads: the K heads; each maps the features to (N, C) or (N, C, *), or to a tuple of such tensors.
         combine: how evaluation turns K outputs into one, see [`ensemblenet.functional.combine_heads`][].
         task: what the outputs mean; only `combine="probabilities"` depends on it.
         balance_gradients: keep the base's gradient scale in the heads. A loss that is a mean over heads sends
@@ -52,7 +52,8 @@ class EnsembleNet(nn.Module):
 
     Shape:
         - input: whatever the trunk takes.
-        - output: (K, N, C, *) in training mode or with `per_head=True`; else (N, C, *).
+        - output: (K, N, C, *) in training mode or with `per_head=True`; else (N, C, *). A tuple of such tensors where
+          heads give several.
 
     Raises:
         TypeError: the trunk or a head is not a module.
@@ -124,24 +125,30 @@ class EnsembleNet(nn.Module):
             return None
         return self.trunk_cost + self.num_heads * self.head_cost
 
-    def forward(self, x: Tensor, *, per_head: bool = False) -> Tensor:
-        """Run the trunk once and every head on its output; see the class for shapes."""
-        features = self.trunk(x)
+    def forward(self, *args: Any, per_head: bool = False, **kwargs: Any) -> Any:
+        """Run the trunk once and every head on what it gives; see the class for shapes."""
+        features, *side = as_tuple(self.trunk(*args, **kwargs))
         balance = self.balance_gradients and self.num_heads > 1 and torch.is_grad_enabled()
         if balance:
             features = scale_gradient(features, 1 / self.num_heads)
-        outputs = self._run_heads(features)
+        stacks = as_tuple(self._run_heads(features, *side))
         if balance:
-            outputs = scale_gradient(outputs, float(self.num_heads))
-        return outputs if self.training or per_head else combine_heads(outputs, self.combine, self.task)
+            stacks = tuple(scale_gradient(outputs, float(self.num_heads)) for outputs in stacks)
+        if not (self.training or per_head):
+            stacks = tuple(combine_heads(outputs, self.combine, self.task) for outputs in stacks)
+        return stacks[0] if len(stacks) == 1 else stacks
 
-    def _run_heads(self, features: Tensor) -> Tensor:
-        """The outputs of all heads, (K, N, C, *)."""
+    def _run_heads(self, *given: Any) -> Any:
+        """The outputs of all heads, (K, N, C, *); a tuple of such stacks where a head gives several tensors."""
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return torch.stack([_checkpointed(head, features) for head in self.heads])
-        return torch.stack([head(features) for head in self.heads])
+            outputs = [_checkpointed(head, *given) for head in self.heads]
+        else:
+            outputs = [head(*given) for head in self.heads]
+        if isinstance(outputs[0], tuple):
+            return tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+        return torch.stack(outputs)
 
-    def head(self, k: int) -> nn.Module:
+    def head(self, k: int) -> SingleHead:
         """The plain network of the trunk and head `k` alone, sharing parameters with this model.
 
         Raises:
@@ -149,7 +156,7 @@ class EnsembleNet(nn.Module):
         """
         if not 0 <= k < self.num_heads:
             raise IndexError(f"head index must be in [0, {self.num_heads}), got {k}.")
-        return nn.Sequential(OrderedDict(trunk=self.trunk, head=self.heads[k])).train(self.training)
+        return SingleHead(self.trunk, self.heads[k]).train(self.training)
 
     def first(self, k: int) -> EnsembleNet:
         """The multi-headed model of the first `k` heads, sharing parameters with this one.
@@ -174,6 +181,34 @@ class EnsembleNet(nn.Module):
         return (kind or EnsembleNet)(self.trunk, heads, **options)
 
 
+class SingleHead(nn.Module):
+    """A trunk and one head: a plain network.
+
+    Example:
+        >>> SingleHead(nn.Linear(8, 16), nn.Linear(16, 3))(torch.randn(5, 8)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the head on what the trunk gives."""
+        return self.head(*as_tuple(self.trunk(*args, **kwargs)))
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A tuple as it is, anything else as a tuple of one: what a trunk gives, as the arguments of a head.
+
+    Example:
+        >>> as_tuple(3), as_tuple((3, 4))
+        ((3,), (3, 4))
+    """
+    return value if isinstance(value, tuple) else (value,)
+
+
 _OPTIONS = ("combine", "task", "balance_gradients", "recipe", "trunk_cost", "head_cost", "base_cost")
 
 
@@ -182,13 +217,9 @@ def _warn_of_recompute() -> None:
     warnings.warn(text, DeprecationWarning, stacklevel=3)
 
 
-def _checkpointed(head: nn.Module, features: Tensor) -> Tensor:
+def _checkpointed(head: nn.Module, *given: Any) -> Any:
     """A head's output under activation checkpointing; backward draws the same random numbers again."""
-    output = checkpoint(
-        head, features, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsAtRest(head))
-    )
-    assert isinstance(output, Tensor)
-    return output
+    return checkpoint(head, *given, use_reentrant=False, context_fn=lambda: (nullcontext(), _StatisticsAtRest(head)))
 
 
 class _StatisticsAtRest:

@@ -9,6 +9,7 @@ __all__ = [
     "EnsembleNetError",
     "ExportError",
     "FusionError",
+    "InputError",
     "LoadError",
     "MissingExtraError",
     "TrainingError",
@@ -41,6 +42,10 @@ class ExportError(EnsembleNetError, RuntimeError):
 
 class FusionError(EnsembleNetError, ValueError):
     """A model whose heads cannot run as one."""
+
+
+class InputError(EnsembleNetError, ValueError):
+    """Inputs of a size for which a model was not converted."""
 
 
 class LoadError(EnsembleNetError, ValueError):

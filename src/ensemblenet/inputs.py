@@ -1,38 +1,56 @@
-"""What a network's inputs are: their shape and dtype, and examples of them."""
+"""What a network's inputs are: their tree, their shapes and dtypes, and examples of them.
+
+Shapes: N examples, * any further dimensions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["DTYPES", "InputSpec"]
+from ensemblenet.errors import ConversionError, InputError
+
+__all__ = ["DTYPES", "CheckSizes", "InputSpec", "Inputs", "call", "map_tensors", "num_examples", "tensors_in"]
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64")
+
+Tree = Any  # a tensor; or a tuple, a list or a mapping of trees
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The inputs of a network, as plain data.
+    """One input tensor of a network, as plain data.
 
     Attributes:
-        shape: of one example.
+        shape: of one example; the whole shape of a tensor that has no row for each example.
         dtype: its dtype's name, such as "float32".
+        is_batched: whether it has one row for each example.
+        fixed: its dimensions that must have the size of the example inputs, counted in the whole tensor.
 
     Example:
         >>> spec = InputSpec.of(torch.zeros(4, 3, 8, 8))
-        >>> spec, spec.zeros(2).shape
-        (InputSpec(shape=(3, 8, 8), dtype='float32'), torch.Size([2, 3, 8, 8]))
+        >>> spec.shape, spec.dtype, spec.zeros(2).shape
+        ((3, 8, 8), 'float32', torch.Size([2, 3, 8, 8]))
     """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
+    is_batched: bool = True
+    fixed: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, batch: Tensor) -> InputSpec:
-        """The specification of a batch, (N, *)."""
-        return cls(tuple(batch.shape[1:]), str(batch.dtype).removeprefix("torch."))
+    def of(cls, tensor: Tensor, is_batched: bool = True) -> InputSpec:
+        """The specification of a batch, (N, *), or of a tensor that serves all examples."""
+        shape = tuple(tensor.shape[1:] if is_batched else tensor.shape)
+        return cls(shape, str(tensor.dtype).removeprefix("torch."), is_batched)
+
+    def whole(self, size: int) -> tuple[int, ...]:
+        """The shape of the tensor for so many examples."""
+        return (size, *self.shape) if self.is_batched else self.shape
 
     def zeros(self, size: int = 1, like: Tensor | None = None) -> Tensor:
         """A batch of zeros, (size, *).
@@ -44,9 +62,186 @@ class InputSpec:
         dtype = getattr(torch, self.dtype)
         if like is not None and dtype.is_floating_point:
             dtype = like.dtype
-        return torch.zeros(size, *self.shape, dtype=dtype, device=None if like is None else like.device)
+        return torch.zeros(self.whole(size), dtype=dtype, device=None if like is None else like.device)
 
     def random(self, size: int = 2) -> Tensor:
         """A batch of numbers in [0, 1), (size, *), the same every time; zeros where inputs are integers."""
-        values = torch.rand((size, *self.shape), generator=torch.Generator().manual_seed(0))
+        values = torch.rand(self.whole(size), generator=torch.Generator().manual_seed(0))
         return values.to(getattr(torch, self.dtype))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All inputs of a network: how it is called, and each tensor, as plain data.
+
+    Attributes:
+        tensors: what each tensor is, in order.
+        tree: how the network is called. 0 is one tensor; a list holds the arguments by position, a dictionary those
+            by name; inside them stand the tensors' numbers, or lists and dictionaries of them.
+
+    Example:
+        >>> inputs = Inputs.of({"ids": torch.zeros(4, 12, dtype=torch.int64), "mask": torch.ones(4, 12)})
+        >>> inputs.tree, [spec.dtype for spec in inputs.tensors], inputs.zeros(2)["mask"].shape
+        ({'ids': 0, 'mask': 1}, ['int64', 'float32'], torch.Size([2, 12]))
+    """
+
+    tensors: tuple[InputSpec, ...]
+    tree: Any = 0
+
+    @classmethod
+    def of(cls, inputs: Tree) -> Inputs:
+        """The specification of example inputs.
+
+        Raises:
+            ConversionError: there is something else than tensors in them, or no tensor with examples.
+        """
+        found: list[Tensor] = []
+
+        def number(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                found.append(value)
+                return len(found) - 1
+            if isinstance(value, Mapping):
+                return {str(key): number(part) for key, part in value.items()}
+            if isinstance(value, (tuple, list)):
+                return [number(part) for part in value]
+            raise ConversionError(
+                f"example_inputs must be a tensor, or a tuple or a dictionary of tensors, got {type(value).__name__} "
+                "in them; leave out what has a default, or wrap the base in a module that passes it on."
+            )
+
+        tree = number(inputs)
+        size = next((len(tensor) for tensor in found if tensor.ndim), 0)
+        if not size or (tree == 0 and found[0].ndim < 2 and found[0].is_floating_point()):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
+            raise ConversionError(f"example_inputs must have the shape (N, ...) with N > 0, got {shapes or 'none'}.")
+        specs = tuple(InputSpec.of(tensor, tensor.ndim > 0 and len(tensor) == size) for tensor in found)
+        return cls(specs, tree)
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether all tensors have one row for each example."""
+        return all(spec.is_batched for spec in self.tensors)
+
+    @property
+    def only(self) -> InputSpec:
+        """The one tensor.
+
+        Raises:
+            ConversionError: there are several.
+        """
+        if self.tree != 0:
+            raise ConversionError(f"The model takes several inputs, {self.tree}; this needs a model of one tensor.")
+        return self.tensors[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example of the one tensor."""
+        return self.only.shape
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the one tensor."""
+        return self.only.dtype
+
+    def build(self, tensors: Sequence[Any]) -> Tree:
+        """The tree with values in the places of the tensors' numbers."""
+
+        def place(part: Any) -> Any:
+            if isinstance(part, dict):
+                return {key: place(value) for key, value in part.items()}
+            return tuple(map(place, part)) if isinstance(part, list) else tensors[part]
+
+        return place(self.tree)
+
+    def zeros(self, size: int = 1, like: Tensor | None = None) -> Tree:
+        """Inputs of zeros for so many examples; see `InputSpec.zeros`."""
+        return self.build([spec.zeros(size, like) for spec in self.tensors])
+
+    def random(self, size: int = 2) -> Tree:
+        """Inputs of random numbers for so many examples; see `InputSpec.random`."""
+        return self.build([spec.random(size) for spec in self.tensors])
+
+
+def tensors_in(inputs: Tree) -> list[Tensor]:
+    """The tensors of a tree, in order.
+
+    Example:
+        >>> [len(tensor) for tensor in tensors_in((torch.zeros(2), {"mask": torch.zeros(3)}))]
+        [2, 3]
+    """
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def num_examples(inputs: Tree) -> int:
+    """N: the rows of the first tensor that has any.
+
+    Example:
+        >>> num_examples({"ids": torch.zeros(4, 12), "mask": torch.zeros(4, 12)})
+        4
+    """
+    return next(len(tensor) for tensor in tensors_in(inputs) if tensor.ndim)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], inputs: Tree) -> Tree:
+    """The tree with a function applied to each tensor.
+
+    Example:
+        >>> map_tensors(len, (torch.zeros(2), [torch.zeros(3)]))
+        (2, (3,))
+    """
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {key: map_tensors(function, part) for key, part in inputs.items()}
+    return tuple(map_tensors(function, part) for part in inputs)
+
+
+def call(network: nn.Module, inputs: Tree, **options: Any) -> Any:
+    """Call a network on its inputs: a tuple by position, a mapping by name.
+
+    Example:
+        >>> call(nn.Linear(8, 3), {"input": torch.zeros(2, 8)}).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(inputs, Mapping):
+        return network(**inputs, **options)
+    return network(*inputs, **options) if isinstance(inputs, (tuple, list)) else network(inputs, **options)
+
+
+class CheckSizes(nn.Module):
+    """The identity, which refuses an input whose sizes a model cannot follow.
+
+    Args:
+        name: what the input is called.
+        sizes: by dimension, the size that it must have.
+
+    Raises:
+        InputError: on a call, the input has another.
+
+    Example:
+        >>> CheckSizes("x", {1: 3})(torch.zeros(4, 3, 32, 32)).shape
+        torch.Size([4, 3, 32, 32])
+    """
+
+    def __init__(self, name: str, sizes: Mapping[int, int]) -> None:
+        super().__init__()
+        self.name = name
+        self.sizes = dict(sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input."""
+        if x.ndim <= max(self.sizes) or any(x.shape[dim] != size for dim, size in self.sizes.items()):
+            expected = ", ".join(str(self.sizes.get(dim, "any")) for dim in range(max(max(self.sizes) + 1, x.ndim)))
+            raise InputError(
+                f"Input {self.name!r} must have the shape ({expected}), got {tuple(x.shape)}: the model was converted "
+                "for these sizes; convert the base again with example inputs of the sizes that you need."
+            )
+        return x
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.name}, {self.sizes}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,7 +13,7 @@ from ensemblenet._moved import renamed
 from ensemblenet.cost import Budget
 from ensemblenet.errors import ConversionError, LoadError
 from ensemblenet.functional import Combine, Task
-from ensemblenet.inputs import DTYPES, InputSpec
+from ensemblenet.inputs import DTYPES, Inputs, InputSpec
 from ensemblenet.models.sources import BaseSource
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ __all__ = ["Conversion", "HeadShape", "Init", "Recipe"]
 __getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.sources.find_source"})
 
 Init = Literal["fresh", "inherit"]
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Conversion:
     Example:
         >>> from dataclasses import replace
         >>> replace(Conversion(budget=0.9), num_heads=4)
-        Conversion(num_heads=4, budget=0.9, split_at='auto', seed=None, init='fresh', combine='logits', min_width=None)
+        Conversion(num_heads=4, budget=0.9, split_at='auto', seed=None, init='fresh', combine='logits', min_width=None, \
+output=None)
     """
 
     num_heads: int = 2
@@ -49,6 +51,7 @@ class Conversion:
     init: Init = "fresh"
     combine: Combine = "logits"
     min_width: float | None = None
+    output: str | int | Sequence[str | int] | None = None
 
     def __post_init__(self) -> None:
         if not _is_count(self.num_heads):
@@ -105,7 +108,7 @@ class Recipe:
 
     Attributes:
         base: where the base comes from, or None if the user must bring it.
-        inputs: the shape and dtype of the examples that it was converted for.
+        inputs: the inputs that it was converted for.
         num_heads: K.
         split_at: the split point's name.
         head: the shape of every head.
@@ -113,6 +116,7 @@ class Recipe:
         seed: the source of chance.
         combine: how head outputs become one prediction.
         task: what the outputs mean.
+        output: which tensors of what the base returns the heads give.
         format: the version of this format.
 
     Example:
@@ -125,7 +129,7 @@ class Recipe:
     """
 
     base: BaseSource | None
-    inputs: InputSpec
+    inputs: Inputs
     num_heads: int
     split_at: str
     head: HeadShape
@@ -133,6 +137,7 @@ class Recipe:
     seed: int
     combine: Combine
     task: Task
+    output: str | int | tuple[str | int, ...] | None = None
     format: int = FORMAT
 
     def __getattr__(self, name: str) -> Any:
@@ -169,15 +174,23 @@ class Recipe:
             )
         if data["format"] == 1:
             data = _from_format_1(data)
+        if data["format"] == 2:
+            data = _from_format_2(data)
         _check_fields(cls, data, "recipe")
-        for name, kind in (("base", BaseSource), ("inputs", InputSpec), ("head", HeadShape)):
+        for name, kind in (("base", BaseSource), ("inputs", Inputs), ("head", HeadShape)):
             if name != "base" or data[name] is not None:
                 _check_fields(kind, data[name], f"recipe's {name}")
+        if not isinstance(data["inputs"]["tensors"], list):
+            raise LoadError("The recipe's inputs must hold a list of tensors.")
+        for spec in data["inputs"]["tensors"]:
+            _check_fields(InputSpec, spec, "recipe's input")
         for name, expected, value, is_valid in _checks(data):
             if not is_valid:
                 raise LoadError(f"The recipe's {name} must be {expected}, got {value!r}.")
         data["base"] = data["base"] and BaseSource(**data["base"])
-        data["inputs"] = InputSpec(tuple(data["inputs"]["shape"]), data["inputs"]["dtype"])
+        specs = [InputSpec(**{k: _tuples(v) for k, v in spec.items()}) for spec in data["inputs"]["tensors"]]
+        data["inputs"] = Inputs(tuple(specs), data["inputs"]["tree"])
+        data["output"] = _tuples(data["output"])
         data["head"] = HeadShape(**{**data["head"], "pinned": tuple(data["head"]["pinned"])})
         return cls(**data)
 
@@ -191,8 +204,19 @@ def _from_format_1(data: dict[str, Any]) -> dict[str, Any]:
     return new | {
         "inputs": {"shape": data["input_shape"], "dtype": data["input_dtype"]},
         "head": {"width": data["width"], "multiple": data["multiple"], "pinned": data["frozen"]},
-        "format": FORMAT,
+        "format": 2,
     }
+
+
+def _from_format_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 knew one input and one output, and fixed no sizes."""
+    _check_fields(InputSpec, {"is_batched": True, "fixed": [], **data["inputs"]}, "recipe's inputs")
+    tensor = {**data["inputs"], "is_batched": True, "fixed": []}
+    return {**data, "inputs": {"tensors": [tensor], "tree": 0}, "output": None, "format": FORMAT}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _check_fields(kind: type, data: Any, what: str) -> None:
@@ -204,18 +228,26 @@ def _check_fields(kind: type, data: Any, what: str) -> None:
 
 def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
     """Each field: its name, what it must be, its value, and whether that is valid."""
-    base, inputs, head = data["base"], data["inputs"], data["head"]
-    shape, width, pinned = inputs["shape"], head["width"], head["pinned"]
+    base, inputs, head, output = data["base"], data["inputs"], data["head"], data["output"]
+    width, pinned = head["width"], head["pinned"]
     found = [
         ("base", "a factory, a name and arguments", base, base is None or _is_plain(base)),
-        ("shape of inputs", "a list of positive integers", shape, _is_list(shape) and all(map(_is_count, shape))),
-        ("dtype of inputs", "a dtype's name", inputs["dtype"], inputs["dtype"] in DTYPES),
+        ("tree of inputs", "lists and dictionaries of the tensors' numbers", inputs["tree"], _is_tree(inputs)),
+        ("output", "a name, a position or a list of them", output, _is_output(output)),
         ("width", "a number in (0, 1]", width, isinstance(width, (int, float)) and 0 < width <= 1),
         ("multiple", "a positive integer", head["multiple"], _is_count(head["multiple"])),
         ("pinned", "a list of names", pinned, _is_list(pinned) and all(isinstance(name, str) for name in pinned)),
         ("split_at", "a name", data["split_at"], isinstance(data["split_at"], str)),
         ("seed", "an integer", data["seed"], isinstance(data["seed"], int)),
     ]
+    for spec in inputs["tensors"]:
+        shape, fixed = spec["shape"], spec["fixed"]
+        found += [
+            ("shape of inputs", "a list of positive integers", shape, _is_list(shape) and all(map(_is_count, shape))),
+            ("dtype of inputs", "a dtype's name", spec["dtype"], spec["dtype"] in DTYPES),
+            ("is_batched of inputs", "true or false", spec["is_batched"], isinstance(spec["is_batched"], bool)),
+            ("fixed of inputs", "a list of dimensions", fixed, _is_list(fixed) and all(map(_is_index, fixed))),
+        ]
     heads = data["num_heads"]
     found.append(("num_heads", "an integer from 1 to 1024", heads, _is_count(heads) and heads <= 1024))
     for name, choices in (("init", get_args(Init)), ("combine", get_args(Combine)), ("task", get_args(Task))):
@@ -229,6 +261,30 @@ def _is_list(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_index(value: Any) -> bool:
+    return value == 0 or _is_count(value)
+
+
+def _is_output(value: Any) -> bool:
+    values = value if isinstance(value, list) and value else [value]
+    return value is None or all(isinstance(one, str) or _is_index(one) for one in values)
+
+
+def _is_tree(inputs: dict[str, Any]) -> bool:
+    """Whether every tensor stands in the tree once, in order."""
+    found: list[Any] = []
+
+    def visit(part: Any) -> None:
+        if isinstance(part, (list, dict)):
+            for value in part.values() if isinstance(part, dict) else part:
+                visit(value)
+        else:
+            found.append(part)
+
+    visit(inputs["tree"])
+    return bool(found) and found == list(range(len(inputs["tensors"])))
 
 
 def _is_plain(base: dict[str, Any]) -> bool:

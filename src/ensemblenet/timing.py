@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ensemblenet.inputs import Tree, call, tensors_in
 
 __all__ = ["cuda_devices", "measure", "step"]
 
 
-def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+def step(model: nn.Module, x: Tree) -> Callable[[], None]:
     """One training step without its optimizer, or one prediction, as the model's mode says.
 
     Args:
         model: in training mode, or in evaluation mode.
-        x: inputs, (N, *).
+        x: inputs, (N, *), or a tuple or a dictionary of tensors.
 
     Returns:
         A function that takes the step; the random state stays as it was.
@@ -29,10 +31,10 @@ def step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         with torch.random.fork_rng(cuda_devices(x)), torch.set_grad_enabled(model.training):
-            out = model(x)
+            outputs = tensors_in(call(model, x))
         if model.training:
             model.zero_grad(set_to_none=True)
-            out.float().square().mean().backward()
+            torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
 
     return run
 
@@ -73,11 +75,12 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def cuda_devices(x: Tensor) -> list[torch.device]:
+def cuda_devices(x: Tree) -> list[torch.device]:
     """The CUDA device of the inputs, if any; its random state must be restored beside the CPU's.
 
     Example:
         >>> cuda_devices(torch.zeros(2, 3))
         []
     """
-    return [x.device] if x.device.type == "cuda" else []
+    device = tensors_in(x)[0].device
+    return [device] if device.type == "cuda" else []

@@ -4,7 +4,7 @@ from networks import LongSkip, Recurrent, Shared, TokenMixer, perceptron
 from torch import Tensor, fx, nn
 
 from ensemblenet import split_points
-from ensemblenet.conversion.split import cut_graph, find_cuts
+from ensemblenet.conversion.split import find_cuts, head_graph, trunk_graph
 from ensemblenet.conversion.trace import trace
 from ensemblenet.cost import count_parameters, measure_cost
 
@@ -73,7 +73,7 @@ def test_the_two_parts_make_the_whole_at_every_split_point(base: type[nn.Module]
     x = torch.randn(5, *shape)
     expected = network(x)
     for cut in find_cuts(traced):
-        first, _ = cut_graph(traced, cut.trunk, traced.placeholder, cut.node)
-        second, _ = cut_graph(traced, cut.head, cut.node, traced.output)
+        first = trunk_graph(traced, cut)
+        second, _ = head_graph(traced, cut)
         trunk, head = (fx.GraphModule(traced.module, graph).eval() for graph in (first, second))
         torch.testing.assert_close(head(trunk(x)), expected, rtol=1e-5, atol=1e-6, msg=cut.point.name)

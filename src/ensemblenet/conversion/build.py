@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from ensemblenet.conversion.equations import Equations
 from ensemblenet.conversion.initialise import Initialiser
-from ensemblenet.conversion.split import Cut, cut_graph
-from ensemblenet.conversion.trace import BY_HAND, GraphRunner, NodeError, Trace, refs
+from ensemblenet.conversion.split import Cut, head_graph, sizes_read, trunk_graph
+from ensemblenet.conversion.trace import BY_HAND, GraphRunner, NodeError, Trace, Trial, refs
 from ensemblenet.cost import Cost
 from ensemblenet.errors import ConversionError
 from ensemblenet.operations import LayerSizes, operation_named, operation_of
@@ -71,7 +71,7 @@ class HeadDesign:
             positions = math.prod(axis.size for dim, axis in enumerate(self.entry) if dim != self.projected)
             parameters += weights
             macs += weights * positions
-        return Cost(parameters, macs / len(self.trace.input))
+        return Cost(parameters, macs / self.trace.num_examples)
 
 
 def design_head(trace: Trace, cut: Cut, pinned: set[fx.Node]) -> HeadDesign:
@@ -101,7 +101,9 @@ def _solve(trace: Trace, cut: Cut, pinned: set[fx.Node], projected: int | None) 
     ref = trace.refs[cut.node]
     entry = [free(size) if dim == projected else kept(size) for dim, size in enumerate(ref.shape)]
     equations = Equations(trace, set(cut.head), ref, entry, pinned)
-    equations.keep(trace.refs[trace.output])
+    for output in trace.outputs:
+        equations.keep(trace.refs[output])
+    _keep_plain_sizes(trace, cut, equations)
     names = {name: p for node in cut.head for name, p in trace.parameters.get(node, {}).items()}
     unique = {id(p): name for name, p in reversed(names.items())}
     parameters = {
@@ -110,6 +112,16 @@ def _solve(trace: Trace, cut: Cut, pinned: set[fx.Node], projected: int | None) 
     settle(axis for axes in (*equations.values.values(), *equations.sources.values(), entry) for axis in axes)
     kept_names = tuple(sorted(node.name for node in pinned))
     return HeadDesign(trace, cut, equations, entry, projected, parameters, kept_names)
+
+
+def _keep_plain_sizes(trace: Trace, cut: Cut, equations: Equations) -> None:
+    """Keep every size of the head that its code has made a plain number of."""
+    escaped = [node for node in trace.graph.nodes if "escaped" in node.meta]
+    inside = {cut.node, *cut.head}
+    for size in sizes_read(escaped):
+        source, dim = size.args
+        if source in inside:
+            equations.axes(trace.refs[source])[dim].keep()  # type: ignore[index]
 
 
 class _Narrowed:
@@ -143,12 +155,9 @@ class _Narrowed:
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(self.size(axis) for axis in self.axes(node))
 
-    def changes(self, size_node: fx.Node) -> bool:
-        """Whether narrowing changes a size that the graph reads; such a size is written as the base's number."""
-        source, dim = size_node.args
-        assert isinstance(source, fx.Node)
-        axes = self.axes(source)
-        return bool(axes) and self.size(axes[dim]) != axes[dim].size  # type: ignore[index]
+    def dimension(self, node: fx.Node, dim: int) -> int:
+        """The size of one dimension of a node's tensor."""
+        return self.size(self.axes(node)[dim])
 
 
 def build_head(design: HeadDesign, shape: HeadShape, initialiser: Initialiser) -> tuple[fx.GraphModule, _Copies]:
@@ -159,7 +168,7 @@ def build_head(design: HeadDesign, shape: HeadShape, initialiser: Initialiser) -
     """
     narrowed = _Narrowed(design, shape)
     cut = design.cut
-    graph, copies = cut_graph(design.trace, cut.head, cut.node, design.trace.output, narrowed.changes)
+    graph, copies = head_graph(design.trace, cut, narrowed.dimension)
     for node, copied in copies.items():
         operation = operation_named(name_of(node)) if node.op in ("call_method", "call_function") else None
         if operation is not None and node is not cut.node:
@@ -184,8 +193,8 @@ _Copies = dict[str, fx.Node]
 
 def build_trunk(trace: Trace, cut: Cut, initialiser: Initialiser) -> fx.GraphModule:
     """Build the trunk from the modules of the trace's private copy of the base."""
-    graph, _ = cut_graph(trace, [n for n in cut.trunk if n.op != "placeholder"], trace.placeholder, cut.node)
-    ref = trace.refs[trace.placeholder]
+    graph = trunk_graph(trace, cut)
+    ref = trace.refs[trace.input_nodes[0]]
     equations = Equations(trace, set(cut.trunk), ref, [kept(size) for size in ref.shape], set(cut.trunk))
     with torch.no_grad():
         for node in cut.trunk:
@@ -241,14 +250,22 @@ def _insert_projection(graph: fx.Graph, design: HeadDesign, shape: HeadShape, in
         layer = kind(axis.size, axis.value(shape.size), kernel_size=1, bias=False)
     weight = layer.get_parameter("weight")
     initialiser.projection(weight, axis, shape.size)
-    layer.to(design.trace.input.device)
+    layer.to(design.trace.tensors[0].device)
     entry = next(iter(graph.nodes))
     readers = list(entry.users)
-    with graph.inserting_after(entry):
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
         projected = graph.call_module(PROJECTION, (entry,))
     for reader in readers:
         reader.replace_input_with(entry, projected)
     return layer
+
+
+def _check_outputs(outputs: Any, trial: Trial, head: fx.GraphModule) -> None:
+    got = [tuple(output.shape) for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    expected = [tuple(output.shape) for output in trial.expected]
+    if got != expected:
+        last = next(iter(reversed(head.graph.nodes))).all_input_nodes[0]
+        raise NodeError(last, f"outputs of shape {got} where {expected} was expected, at another size of the inputs")
 
 
 class _ShapeChecker(GraphRunner):
@@ -271,13 +288,23 @@ class _ShapeChecker(GraphRunner):
 
 
 def check_head(
-    design: HeadDesign, shape: HeadShape, head: fx.GraphModule, copies: _Copies, features: Tensor
+    design: HeadDesign, shape: HeadShape, head: fx.GraphModule, copies: _Copies, given: list[tuple[Any, ...]]
 ) -> tuple[fx.Node, str] | None:
-    """Run a head in evaluation mode; return the base's node that fails, and why, or None."""
+    """Run a head in evaluation mode; return the base's node that fails, and why, or None.
+
+    Args:
+        design: what the head was built from.
+        shape: of the head.
+        head: itself.
+        copies: for each of its graph's nodes the node of the base.
+        given: what the trunk gives it, for the traced inputs and for the trace's trials.
+    """
     checker = _ShapeChecker(head.eval(), copies, _Narrowed(design, shape))
     try:
         with torch.no_grad():
-            checker.run(features)
+            checker.run(*given[0])
+            for values, trial in zip(given[1:], design.trace.trials, strict=True):
+                _check_outputs(GraphRunner(head).run(*values), trial, head)
     except NodeError as error:
         node = copies.get(error.node.name)
         if node is None:

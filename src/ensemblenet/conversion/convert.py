@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.initialise import Initialiser
 from ensemblenet.conversion.planning import Plan, choose_plan, plan_at
-from ensemblenet.conversion.split import SplitPoint, cut_graph, find_cuts, named_cut
-from ensemblenet.conversion.trace import BY_HAND, Trace, keeping_state, trace
+from ensemblenet.conversion.split import SplitPoint, find_cuts, named_cut, trunk_graph
+from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.cost import Budget, Cost, count_parameters
-from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import ConversionError
 from ensemblenet.functional import Combine, Task
-from ensemblenet.inputs import InputSpec
+from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.sources import find_source
 from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe
 
@@ -28,7 +29,7 @@ _MOST_REPAIRS = 25
 
 def convert(
     base: nn.Module,
-    example_inputs: Tensor | tuple[Tensor],
+    example_inputs: Tree,
     num_heads: int = 2,
     budget: float | Budget = 1.0,
     split_at: str = "auto",
@@ -38,14 +39,16 @@ def convert(
     combine: Combine = "logits",
     task: Task = "multiclass",
     min_width: float | None = None,
+    output: Output = None,
     capacity: Capacity | None = None,
 ) -> EnsembleNet:
     """Convert a network into a shared trunk with K narrower heads, within a budget.
 
     Args:
-        base: a network of one tensor in and one tensor out; it is not changed.
-        example_inputs: an input for it, shape (N, *), as a tensor or a tuple of one; N of at least 2 lets
-            layers that need several examples train.
+        base: a network; it is not changed.
+        example_inputs: inputs for it: a tensor of shape (N, *), a tuple of the arguments by position or a dictionary
+            of those by name; an argument may be a tuple or a dictionary of tensors itself. Tensors that share N with
+            the first hold one row for each example. N of at least 2 lets layers that need several examples train.
         num_heads: K, at least 1.
         budget: the most that the model may cost, as a share of the base's parameters and of its MACs, or a
             `Budget` for each.
@@ -59,6 +62,9 @@ def convert(
         min_width: the least share of its channels that a head may keep, so that no more of the base is given up than
             you think it can spare; "auto" passes over split points where heads would be narrower. None is 0.1 for
             "auto", and no limit at a split point that you name.
+        output: which tensor is to be learned where the base returns a dictionary, a tuple or an object of several: a
+            key, an attribute or a position; a list of them makes heads give one stack for each. None takes the only
+            one, or the one that is called "logits".
         capacity: what [`ensemblenet.spare_capacity`][] found of the trained base; a warning is given where it shows
             that the conversion is likely to lose.
 
@@ -75,7 +81,7 @@ def convert(
         >>> model.train()(torch.randn(4, 8)).shape
         torch.Size([3, 4, 3])
     """
-    wanted = Conversion(num_heads, budget, split_at, seed, init, combine, min_width)
+    wanted = Conversion(num_heads, budget, split_at, seed, init, combine, min_width, output)
     return convert_as(wanted, base, example_inputs, task, capacity)
 
 
@@ -83,7 +89,7 @@ def convert(
 def convert_as(
     wanted: Conversion,
     base: nn.Module,
-    example_inputs: Tensor | tuple[Tensor],
+    example_inputs: Tree,
     task: Task = "multiclass",
     capacity: Capacity | None = None,
 ) -> EnsembleNet:
@@ -101,8 +107,8 @@ def convert_as(
         >>> convert_as(Conversion(num_heads=3), base, torch.randn(4, 8)).num_heads
         3
     """
-    x = _check_inputs(base, example_inputs)
-    traced = trace(base, x)
+    _check_inputs(base, example_inputs)
+    traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
     pinned: set[fx.Node] = set()
@@ -113,8 +119,9 @@ def convert_as(
         if not _repair(design, plan.head, pinned):
             break
     recipe = Recipe(
-        base=find_source(base, tuple(x.shape[1:])),
-        inputs=InputSpec.of(x),
+        base=find_source(base, traced.inputs.tensors[0].shape),
+        inputs=traced.inputs,
+        output=wanted.output,
         num_heads=wanted.num_heads,
         split_at=plan.split.name,
         head=plan.head,
@@ -123,8 +130,9 @@ def convert_as(
         combine=wanted.combine,
         task=task,
     )
+    _check_split(design)
     model = _assemble(design, recipe, base_cost)
-    _check_training_step(model, x)
+    _check_training_step(model, example_inputs)
     if wanted.init == "fresh" and _looks_trained(base):
         note = "The base has been trained, and fresh heads would begin at the scale of its trained weights; "
         traced.notes.append(note + 'pass init="inherit", or an untrained instance of the base.')
@@ -152,14 +160,14 @@ def rebuild(base: nn.Module, recipe: Recipe) -> EnsembleNet:
         >>> rebuild(base, recipe).num_heads
         3
     """
-    traced = trace(base, recipe.inputs.random())
+    traced = trace(base, recipe.inputs.random(), recipe.output, recipe.inputs)
     cut = named_cut(find_cuts(traced), recipe.split_at)
     design = design_head(traced, cut, {node for node in traced.graph.nodes if node.name in recipe.head.pinned})
     return _assemble(design, recipe, _base_cost(base, traced))
 
 
 @torch.inference_mode(False)
-def split_points(base: nn.Module, example_inputs: Tensor | tuple[Tensor]) -> list[SplitPoint]:
+def split_points(base: nn.Module, example_inputs: Tree, output: Output = None) -> list[SplitPoint]:
     """All places where a network can be split, with the trunk's share of the cost.
 
     They come in order, from "input", which shares nothing.
@@ -172,12 +180,13 @@ def split_points(base: nn.Module, example_inputs: Tensor | tuple[Tensor]) -> lis
         >>> [point.name for point in split_points(base, torch.randn(4, 8))]
         ['input', '0', '1']
     """
-    return [cut.point for cut in find_cuts(trace(base, _check_inputs(base, example_inputs)))]
+    _check_inputs(base, example_inputs)
+    return [cut.point for cut in find_cuts(trace(base, example_inputs, output))]
 
 
 @torch.inference_mode(False)
 def plans(
-    base: nn.Module, example_inputs: Tensor | tuple[Tensor], num_heads: int = 2, budget: float | Budget = 1.0
+    base: nn.Module, example_inputs: Tree, num_heads: int = 2, budget: float | Budget = 1.0, output: Output = None
 ) -> list[Plan]:
     """For every split point, the widest heads that a budget allows.
 
@@ -189,29 +198,24 @@ def plans(
         >>> [(plan.split.name, plan.width is not None) for plan in plans(base, torch.randn(4, 8), budget=1.0)]
         [('input', True), ('0', True), ('1', True), ('2', False), ('3', False)]
     """
-    traced = trace(base, _check_inputs(base, example_inputs))
+    _check_inputs(base, example_inputs)
+    traced = trace(base, example_inputs, output)
     limit = Budget.of(budget).limit(_base_cost(base, traced))
     return [plan_at(design_head(traced, cut, set()), num_heads, limit) for cut in find_cuts(traced)]
 
 
-def _check_inputs(base: nn.Module, example_inputs: Tensor | tuple[Tensor]) -> Tensor:
-    """The one input tensor, after checking that it and the base can be used."""
+def _check_inputs(base: nn.Module, example_inputs: Tree) -> None:
+    """Refuse a base or inputs that cannot be used."""
     if not isinstance(base, nn.Module):
         raise ConversionError(f"base must be an nn.Module, got {type(base).__name__}.")
     if isinstance(base, torch.jit.ScriptModule):
         raise ConversionError("base must be an ordinary nn.Module, got a scripted one; pass the module it came from.")
-    inputs = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-        kinds = ", ".join(type(value).__name__ for value in inputs)
-        raise ConversionError(f"example_inputs must be one tensor, or a tuple of one, got ({kinds}).")
-    (x,) = inputs
-    if x.ndim < 2 or len(x) == 0:
-        raise ConversionError(f"example_inputs must have the shape (N, ...) with N > 0, got {tuple(x.shape)}.")
+    Inputs.of(example_inputs)  # refuses what is no tensor
+    there = {tensor.device for tensor in tensors_in(example_inputs)}
     devices = {tensor.device for tensor in (*base.parameters(), *base.buffers())}
-    if devices and devices != {x.device}:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ConversionError(f"example_inputs are on {x.device} and the base is on {names}; move them to one device.")
-    return x.detach()
+    if devices and devices != there:
+        names, others = (", ".join(sorted(map(str, found))) for found in (devices, there))
+        raise ConversionError(f"example_inputs are on {others} and the base is on {names}; move them to one device.")
 
 
 def _looks_trained(base: nn.Module) -> bool:
@@ -228,7 +232,7 @@ def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node]) -> bool:
     """Try one head; where it fails, pin the sizes there and report that a new plan is needed."""
     initialiser = Initialiser("inherit", torch.Generator().manual_seed(0))
     head, copies = build_head(design, shape, initialiser)
-    failure = check_head(design, shape, head, copies, _features(design))
+    failure = check_head(design, shape, head, copies, _given(design))
     if failure is None:
         return False
     node, message = failure
@@ -238,12 +242,24 @@ def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node]) -> bool:
     return True
 
 
-def _features(design: HeadDesign) -> Tensor:
-    """What the base computes at the split point for the example inputs."""
-    cut, traced = design.cut, design.trace
-    graph, _ = cut_graph(traced, cut.trunk, traced.placeholder, cut.node)
+def _given(design: HeadDesign) -> list[tuple[Any, ...]]:
+    """What the base gives heads at the split point, for the traced inputs and for the trials."""
+    traced = design.trace
+    trunk = fx.GraphModule(traced.module, trunk_graph(traced, design.cut)).eval()
     with torch.no_grad():
-        return fx.GraphModule(traced.module, graph).eval()(traced.input)
+        return [as_tuple(trunk(*values)) for values in (traced.arguments, *(t.arguments for t in traced.trials))]
+
+
+def _check_split(design: HeadDesign) -> None:
+    """Compare trunk and head at full width with the base, at every size that was tried."""
+    whole = HeadShape(1.0)
+    head, _ = build_head(design, whole, Initialiser("inherit", torch.Generator().manual_seed(0)))
+    head.eval()
+    for values, trial in zip(_given(design)[1:], design.trace.trials, strict=True):
+        with torch.no_grad():
+            difference = differs(trial.expected, head(*values))
+        if difference:
+            raise ConversionError(f"The split at {design.cut.point.name!r} changes the base. {difference} {BY_HAND}")
 
 
 def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost) -> EnsembleNet:
@@ -263,11 +279,11 @@ def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost) -> EnsembleNe
     )
 
 
-def _check_training_step(model: EnsembleNet, x: Tensor) -> None:
+def _check_training_step(model: EnsembleNet, example_inputs: Tree) -> None:
     """Run one forward and backward pass in training mode; the model is left as it was."""
-    with torch.enable_grad(), keeping_state(model, x):
-        outputs = model.train()(x)
-        if not torch.isfinite(outputs).all():
+    with torch.enable_grad(), keeping_state(model, tensors_in(example_inputs)[0]):
+        outputs = tensors_in(call(model.train(), example_inputs))
+        if not all(torch.isfinite(output).all() for output in outputs):
             raise ConversionError("The converted model's outputs are not finite on the example inputs.")
-        outputs.float().square().mean().backward()
+        torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
     model.zero_grad(set_to_none=True)

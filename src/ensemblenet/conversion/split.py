@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from ensemblenet.conversion.trace import TensorRef, Trace, depends_on_input, refs
+from ensemblenet.conversion.trace import TensorRef, Trace, refs
 from ensemblenet.cost import Cost, count_parameters
 from ensemblenet.errors import ConversionError
+from ensemblenet.inputs import CheckSizes
 
-__all__ = ["Cut", "SplitPoint", "cut_graph", "find_cuts", "named_cut"]
+__all__ = ["Cut", "Flow", "SplitPoint", "find_cuts", "head_graph", "named_cut", "sizes_read", "trunk_graph"]
+
+SizeOf = Callable[[fx.Node, int], int]
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,20 @@ class Cut:
     Attributes:
         point: what users see of it.
         node: the node of the tensor that passes from the trunk to the heads.
+        inputs: the nodes of the network's inputs that heads take beside it.
         trunk: the trunk's nodes.
-        head: the head's nodes; what depends on parameters alone may be in both.
+        head: the head's nodes; what depends on parameters alone, or on inputs alone, may be in both.
+        sizes: the nodes of sizes that heads are told by the trunk.
         trunk_cost: what the trunk costs.
         has_parameters: whether heads would own any; without, all heads would be the same.
     """
 
     point: SplitPoint
     node: fx.Node
+    inputs: list[fx.Node]
     trunk: list[fx.Node]
     head: list[fx.Node]
+    sizes: list[fx.Node]
     trunk_cost: Cost
     has_parameters: bool
 
@@ -68,7 +76,9 @@ class Cut:
 def find_cuts(trace: Trace) -> list[Cut]:
     """All split points of a network, from its input (no shared trunk) to its output.
 
-    A tensor that the head would overwrite is none: heads would overwrite each other's input.
+    A head takes the one tensor that depends on parameters and is alive there. What else it needs, such as masks and
+    positions, it works out again from the network's inputs. A tensor that the head would overwrite is none: heads
+    would overwrite each other's input.
 
     Example:
         >>> import torch
@@ -78,23 +88,26 @@ def find_cuts(trace: Trace) -> list[Cut]:
         >>> [cut.point.name for cut in find_cuts(trace(net, torch.zeros(3, 4)))]
         ['input', '0', '1']
     """
-    order = {node: index for index, node in enumerate(trace.graph.nodes) if node.op != "output"}
-    overwritten = _last_overwritten(trace, order)
+    flow = Flow(trace)
     total = Cost(count_parameters(trace.module), sum(trace.macs.values()))
+    places = _bottlenecks(trace, flow)
+    # names are given first to the places where one tensor alone is alive: recipes of older versions know no others
     taken: set[str] = set()
+    names = {}
+    for place in sorted(places, key=lambda place: place.beside):
+        names[place.node] = _names(trace, place.node, taken)
     cuts = []
-    for node, position in _bottlenecks(trace, order):
-        if overwritten.get(trace.refs[node].id, -1) > position:
+    for node, position, _ in places:
+        head, inputs = flow.head(node, position)
+        if any(flow.last_write(tensor) > position for tensor in (node, *inputs)):
             continue
-        effects = {n for n in order if "effect" in n.meta}
-        trunk = _needed({node, *(n for n in effects if order[n] <= position)}, order, stop=None)
-        head = _needed({trace.output, *(n for n in effects if order[n] > position)}, order, stop=node)
+        sizes = [size for size in sizes_read(head) if _is_passed(size, node, {node, *inputs, *head})]
+        trunk = flow.trunk([node, *(size.args[0] for size in sizes)], position)  # type: ignore[misc]
         cost = trace.cost(trunk)
-        parameters, macs = cost.share_of(total)
-        name, aliases = _names(trace, node, taken)
-        point = SplitPoint(name, aliases, trace.refs[node].shape, parameters, macs)
+        name, aliases = names[node]
+        point = SplitPoint(name, aliases, trace.refs[node].shape, *cost.share_of(total))
         has_parameters = any(trace.parameters.get(n) for n in head)
-        cuts.append(Cut(point, node, trunk, head, cost, has_parameters))
+        cuts.append(Cut(point, node, inputs, trunk, head, sizes, cost, has_parameters))
     return cuts
 
 
@@ -113,61 +126,178 @@ def named_cut(cuts: list[Cut], name: str) -> Cut:
     raise ConversionError(f"Unknown split point {name!r}: {hint} ensemblenet.split_points(base, x) lists them all.")
 
 
-def _bottlenecks(trace: Trace, order: dict[fx.Node, int]) -> list[tuple[fx.Node, int]]:
-    """Tensors that are the only one alive after some node, each with the position of that node."""
-    last_use: dict[fx.Node, int] = {}
-    for node in order:
-        if depends_on_input(node) and "scalar" not in node.meta:
-            users = [order.get(user, len(order)) for user in node.users if "scalar" not in user.meta]
-            last_use[node] = max(users, default=-1)
-    found: dict[fx.Node, int] = {}
+class _Place(NamedTuple):
+    """A place where a network can be cut: the tensor that passes, and the position of the trunk's last node."""
+
+    node: fx.Node
+    position: int
+    beside: bool  # whether other tensors are alive, which heads work out again
+
+
+def _bottlenecks(trace: Trace, flow: Flow) -> list[_Place]:
+    """Places where one tensor that depends on inputs and parameters is alive, in order."""
+    found: dict[fx.Node, _Place] = {}
     alive: set[fx.Node] = set()
-    for node, position in order.items():
-        alive = {other for other in alive if last_use[other] > position}
-        if last_use.get(node, -1) > position:
+    for node, position in flow.order.items():
+        alive = {other for other in alive if flow.last_read.get(other, -1) > position}
+        if flow.last_read.get(node, -1) > position:
             alive.add(node)
-        if len(alive) == 1:
-            (only,) = alive
-            if only in trace.refs and only is not trace.output:
-                found.setdefault(only, position)
-    return sorted(found.items(), key=operator.itemgetter(1))
-
-
-def _last_overwritten(trace: Trace, order: dict[fx.Node, int]) -> dict[int, int]:
-    """For each tensor, the position of the last node that writes into its memory."""
-    memory: dict[int, int] = {}
-    writes: dict[int, int] = {}
-    for event in trace.events:
-        schema = event.op._schema
-        source = None
-        for value, argument in zip(event.args, schema.arguments, strict=False):
-            if argument.alias_info is None or not isinstance(value, TensorRef):
-                continue
-            source = memory.setdefault(value.id, value.id)
-            if argument.alias_info.is_write:
-                writes[source] = order[event.node]
-        for ref in refs(event.out):
-            memory.setdefault(ref.id, source if source is not None else ref.id)
-    return {tensor: writes[root] for tensor, root in memory.items() if root in writes}
-
-
-def _needed(ends: set[fx.Node], order: dict[fx.Node, int], stop: fx.Node | None) -> list[fx.Node]:
-    """The nodes that the ends depend on, in order, up to `stop`."""
-    found: set[fx.Node] = set()
-    waiting = list(ends)
-    while waiting:
-        node = waiting.pop()
-        if node is stop or node in found:
+        moving = [other for other in alive if flow.depends_on_input(other, position)]
+        passing = [other for other in alive if not flow.can_repeat(other, position)]
+        if len(passing) == 1:
+            (only,) = passing
+        elif not passing and len(moving) == 1:
+            (only,) = moving
+        else:
             continue
-        found.add(node)
-        if "scalar" not in node.meta:
+        if only not in trace.refs or only in trace.outputs:
+            continue
+        place = _Place(only, position, beside=len({only, *moving, *passing}) > 1)
+        if only not in found or (found[only].beside and not place.beside):
+            found[only] = place
+    if trace.input_nodes[0] not in found:  # heads that share nothing: one input passes, the others go beside it
+        position = max(flow.order[node] for node in trace.input_nodes)
+        found[trace.input_nodes[0]] = _Place(trace.input_nodes[0], position, beside=True)
+    return sorted(found.values(), key=operator.attrgetter("position"))
+
+
+class Flow:
+    """Which values each node depends on, with what has been written into them in place.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from ensemblenet.conversion.trace import trace
+        >>> traced = trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.zeros(3, 4))
+        >>> [node.name for node in Flow(traced).trunk(traced.outputs, 9)]
+        ['_0', '_1']
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.order = {node: index for index, node in enumerate(trace.graph.nodes) if node.op != "output"}
+        self._memory, self._writes = self._follow_memory()
+        self.last_read: dict[fx.Node, int] = {}
+        for node in self.order:
+            users = [self.order.get(user, len(self.order)) for user in node.users if "scalar" not in user.meta]
+            if users and "scalar" not in node.meta:
+                self.last_read[node] = max(users)
+        self._inputs = set(trace.input_nodes)
+        # what is written in the memory of an input, a parameter or a buffer lasts: it must happen once
+        lasting = {self._root(node) for node in self.order if node in self._inputs or node.op == "get_attr"}
+        self._lasting = {write for root in lasting for write in self._writes.get(root, [])}
+        self._from_input = self._follow(self._inputs)
+        self._learned = self._follow({node for node in self.order if self._has_state(node)})
+        self._once = self._follow(self._lasting | {node for node in self.order if "random" in node.meta})
+
+    def _follow_memory(self) -> tuple[dict[int, int], dict[int, list[fx.Node]]]:
+        """For each tensor the one whose memory it views, and for each of these the nodes that write into it."""
+        memory: dict[int, int] = {}
+        writes: dict[int, list[fx.Node]] = {}
+        for event in self.trace.events:
+            source = None
+            values = [*zip(event.args, event.op._schema.arguments, strict=False)]
+            values += [(event.kwargs[a.name], a) for a in event.op._schema.arguments if a.name in event.kwargs]
+            for value, argument in values:
+                if argument.alias_info is None or not isinstance(value, TensorRef):
+                    continue
+                source = memory.setdefault(value.id, value.id)
+                if argument.alias_info.is_write and event.node not in writes.setdefault(source, []):
+                    writes[source].append(event.node)
+            for ref in refs(event.out):
+                memory.setdefault(ref.id, source if source is not None else ref.id)
+        return memory, writes
+
+    def _root(self, node: fx.Node) -> int:
+        ref = self.trace.refs.get(node)
+        return -1 if ref is None else self._memory.get(ref.id, ref.id)
+
+    def last_write(self, node: fx.Node) -> int:
+        """The position of the last node that writes into a tensor's memory; -1 if there is none."""
+        return max((self.order[write] for write in self._writes.get(self._root(node), [])), default=-1)
+
+    def writes(self, node: fx.Node, before: int) -> list[fx.Node]:
+        """The nodes that write into a tensor's memory once it is there, up to a position."""
+        writes = self._writes.get(self._root(node), [])
+        return [write for write in writes if self.order[node] < self.order[write] <= before]
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that a node depends on; its sizes are not among them."""
+        read = [argument for argument in node.all_input_nodes if "scalar" not in argument.meta]
+        written = [write for argument in read for write in self.writes(argument, self.order[node] - 1)]
+        return [*read, *written]
+
+    def _follow(self, begin: set[fx.Node]) -> set[fx.Node]:
+        """The nodes that depend on one of some nodes, and these."""
+        found = set(begin)
+        for node in self.order:
+            if not found.isdisjoint(self.sources(node)):
+                found.add(node)
+        return found
+
+    def _has_state(self, node: fx.Node) -> bool:
+        """Whether a node has parameters, or a layer's own buffers."""
+        if node.op != "call_module":
+            return bool(self.trace.parameters.get(node))
+        layer = self.trace.module.get_submodule(str(node.target))
+        return next(chain(layer.parameters(), layer.buffers()), None) is not None
+
+    def depends_on_input(self, node: fx.Node, position: int) -> bool:
+        """Whether a tensor's value, as it is behind a position, comes from the network's input."""
+        return not self._from_input.isdisjoint((node, *self.writes(node, position)))
+
+    def can_repeat(self, node: fx.Node, position: int) -> bool:
+        """Whether heads can work a value out again: it comes from inputs alone, or from parameters alone."""
+        all_of_it = (node, *self.writes(node, position))
+        is_learned = not self._learned.isdisjoint(all_of_it) and not self._from_input.isdisjoint(all_of_it)
+        return not is_learned and self._once.isdisjoint(all_of_it)
+
+    def trunk(self, ends: list[fx.Node], position: int) -> list[fx.Node]:
+        """The nodes that work out tensors as they are behind a position."""
+        lasting = [write for write in self._lasting if self.order[write] <= position]
+        written = [write for end in ends for write in self.writes(end, position)]
+        return self._needed([*ends, *written, *lasting], stop=set())[0]
+
+    def head(self, entry: fx.Node, position: int) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes from a tensor, as it is behind a position, to the outputs; and the inputs that they read."""
+        lasting = [write for write in self._lasting if self.order[write] > position]
+        return self._needed([*self.trace.outputs, *lasting], stop={entry, *self.writes(entry, position)})
+
+    def _needed(self, ends: list[fx.Node], stop: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes that the ends depend on, in order, without sizes; and the network's inputs among them."""
+        found: set[fx.Node] = set()
+        waiting = list(ends)
+        while waiting:
+            node = waiting.pop()
+            if node not in found and node not in stop:
+                found.add(node)
+                waiting += [] if node in self._inputs else self.sources(node)
+        inputs = [node for node in self.trace.input_nodes if node in found]
+        return [node for node in self.order if node in found and node not in self._inputs], inputs
+
+
+def sizes_read(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    """The sizes that nodes read, as nodes that read one dimension of a tensor."""
+    found: dict[fx.Node, None] = {}
+    waiting = [argument for node in nodes for argument in node.all_input_nodes if "scalar" in argument.meta]
+    for node in waiting:
+        if node.target == "size":
+            found.setdefault(node)
+        elif node.target is not getattr:
             waiting += node.all_input_nodes
-    return [node for node in order if node in found and "scalar" not in node.meta]
+    return list(found)
+
+
+def _is_passed(size: fx.Node, entry: fx.Node, inside: set[fx.Node]) -> bool:
+    """Whether a head must be told a size: it changes, and no tensor of the head has it."""
+    if size.args[0] in inside or "varies" not in size.meta:
+        return False
+    return not ("is_batch" in size.meta and entry.meta.get("batch_dims"))
 
 
 def _names(trace: Trace, node: fx.Node, taken: set[str]) -> tuple[str, tuple[str, ...]]:
     """The name of a split point and its other names; names that occur twice are numbered."""
-    if node.op == "placeholder":
+    if node is trace.input_nodes[0]:
         return "input", ()
     candidates = list(dict.fromkeys(reversed(trace.aliases.get(node, []))))
     if not candidates:
@@ -185,71 +315,118 @@ def _names(trace: Trace, node: fx.Node, taken: set[str]) -> tuple[str, tuple[str
     return unique[0], tuple(unique[1:])
 
 
-def cut_graph(
-    trace: Trace,
-    nodes: list[fx.Node],
-    entry: fx.Node,
-    end: fx.Node,
-    base_size: Callable[[fx.Node], bool] = lambda node: False,
-) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """Copy a part of the graph into one of its own.
+def trunk_graph(trace: Trace, cut: Cut) -> fx.Graph:
+    """The graph of the trunk: from the network's arguments to all that heads take."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(str(node.target)) for node in trace.placeholders}
+    for node in trace.graph.nodes:  # the inputs that are parts of an argument
+        if node not in copies and copies.keys() >= set(node.all_input_nodes) and node.target is operator.getitem:
+            copies[node] = _copy_node(graph, node, copies.__getitem__)
+    for node, spec, tensor in zip(trace.input_nodes, trace.inputs.tensors, trace.tensors, strict=True):
+        if spec.fixed:
+            sizes = {dim: tensor.shape[dim] for dim in spec.fixed}
+            trace.module.add_module(f"check_{node.name}", CheckSizes(_input_name(node), sizes))
+            copies[node] = graph.call_module(f"check_{node.name}", (copies[node],))
+    copier = _Copier(trace, graph, copies, trace.input_nodes[0])
+    copier.copy(cut.trunk)
+    ends = [copies[cut.node], *(copies[node] for node in cut.inputs), *map(copier.scalar, cut.sizes)]
+    graph.output(ends[0] if len(ends) == 1 else tuple(ends))
+    return graph
 
-    A size that was read from a tensor outside the part is recomputed from the part's input (if it follows the batch
-    size) or written as a number.
+
+def _input_name(node: fx.Node) -> str:
+    """An input as the network's signature calls it, with the key inside an argument."""
+    if node.op == "placeholder":
+        return str(node.target)
+    source, key = node.args
+    return f"{_input_name(source)}[{key!r}]"  # type: ignore[arg-type]
+
+
+def head_graph(trace: Trace, cut: Cut, size_of: SizeOf | None = None) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """The graph of a head: from what the trunk gives to the outputs.
+
+    Sizes of the head's own tensors are read from them. Others are given by the trunk, or read from the features where
+    they are the number of examples, or written as numbers where they are always the same.
 
     Args:
         trace: the traced network.
-        nodes: the part, in order, without its entry.
-        entry: the node whose tensor is the part's input.
-        end: the node whose tensor is its output.
-        base_size: whether a size of a tensor inside the part is written as the number that it is in the base.
+        cut: where the head begins.
+        size_of: the size of a tensor of a narrowed head, by its node in the base and the dimension.
 
     Returns:
         The graph, and where each node went.
     """
     graph = fx.Graph()
-    copies = {entry: graph.placeholder("x" if entry.op != "placeholder" else str(entry.target))}
-    sizes: dict[fx.Node, Any] = {}
-
-    def scalar(node: fx.Node) -> Any:
-        if node not in sizes:
-            sizes[node] = copy_scalar(node)
-        return sizes[node]
-
-    def copy_scalar(node: fx.Node) -> Any:
-        source = node.args[0]
-        if node.op == "call_method" and isinstance(source, fx.Node):
-            if source not in copies:
-                return outside(node)
-            if base_size(node):
-                return node.meta["scalar"]
-            return graph.node_copy(node, lambda argument: copies[argument])
-        if node.target is getattr:
-            return graph.call_function(getattr, (copies[entry], "device"))
-        operands = [scalar(argument) if isinstance(argument, fx.Node) else argument for argument in node.args]
-        if not any(isinstance(operand, fx.Node) for operand in operands):
-            return node.meta["scalar"]
-        assert callable(node.target)
-        return graph.call_function(node.target, tuple(operands))
-
-    def outside(node: fx.Node) -> Any:
-        value = node.meta["scalar"]
-        if not node.meta["follows_batch"]:
-            return value
-        rows = trace.refs[entry].shape[0]
-        size = graph.call_method("size", (copies[entry], 0))
-        if value == rows:
-            return size
-        return graph.call_function(operator.floordiv, (graph.call_function(operator.mul, (size, value)), rows))
-
-    def argument(value: fx.Node) -> Any:
-        return scalar(value) if "scalar" in value.meta else copies[value]
-
-    for node in nodes:
-        if node.op != "placeholder":
-            copies[node] = _copy_node(graph, node, argument)
-    graph.output(copies[end])
+    beside = (*cut.inputs, *cut.sizes)
+    name = _input_name(cut.node) if cut.node.op == "placeholder" else "features"
+    while name in {node.name for node in beside}:
+        name += "_"
+    copies = {cut.node: graph.placeholder(name)}
+    for node in beside:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta["narrowed"] = node.meta.get("scalar")
+    copier = _Copier(trace, graph, copies, cut.node, size_of)
+    copier.copy(cut.head)
+    outputs = tuple(copies[node] for node in trace.outputs)
+    graph.output(outputs[0] if len(outputs) == 1 else outputs)
     return graph, copies
+
+
+class _Copier:
+    """Copies nodes of the base into a graph.
+
+    The copy of a size has the meta "narrowed": the number that it is in a narrowed head, for the traced inputs.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        graph: fx.Graph,
+        copies: dict[fx.Node, fx.Node],
+        entry: fx.Node,
+        size_of: SizeOf | None = None,
+    ) -> None:
+        self.trace = trace
+        self.graph = graph
+        self.copies = copies
+        self.entry = entry
+        self.size_of = size_of
+
+    def copy(self, nodes: list[fx.Node]) -> None:
+        """Copy nodes, in order."""
+        for node in nodes:
+            self.copies[node] = _copy_node(self.graph, node, self._argument)
+
+    def _argument(self, node: fx.Node) -> Any:
+        return self.scalar(node) if "scalar" in node.meta else self.copies[node]
+
+    def scalar(self, node: fx.Node) -> Any:
+        """The copy of a size, or of a number made of sizes."""
+        if node in self.copies:
+            return self.copies[node]
+        if node.target is getattr:
+            return self.graph.call_function(getattr, (self.copies[self.entry], "device"))
+        if node.target == "size":
+            source, dim = node.args
+            if source in self.copies:
+                copy = self.graph.call_method("size", (self.copies[source], dim))  # type: ignore[index]
+                narrowed = self.size_of(source, dim) if self.size_of else node.meta["scalar"]  # type: ignore[arg-type]
+            elif "varies" not in node.meta:
+                return node.meta["scalar"]
+            else:
+                copy = self.graph.call_method("size", (self.copies[self.entry], self.entry.meta["batch_dims"][0]))
+                narrowed = node.meta["scalar"]
+        else:
+            operands = [self.scalar(value) if isinstance(value, fx.Node) else value for value in node.args]
+            values = [value.meta["narrowed"] if isinstance(value, fx.Node) else value for value in operands]
+            assert callable(node.target)
+            narrowed = node.target(*values)
+            if not any(isinstance(operand, fx.Node) for operand in operands):
+                return narrowed
+            copy = self.graph.call_function(node.target, tuple(operands))
+        copy.meta["narrowed"] = narrowed
+        self.copies[node] = copy
+        return copy
 
 
 def _copy_node(graph: fx.Graph, node: fx.Node, argument: Callable[[fx.Node], Any]) -> fx.Node:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import EnsembleNetError
 from ensemblenet.functional import Task, combine_heads
+from ensemblenet.inputs import Tree, call, num_examples
 
 __all__ = ["Anytime", "AnytimeError", "StopRule", "confident", "heads_agree", "predict_anytime"]
 
@@ -80,7 +81,7 @@ def confident(threshold: float) -> StopRule:
 
 
 @torch.no_grad()
-def predict_anytime(model: EnsembleNet, x: Tensor, stop: StopRule | None = None) -> Anytime:
+def predict_anytime(model: EnsembleNet, x: Tree, stop: StopRule | None = None) -> Anytime:
     """Run the trunk once, then the heads in their order, for each example until a rule says stop.
 
     A head runs on the examples that are left. The output of an example that stopped after k heads is that of
@@ -88,7 +89,7 @@ def predict_anytime(model: EnsembleNet, x: Tensor, stop: StopRule | None = None)
 
     Args:
         model: in evaluation mode; whether its heads are fused makes no difference.
-        x: inputs, shape (N, *).
+        x: inputs, shape (N, *), or a tuple or a dictionary of tensors.
         stop: from the outputs of the heads so far, (k, n, C, *), to booleans of shape (n,); None takes
             [`ensemblenet.heads.anytime.heads_agree`][] for the model's task.
             [`ensemblenet.heads.anytime.confident`][] is another.
@@ -107,24 +108,25 @@ def predict_anytime(model: EnsembleNet, x: Tensor, stop: StopRule | None = None)
     if model.training:
         raise AnytimeError("predict_anytime needs a model in evaluation mode; call model.eval().")
     stop = stop or heads_agree(model.task)
-    features = model.trunk(x)
-    if len(features) != len(x):
+    given = as_tuple(call(model.trunk, x))
+    size = num_examples(x)
+    if any(not isinstance(value, Tensor) or len(value) != size for value in given):
+        shapes = ", ".join(str(tuple(value.shape) if isinstance(value, Tensor) else value) for value in given)
         raise AnytimeError(
-            f"The trunk gives {tuple(features.shape)} for {len(x)} examples, not a row for each; "
-            "split the base elsewhere."
+            f"The trunk gives {shapes} for {size} examples, not a row for each; split the base elsewhere."
         )
-    left = torch.arange(len(x), device=x.device)  # (n,): the rows that go on
+    left = torch.arange(size, device=given[0].device)  # (n,): the rows that go on
     heads_used = torch.full_like(left, model.num_heads)
     ended: list[tuple[Tensor, Tensor]] = []
     so_far: list[Tensor] = []  # k outputs (n, C, *)
     for k, head in enumerate(model.heads, start=1):
-        so_far.append(head(features))
+        so_far.append(head(*given))
         outputs = torch.stack(so_far)
         stops = _checked(stop(outputs), left) if k < model.num_heads else torch.ones_like(left, dtype=torch.bool)
         if stops.any() or len(left) == 0:
             heads_used[left[stops]] = k
             ended.append((left[stops], combine_heads(outputs[:, stops], model.combine, model.task)))
-            left, features = left[~stops], features[~stops]
+            left, given = left[~stops], tuple(value[~stops] for value in given)
             so_far = [output[~stops] for output in so_far]
         if len(left) == 0:
             break

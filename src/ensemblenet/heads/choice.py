@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import FusionError
 from ensemblenet.heads.fused import FusedEnsembleNet, fuse, unfuse
+from ensemblenet.inputs import Tree, call, num_examples
 from ensemblenet.operations.convolution import FusedConvolution
 from ensemblenet.timing import cuda_devices, measure, step
 
@@ -45,12 +45,12 @@ class Choice:
     separate: tuple[str, ...] = ()
 
 
-def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[EnsembleNet, Choice]:
+def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[EnsembleNet, Choice]:
     """The model with its heads run as asked, or else in the faster of two ways.
 
     Args:
         model: in training mode to measure a step of forward and backward, else the forward pass alone.
-        x: inputs of the real shape, (N, *).
+        x: inputs of the real shape, (N, *), or a tuple or a dictionary of tensors.
         heads: "looped" runs one head after another; "fused" is [`ensemblenet.fuse`][], in which every convolution runs
             grouped or head by head as [`ensemblenet.heads.tune`][] finds faster; "compiled" is that under
             `torch.compile`, whose first steps take a minute or more; "checkpointed" is looped with
@@ -91,7 +91,7 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
         return fused, Choice(heads, "as asked", separate=separate)
     seconds = measure({"looped": step(trial, x), "fused": step(fused_trial, x)}, _TURNS, _SECONDS)
     reason = (
-        f"a {'training step' if model.training else 'prediction'} of {len(x)} examples took "
+        f"a {'training step' if model.training else 'prediction'} of {num_examples(x)} examples took "
         f"{1000 * seconds['fused']:.1f} ms fused and {1000 * seconds['looped']:.1f} ms looped"
     )
     if seconds["looped"] < seconds["fused"]:
@@ -118,7 +118,7 @@ def current_mode(heads: HeadsMode) -> HeadsMode:
     return heads
 
 
-def tune(model: FusedEnsembleNet, x: Tensor, repeats: int = 5) -> set[str]:
+def tune(model: FusedEnsembleNet, x: Tree, repeats: int = 5) -> set[str]:
     """Find the convolutions that run faster head by head than grouped, and switch them.
 
     Which is faster depends on the library, the threads and the shapes; so it is measured on the tensors that each
@@ -126,7 +126,7 @@ def tune(model: FusedEnsembleNet, x: Tensor, repeats: int = 5) -> set[str]:
 
     Args:
         model: in the mode that counts; a training step changes its statistics.
-        x: inputs of the real shape, (N, *).
+        x: inputs of the real shape, (N, *), or a tuple or a dictionary of tensors.
         repeats: of each measurement, of which the median counts.
 
     Returns:
@@ -147,7 +147,7 @@ def tune(model: FusedEnsembleNet, x: Tensor, repeats: int = 5) -> set[str]:
     layers = model.convolutions
     hooks = [layer.register_forward_pre_hook(keep) for layer in layers.values()]
     with torch.random.fork_rng(cuda_devices(x)), torch.set_grad_enabled(model.training):
-        model(x)
+        call(model, x)
     for hook in hooks:
         hook.remove()
     slower = set()

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import FusionError
 from ensemblenet.heads.program import Program, has_hooks
 from ensemblenet.heads.stacks import Stack
+from ensemblenet.inputs import Tree, call
 from ensemblenet.operations import fusing_operation
 from ensemblenet.operations.convolution import FusedConvolution
 
 __all__ = ["FusedEnsembleNet", "fuse", "unfuse"]
 
 
-def fuse(model: EnsembleNet, example_inputs: Tensor | None = None) -> FusedEnsembleNet:
+def fuse(model: EnsembleNet, example_inputs: Tree | None = None) -> FusedEnsembleNet:
     """The same model, whose K heads run as one network.
 
     It has the same trunk and the same heads, the very modules, so training one trains the other, and names, state
@@ -36,7 +37,7 @@ def fuse(model: EnsembleNet, example_inputs: Tensor | None = None) -> FusedEnsem
 
     Args:
         model: with K heads of the same structure. A fused one is returned as it is.
-        example_inputs: shape (N, *). A converted model needs none; one made by hand takes the shapes of its first
+        example_inputs: a tensor (N, *), or a tuple or a dictionary of tensors. A converted model needs none; one made by hand takes the shapes of its first
             forward pass, but must know them before it is compiled or exported.
 
     Raises:
@@ -59,7 +60,7 @@ def fuse(model: EnsembleNet, example_inputs: Tensor | None = None) -> FusedEnsem
         x = model.recipe.inputs.zeros(2, like=next(model.parameters(), torch.zeros(0)))
     if x is not None:
         with _probing(model), torch.no_grad():
-            fused.prepare(model.trunk(x))
+            fused.prepare(*as_tuple(call(model.trunk, x)))
     return fused
 
 
@@ -87,7 +88,7 @@ class Fusion(NamedTuple):
     """How K heads run as one.
 
     Attributes:
-        program: from the features and the values of the stacks to the outputs (K, N, C, *).
+        program: from what the trunk gives and the values of the stacks to the outputs (K, N, C, *).
         stacks: the heads' tensors.
         by_vmap: names of operations that run by `torch.vmap`.
         looped: names of operations that run for one head after another.
@@ -113,17 +114,18 @@ class FusedEnsembleNet(EnsembleNet):
         ('FusedEnsembleNet', 2, [])
     """
 
-    graph_of_head: fx.Graph
+    graph_of_head: fx.Graph | None
     fusion: Fusion | None = None
 
-    def prepare(self, features: Tensor) -> None:
-        """Write the program for features of that shape, (N, *)."""
-        graph = self.graph_of_head
+    def prepare(self, *given: Any) -> None:
+        """Write the program for such features, (N, *), and for what else the trunk gives."""
+        graph = self.graph_of_head or _whole_head(len(given))
+        given = _fakes(given)
         try:
-            examples = _examples(self.heads[0], graph, features)
+            examples = _examples(self.heads[0], graph, given)
         except Exception:  # what it does depends on more than shapes; a real mistake shows when the head runs
-            graph = _whole_head()
-            examples = {node: _fake(features) for node in graph.nodes if node.op == "placeholder"}
+            graph = _whole_head(len(given))
+            examples = dict(zip((node for node in graph.nodes if node.op == "placeholder"), given, strict=True))
         program = Program(list(self.heads), graph, examples, _tied(self))
         self.fusion = Fusion(program.write(), program.stacks, program.by_vmap, program.looped)
         self._join()
@@ -142,16 +144,16 @@ class FusedEnsembleNet(EnsembleNet):
         for name, layer in self.convolutions.items():
             layer.separate[training] = name in names
 
-    def _run_heads(self, features: Tensor) -> Tensor:
+    def _run_heads(self, *given: Any) -> Any:
         if self.fusion is None:
             if torch.compiler.is_compiling():
                 raise FusionError(
                     "The shapes of this model, made by hand, are not known: call it once before it is compiled or "
                     "exported, or fuse(model, example_inputs)."
                 )
-            self.prepare(features)
+            self.prepare(*given)
         assert self.fusion is not None
-        return self.fusion.program(features, *(stack.value() for stack in self.fusion.stacks))
+        return self.fusion.program(*given, *(stack.value() for stack in self.fusion.stacks))
 
     def _join(self) -> None:
         for stack in self.fusion.stacks if self.fusion else ():
@@ -181,7 +183,7 @@ def _fused_again(model: EnsembleNet, separate: dict[bool, list[str]]) -> FusedEn
     return fused
 
 
-def _examples(head: nn.Module, graph: fx.Graph, features: Tensor) -> dict[fx.Node, Any]:
+def _examples(head: nn.Module, graph: fx.Graph, given: Sequence[Any]) -> dict[fx.Node, Any]:
     """The outputs of a head's nodes for such features, as fake tensors: nothing is computed."""
     examples: dict[fx.Node, Any] = {}
 
@@ -193,14 +195,15 @@ def _examples(head: nn.Module, graph: fx.Graph, features: Tensor) -> dict[fx.Nod
         def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
             return head.get_submodule(target)(*args, **kwargs)  # "" is the head itself
 
-    x = _fake(features)
-    with _probing(head), x.fake_mode, torch.no_grad():
-        Keeping(head, graph=graph).run(x)
+    with _probing(head), given[0].fake_mode, torch.no_grad():
+        Keeping(head, graph=graph).run(*given)
     return examples
 
 
-def _fake(tensor: Tensor) -> FakeTensor:
-    return FakeTensorMode(allow_non_fake_inputs=True).from_tensor(tensor.detach())
+def _fakes(given: Sequence[Any]) -> list[Any]:
+    """What the trunk gives with fake tensors in the place of tensors."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return [mode.from_tensor(value.detach()) if isinstance(value, Tensor) else value for value in given]
 
 
 @contextmanager
@@ -226,8 +229,8 @@ def _tied(model: EnsembleNet) -> set[int]:
 # -- the heads' graph
 
 
-def _common_graph(heads: Sequence[nn.Module]) -> fx.Graph:
-    """The graph of the first head, which must be that of all."""
+def _common_graph(heads: Sequence[nn.Module]) -> fx.Graph | None:
+    """The graph of the first head, which must be that of all; None to call whole heads."""
     first = _structure(heads[0])
     for k, head in enumerate(heads):
         other = _structure(head)
@@ -237,7 +240,7 @@ def _common_graph(heads: Sequence[nn.Module]) -> fx.Graph:
                 f"fuse() needs heads of one structure, but heads 0 and {k} differ: {where}. Such a model runs its "
                 "heads one after another; leave it as it is."
             )
-    return _whole_head() if any(has_hooks(head, recurse=False) for head in heads) else _graph(heads[0])
+    return None if any(has_hooks(head, recurse=False) for head in heads) else _graph(heads[0])
 
 
 def _structure(head: nn.Module) -> list[str]:
@@ -260,8 +263,8 @@ class _Tracer(fx.Tracer):
         return fusing_operation(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
-def _graph(head: nn.Module) -> fx.Graph:
-    """A head's graph: its own, one traced in both modes, or a call of the whole head."""
+def _graph(head: nn.Module) -> fx.Graph | None:
+    """A head's graph: its own, or one traced in both modes."""
     if isinstance(head, fx.GraphModule):
         return head.graph
     modes = [part.training for part in head.modules()]
@@ -277,10 +280,12 @@ def _graph(head: nn.Module) -> fx.Graph:
         part.training = training
     if graphs and str(graphs[0]) == str(graphs[1]):
         return graphs[0]
-    return _whole_head()
+    return None
 
 
-def _whole_head() -> fx.Graph:
+def _whole_head(arguments: int) -> fx.Graph:
+    """The graph that calls a whole head."""
     graph = fx.Graph()
-    graph.output(graph.call_module("", (graph.placeholder("features"),)))
+    given = tuple(graph.placeholder(f"given_{index}") for index in range(arguments))
+    graph.output(graph.call_module("", given))
     return graph

@@ -32,7 +32,7 @@ class Program:
 
     Attributes:
         num_heads: K.
-        stacks: the stacked tensors, which are the graph's inputs behind the features.
+        stacks: the stacked tensors, which are the graph's inputs behind what the trunk gives.
         by_vmap: nodes without a rule that run by `torch.vmap`.
         looped: nodes without a rule that run for one head after another.
 
@@ -70,13 +70,16 @@ class Program:
         self._stacked: dict[tuple[int, ...], fx.Node] = {}
 
     def write(self) -> fx.GraphModule:
-        """Write the graph of all heads: from the features and the stacked tensors to the outputs (K, N, C, *)."""
+        """Write the graph of all heads: from what the trunk gives and the stacked tensors to the outputs (K, N, C, *)."""
         for node in self._head_graph.nodes:
             if node.op == "placeholder":
-                self._last_input = self._graph.placeholder("features")
+                self._last_input = self._graph.placeholder(f"given_{len(self._values)}")
                 self._values[node] = Value(self._last_input, SHARED)
             elif node.op == "output":
-                self._graph.output(self.first(node.args[0]))
+                outputs = node.args[0]
+                self._graph.output(
+                    tuple(map(self.first, outputs)) if isinstance(outputs, tuple) else self.first(outputs)
+                )
             else:
                 self._values[node] = self._write(node)
         return fx.GraphModule(self._root, self._graph, class_name="Heads")

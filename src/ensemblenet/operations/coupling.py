@@ -230,15 +230,21 @@ def set_argument(node: fx.Node, position: int, name: str, value: Any) -> None:
 
 
 def new_size(narrowed: Narrowed, axis: Axis, old: Any, copy: fx.Node) -> Any:
-    """A size argument for an axis: a number is replaced, a computed size is scaled, -1 stays."""
+    """A size argument for an axis: a number is replaced, -1 stays, a computed size is scaled if it is not right."""
     size = narrowed.size(axis)
-    if size == axis.size or (isinstance(old, int) and old == -1):
-        return old
     if isinstance(old, fx.Node):
-        with copy.graph.inserting_before(copy):
-            scaled = copy.graph.call_function(operator.mul, (old, size))
-            return copy.graph.call_function(operator.floordiv, (scaled, axis.size))
-    return size
+        return _scaled(old, size, axis.size, copy)
+    return old if size == axis.size or old == -1 else size
+
+
+def _scaled(old: fx.Node, size: int, base_size: int, copy: fx.Node) -> fx.Node:
+    """A computed number, scaled by what it must be and what it is for the traced inputs."""
+    value = old.meta.get("narrowed", base_size)
+    if value == size:
+        return old
+    with copy.graph.inserting_before(copy):
+        scaled = copy.graph.call_function(operator.mul, (old, size))
+        return copy.graph.call_function(operator.floordiv, (scaled, value))
 
 
 def new_sizes(narrowed: Narrowed, axes: Sequence[Axis], old: Sequence[Any], copy: fx.Node) -> tuple[Any, ...]:
@@ -252,4 +258,6 @@ def set_groups(narrowed: Narrowed, node: fx.Node, copy: fx.Node, position: int, 
     """Put a function's new number of groups in its argument's place, where it has groups."""
     groups = narrowed.groups(node)
     if groups is not None:
-        set_argument(copy, position, name, groups)
+        old = argument(copy, position, name)
+        new = _scaled(old, groups, groups, copy) if isinstance(old, fx.Node) else groups
+        set_argument(copy, position, name, new)

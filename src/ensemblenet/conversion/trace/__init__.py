@@ -14,17 +14,21 @@ A layer stays whole, called but not opened, if it is PyTorch's own or its operat
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, depends_on_input
+from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, Trial, depends_on_input
 from ensemblenet.conversion.trace.modes import BY_MODE, ByMode, merge_modes
+from ensemblenet.conversion.trace.outputs import Output, describe, pick
 from ensemblenet.conversion.trace.recorder import Recorder
+from ensemblenet.conversion.trace.trials import differs, examples, try_sizes
 from ensemblenet.errors import ConversionError
+from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
 
 __all__ = [
@@ -34,21 +38,26 @@ __all__ = [
     "Event",
     "GraphRunner",
     "NodeError",
+    "Output",
     "TensorRef",
     "Trace",
+    "Trial",
     "depends_on_input",
+    "differs",
     "keeping_state",
     "refs",
     "trace",
 ]
 
 
-def trace(base: nn.Module, example_input: Tensor) -> Trace:
+def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: Inputs | None = None) -> Trace:
     """Trace a base in training and evaluation mode; the base and the random state are left as they were.
 
     Args:
-        base: a network of one tensor in and one tensor out.
-        example_input: its input, of shape (N, *).
+        base: a network.
+        example_inputs: its inputs, see [`ensemblenet.convert`][].
+        output: which of the tensors that it returns are to be learned, see [`ensemblenet.convert`][].
+        inputs: what a recipe knows of the inputs; the base's values are then not asked for again.
 
     Raises:
         ConversionError: the base fails on the input, or does what a graph cannot say.
@@ -62,25 +71,28 @@ def trace(base: nn.Module, example_input: Tensor) -> Trace:
         module = copy.deepcopy(base)
     except Exception as error:
         raise ConversionError(f"The base cannot be copied: {type(error).__name__}: {error}. {BY_HAND}") from error
-    if len(example_input) == 1:  # with two examples, sizes that follow the batch tell themselves from sizes of one
-        _record(module, example_input, set(), training=True)
-        example_input = example_input.repeat_interleave(2, dim=0)
-    x = example_input[:2]
+    if isinstance(example_inputs, Mapping):
+        example_inputs = _in_order(base, example_inputs)
+    is_known = inputs is not None
+    inputs = inputs or Inputs.of(example_inputs)
+    tensors = [tensor.detach() for tensor in tensors_in(example_inputs)]
+    if num_examples(tensors) == 1:  # with two examples, sizes that follow the batch tell themselves from sizes of one
+        _record(module, inputs, tensors, set(), training=True)
+    few = examples(inputs, tensors, 2) if inputs.is_batched else tensors
     leaves: set[type[nn.Module]] = set()
     tried: set[str] = set()
     notes: list[str] = []
-    expected: Tensor | None = None
     while True:
-        evaluation = _record(module, x, leaves, training=False)
-        expected = evaluation.output if expected is None else expected  # of the base as it came
-        training = _record(module, x, leaves, training=True)
-        if not evaluation.returns_tensor:
-            raise ConversionError(
-                f"The base must return one tensor of shape (N, ...), got {evaluation.returned}. {BY_HAND}"
-            )
-        if not training.returns_tensor:
-            notes = [f"The base returns {training.returned} in training mode; only its prediction is kept."]
+        evaluation = _record(module, inputs, few, leaves, training=False)
+        outputs = pick(evaluation.returned, output)
+        if any(tensor not in evaluation.nodes for tensor in outputs):
+            raise ConversionError(f"The base's output does not come from its input. {BY_HAND}")
+        training = _record(module, inputs, few, leaves, training=True)
+        evaluation.finish(outputs)
+        if type(training.returned) is not type(evaluation.returned):
+            notes = [f"The base returns {describe(training.returned)} in training mode; only its prediction is kept."]
             break
+        training.finish(pick(training.returned, output))
         owner = merge_modes(evaluation, training)
         if owner is None:
             break
@@ -93,29 +105,65 @@ def trace(base: nn.Module, example_input: Tensor) -> Trace:
             leaves.add(type(module.get_submodule(owner)))
         tried.add(owner)  # the first time may have been the filling of a cache
     module.add_module(BY_MODE, ByMode())  # only now: a Sequential would call it
-    traced = evaluation.trace(module, x, notes)
-    assert expected is not None
-    _check_batch_size(traced, expected)
+    traced = evaluation.trace(module, inputs, few, notes)
+    _try(traced, base, tensors, output, is_known)
     return traced
 
 
-def _record(module: nn.Module, x: Tensor, leaves: set[type[nn.Module]], *, training: bool) -> Recorder:
+def _in_order(base: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
+    """Named inputs in the order in which the base takes them by position."""
+    order = list(inspect.signature(base.forward).parameters)
+    return dict(sorted(named.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+
+
+def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, is_known: bool) -> None:
+    """Compare the graph with the base, at the sizes of the examples and at others."""
+    module = traced.module.eval()
+    with keeping_state(module, tensors[0]):
+        if is_known:
+            try_sizes(traced, tensors, None)
+            return
+        twin = copy.deepcopy(base).eval()  # the traced copy has caches of the run, which may hold its sizes
+
+        def run(tensors: list[Tensor]) -> list[Tensor]:
+            return pick(call(twin, traced.inputs.build(tensors)), output)
+
+        expected = None
+        with torch.no_grad():
+            expected = run(traced.tensors)
+            if not all(torch.isfinite(tensor).all() for tensor in expected):
+                raise ConversionError(
+                    "The base's outputs are not finite on the example inputs; check its weights and the inputs' range."
+                )
+            got = fx.GraphModule(module, traced.graph)(*traced.arguments)
+        if difference := differs(expected, got):
+            raise ConversionError(
+                f"The base, traced, does not give what it gave before. {difference} Does it keep values from one call "
+                f"to the next? {BY_HAND}"
+            )
+        try_sizes(traced, tensors, run)
+
+
+def _record(
+    module: nn.Module, inputs: Inputs, tensors: list[Tensor], leaves: set[type[nn.Module]], *, training: bool
+) -> Recorder:
     """Run the module once under all observers."""
-    recorder = Recorder(module, x, leaves)
+    recorder = Recorder(module, leaves, tensors[0].device)
     module.train(training)
     mode = "training" if training else "evaluation"
-    what = f"The base's forward pass in {mode} mode, on an input of shape {tuple(x.shape)},"
-    with torch.no_grad(), keeping_state(module, x):
+    with torch.no_grad(), keeping_state(module, tensors[0]):
         try:
-            recorder.run(x)
+            recorder.run(inputs, tensors)
         except ConversionError:
             raise
         except Exception as error:
             hint = ""
-            if training and len(x) == 1:
+            if training and num_examples(tensors) == 1:
                 hint = " With batch size 1 some layers cannot train: pass example_inputs with at least 2 examples."
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
             raise ConversionError(
-                f"{what} failed in {recorder.where(error)}: {type(error).__name__}: {error}.{hint}"
+                f"The base's forward pass in {mode} mode, on an input of shape {shapes}, failed in "
+                f"{recorder.where(error)}: {type(error).__name__}: {error}.{hint}"
             ) from error
     return recorder
 
@@ -130,42 +178,3 @@ def keeping_state(module: nn.Module, x: Tensor) -> Iterator[None]:
     with torch.no_grad():
         for buffer, value in before:  # into the old tensors: a new one in their place is a cache that the run filled
             buffer.copy_(value)
-
-
-class _SizeReader(GraphRunner):
-    """Runs a graph and notes the sizes that it reads."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        super().__init__(graph_module)
-        self.sizes: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one node; remember a size."""
-        value = super().run_node(n)
-        if "scalar" in n.meta:
-            self.sizes[n] = value
-        return value
-
-
-def _check_batch_size(traced: Trace, expected: Tensor) -> None:
-    """Run the graph on one example: it must give the base's output; sizes that change follow the batch."""
-    if not torch.isfinite(expected).all():
-        raise ConversionError(
-            "The base's outputs are not finite on the example inputs; check its weights and the inputs' range."
-        )
-    traced.module.eval()
-    reader = _SizeReader(fx.GraphModule(traced.module, traced.graph).eval())
-    doubt = (
-        f"The base cannot be followed from a batch of {len(traced.input)} to one example; does its code turn the "
-        f"batch size into a constant, or an example's output depend on the other examples in evaluation mode?"
-    )
-    with torch.no_grad(), keeping_state(traced.module, traced.input):
-        try:
-            got = reader.run(traced.input[:1])
-        except NodeError as error:
-            raise ConversionError(f"{doubt} The first failure is in {error}. {BY_HAND}") from error
-    scale = expected.abs().max().clamp(min=1e-6)
-    if got.shape[1:] != expected.shape[1:] or ((got - expected[: len(got)]).abs().max() / scale) > 1e-3:
-        raise ConversionError(f"{doubt} {BY_HAND}")
-    for node, size in reader.sizes.items():
-        node.meta["follows_batch"] = size != node.meta["scalar"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,11 +10,25 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ensemblenet.cost import Cost
+from ensemblenet.inputs import Inputs
 from ensemblenet.operations import Event, TensorRef
 
-__all__ = ["BY_HAND", "GraphRunner", "NodeError", "Trace", "depends_on_input", "drop_unused"]
+__all__ = ["BY_HAND", "GraphRunner", "NodeError", "Trace", "Trial", "arguments", "depends_on_input", "drop_unused"]
 
 BY_HAND = "A network that cannot be traced can be given by hand: ensemblenet.EnsembleNet(trunk, heads)."
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Inputs of another size that the base has taken, and what it gave.
+
+    Attributes:
+        arguments: the graph's arguments.
+        expected: the base's outputs.
+    """
+
+    arguments: tuple[Any, ...]
+    expected: tuple[Tensor, ...]
 
 
 @dataclass
@@ -25,26 +39,30 @@ class Trace:
         module: a private copy of the base, whose modules the graph names.
         graph: the graph, for both modes.
         events: the ATen calls in order.
-        input: the example input, of shape (N, *).
+        inputs: what its inputs are.
+        tensors: the input tensors that it was traced on.
         aliases: for a node, the names of the modules whose output it is, innermost first.
         refs: for a node of one tensor, that tensor.
         notes: what the user should know about the conversion.
+        trials: other numbers of examples and other sizes, on which the graph gives what the base gives.
     """
 
     module: nn.Module
     graph: fx.Graph
     events: list[Event]
-    input: Tensor
+    inputs: Inputs
+    tensors: list[Tensor]
     aliases: dict[fx.Node, list[str]]
     refs: dict[fx.Node, TensorRef]
     notes: list[str] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
 
     @cached_property
     def macs(self) -> dict[fx.Node, float]:
         """The multiply-adds of each node, for one example."""
         macs: dict[fx.Node, float] = {}
         for event in self.events:
-            macs[event.node] = macs.get(event.node, 0.0) + event.macs / len(self.input)
+            macs[event.node] = macs.get(event.node, 0.0) + event.macs / self.num_examples
         return macs
 
     @cached_property
@@ -77,22 +95,43 @@ class Trace:
         return Cost(sum(sizes.values()), sum(self.macs.get(node, 0.0) for node in nodes))
 
     @property
-    def placeholder(self) -> fx.Node:
-        """The node of the network's input."""
-        return next(iter(self.graph.nodes))
+    def num_examples(self) -> int:
+        """N, of the inputs that it was traced on."""
+        return next(len(tensor) for tensor in self.tensors if tensor.ndim)
 
     @property
-    def output(self) -> fx.Node:
-        """The node whose value the network returns."""
-        node = next(iter(reversed(self.graph.nodes))).args[0]
-        assert isinstance(node, fx.Node)
-        return node
+    def arguments(self) -> tuple[Any, ...]:
+        """The inputs that it was traced on, as the graph's arguments."""
+        return arguments(self.inputs, self.tensors)
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        """The nodes of the network's arguments."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @cached_property
+    def input_nodes(self) -> list[fx.Node]:
+        """The nodes of the input tensors: arguments, or parts of them."""
+        return [node for node in self.graph.nodes if "input" in node.meta]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes whose values the network returns."""
+        return next(iter(reversed(self.graph.nodes))).all_input_nodes
+
+
+def arguments(inputs: Inputs, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Values in the places of the input tensors, as the graph's arguments: one for each argument of the network."""
+    tree = inputs.build(tensors)
+    if isinstance(tree, dict):
+        return tuple(tree.values())
+    return tree if isinstance(tree, tuple) else (tree,)
 
 
 def depends_on_input(node: fx.Node) -> bool:
     """Whether a node's value comes from the network's input, not only from its parameters."""
     if "from_input" not in node.meta:
-        node.meta["from_input"] = node.op == "placeholder" or any(
+        node.meta["from_input"] = "input" in node.meta or any(
             depends_on_input(argument) for argument in node.all_input_nodes if "scalar" not in argument.meta
         )
     return node.meta["from_input"]
@@ -109,8 +148,12 @@ class NodeError(Exception):
     """A node of a graph that cannot run."""
 
     def __init__(self, node: fx.Node, cause: object) -> None:
-        super().__init__(f"{node.meta.get('line', node.name)}: {str(cause).split(chr(10) + chr(10))[0]}")
+        super().__init__()
         self.node = node
+        self.message = f"{node.meta.get('line', node.name)}: {str(cause).split(chr(10) + chr(10))[0]}"
+
+    def __str__(self) -> str:  # FX adds its own lines to an error's arguments
+        return self.message
 
 
 class GraphRunner(fx.Interpreter):

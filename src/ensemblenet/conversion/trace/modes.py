@@ -45,6 +45,9 @@ def merge_modes(evaluation: Recorder, training: Recorder) -> str | None:
             stack.append(left[1:])
         else:
             stack.pop()
+    for left, right in twins.items():
+        if "random" in right.meta:
+            left.meta["random"] = True
     return None
 
 

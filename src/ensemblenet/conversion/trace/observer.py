@@ -39,8 +39,6 @@ class Observer(TorchDispatchMode):
         if tensor not in self.ids:
             self.ids[tensor] = self.num_ids
             self.num_ids += 1
-            if self.num_ids == 1:  # the first tensor that is named is the input
-                self.from_input.add(0)
         with torch._C.DisableTorchFunction():  # the recorder would take this for the network's own reading
             shape = tuple(tensor.shape)
         return TensorRef(self.ids[tensor], shape, self.recorder.constants.get(id(tensor)))
@@ -57,6 +55,8 @@ class Observer(TorchDispatchMode):
                 )
             self.from_input.update(ref.id for ref in refs(ref_out))
         if self.node is not None:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                self.node.meta["random"] = True
             macs = _count_macs(func, ref_args, ref_kwargs, ref_out)
             self.events.append(Event(self.node, func, ref_args, ref_kwargs, ref_out, macs))
         return out

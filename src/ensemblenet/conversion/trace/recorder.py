@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -18,52 +19,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ensemblenet.conversion.trace.graph import BY_HAND, Trace, depends_on_input, drop_unused
+from ensemblenet.conversion.trace.numbers import followed_functions, node_of_size, traced_number
 from ensemblenet.conversion.trace.observer import Observer
 from ensemblenet.errors import ConversionError
+from ensemblenet.inputs import Inputs, call
 from ensemblenet.operations import TensorRef, operation_of
 
 __all__ = ["PLAIN", "Recorder"]
 
-
-class _TracedInt(int):
-    """An integer read from a shape, with the node that computes it."""
-
-    node: fx.Node
-
-    def __new__(cls, value: int, node: fx.Node) -> _TracedInt:
-        self = super().__new__(cls, value)
-        self.node = node
-        return self
-
-    def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (int(self),)
-
-
-def _traced_operator(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name.replace("__r", "__") if name in _REFLECTED else name)
-
-    def apply(self: _TracedInt, *others: Any) -> Any:
-        plain = [int(other) if isinstance(other, _TracedInt) else other for other in others]
-        value = getattr(int, name)(int(self), *plain)
-        if type(value) is not int:
-            return value
-        operands = [_scalar_argument(operand) for operand in (self, *others)]
-        if name in _REFLECTED:
-            operands.reverse()
-        node = self.node.graph.call_function(function, tuple(operands))
-        node.meta["scalar"] = value
-        return _TracedInt(value, node)
-
-    return apply
-
-
-def _scalar_argument(value: Any) -> Any:
-    return value.node if isinstance(value, _TracedInt) else value
-
-
-_REFLECTED = {"__radd__", "__rsub__", "__rmul__", "__rfloordiv__", "__rmod__"}
-for _name in ["__add__", "__sub__", "__mul__", "__floordiv__", "__mod__", "__neg__", *_REFLECTED]:
-    setattr(_TracedInt, _name, _traced_operator(_name))
 
 # Tensor methods that hand a value to Python: on what depends on the input, that value would be frozen.
 _VALUE_READERS = {
@@ -85,11 +48,11 @@ class _OpaqueError(Exception):
 class Recorder(TorchFunctionMode):
     """Records the graph of one run."""
 
-    def __init__(self, root: nn.Module, x: Tensor, leaves: set[type[nn.Module]]) -> None:
+    def __init__(self, root: nn.Module, leaves: set[type[nn.Module]], device: torch.device) -> None:
         super().__init__()
         self.root = root
         self.leaves = leaves
-        self.device = x.device
+        self.device = device
         self.graph = fx.Graph()
         self.names = {module: name for name, module in root.named_modules()}
         self.constants = {id(p): name for name, p in (*root.named_parameters(), *root.named_buffers())}
@@ -102,42 +65,58 @@ class Recorder(TorchFunctionMode):
         self.observer = Observer(self)
         self.aliases: dict[fx.Node, list[str]] = {}
         self.refs: dict[fx.Node, TensorRef] = {}
-        self.returned = "nothing"
-        self.output: Any = None
-        self.returns_tensor = False
+        self.returned: Any = None
 
     # -- running
 
-    def run(self, x: Tensor) -> None:
+    def run(self, inputs: Inputs, tensors: list[Tensor]) -> None:
         """Record one forward pass."""
-        name = _input_name(self.root)
-        node = self.graph.placeholder(name)
-        x = x.clone()
-        self._keep(node, x)
+        arguments = inputs.build([tensor.clone() for tensor in tensors])
+        for name, value in _named_arguments(self.root, arguments):
+            self._input(self.graph.placeholder(name), value)
         original = nn.Module.__call__
         recorder = self
 
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return recorder._call_module(MethodType(original, module), module, args, kwargs)
 
-        nn.Module.__call__ = call
+        nn.Module.__call__ = call_module
         try:
-            with self, self.observer:
-                out = self.root(x)
+            with self, self.observer, followed_functions():
+                self.returned = call(self.root, arguments)
         finally:
             nn.Module.__call__ = original
-        self.output = out
-        self.returned = _describe(out)
-        self.returns_tensor = isinstance(out, Tensor) and out in self.nodes
-        self.graph.output(self._argument(out) if self.returns_tensor else None)
 
-    def trace(self, module: nn.Module, x: Tensor, notes: list[str]) -> Trace:
+    def _input(self, node: fx.Node, value: Any) -> None:
+        """Remember the node of each tensor of an argument."""
+        if isinstance(value, Tensor):
+            node.meta["input"] = True
+            self._keep(node, value)
+            self.observer.from_input.add(self.refs[node].id)
+            return
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            self._input(self.graph.call_function(operator.getitem, (node, key)), part)
+
+    @property
+    def _last_input(self) -> fx.Node:
+        """The last node of the inputs, behind which constants are read."""
+        return [node for node in self.graph.nodes if "input" in node.meta][-1]
+
+    def finish(self, outputs: Sequence[Tensor]) -> None:
+        """Write what the graph returns: one tensor, or a tuple."""
+        nodes = tuple(self.nodes[tensor] for tensor in outputs)
+        self.stream.append(self.graph.output(nodes[0] if len(nodes) == 1 else nodes))
+
+    def trace(self, module: nn.Module, inputs: Inputs, tensors: list[Tensor], notes: list[str]) -> Trace:
         """The trace of this run."""
+        for event in self.observer.events:
+            if any(argument.is_write for argument in event.op._schema.arguments):
+                event.node.meta["effect"] = True
         drop_unused(self.graph)
         alive = set(self.graph.nodes)
         events = [event for event in self.observer.events if event.node in alive]
         aliases = {node: names for node, names in self.aliases.items() if node in alive}
-        return Trace(module, self.graph, events, x, aliases, self.refs, notes)
+        return Trace(module, self.graph, events, inputs, tensors, aliases, self.refs, notes)
 
     # -- modules
 
@@ -176,7 +155,7 @@ class Recorder(TorchFunctionMode):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             return sizes if dim is None else sizes[dim]
         if name == "numel":
-            return self._sizes(args[0]).numel()
+            return math.prod(self._sizes(args[0]))  # `torch.Size.numel` would give a plain number
         if name == "__iter__":
             return iter(self._function(torch.Tensor.unbind, "unbind", args[:1], {}))
         if name in _VALUE_READERS and any(
@@ -207,14 +186,12 @@ class Recorder(TorchFunctionMode):
         sizes = []
         for dim, size in enumerate(tensor.shape):
             node = self.graph.call_method("size", (self.nodes[tensor], dim))
-            node.meta["scalar"] = size
-            sizes.append(_TracedInt(size, node))
+            sizes.append(traced_number(size, node))
         return torch.Size(sizes)
 
     def _device_node(self) -> fx.Node:
         """A node that reads the input's device, in the place of the device that the network was traced on."""
-        placeholder = next(iter(self.graph.nodes))
-        node = self.graph.call_function(getattr, (placeholder, "device"))
+        node = self.graph.call_function(getattr, (self._last_input, "device"))
         node.meta["scalar"] = self.device
         return node
 
@@ -266,8 +243,8 @@ class Recorder(TorchFunctionMode):
         """A value as the graph refers to it."""
         if isinstance(value, Tensor):
             return self.nodes[value] if value in self.nodes else self._attribute(value)
-        if isinstance(value, _TracedInt):
-            return value.node
+        if (node := node_of_size(value)) is not None:
+            return node
         if isinstance(value, slice):
             return slice(*(self._argument(bound) for bound in (value.start, value.stop, value.step)))
         if isinstance(value, torch.Size):
@@ -289,8 +266,7 @@ class Recorder(TorchFunctionMode):
             self.constants[id(tensor)] = name
             self.observer.alive.append(tensor)
         if name not in self.attributes:
-            first = next(iter(self.graph.nodes))
-            with self.graph.inserting_after(first):
+            with self.graph.inserting_after(self._last_input):
                 self.attributes[name] = self.graph.get_attr(name)
             self.attributes[name].meta["constant"] = True
             self.refs[self.attributes[name]] = self.observer.ref(tensor)
@@ -328,19 +304,15 @@ def _fx_target(func: Any, name: str) -> tuple[str, Any]:
     return "call_function", func
 
 
-def _input_name(module: nn.Module) -> str:
-    """The name that the module's forward gives its input."""
-    names = [name for name in inspect.signature(module.forward).parameters if name not in ("args", "kwargs")]
-    return names[0] if names else "input"
-
-
-def _describe(value: Any) -> str:
-    """What a network returned, in words."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} that does not come from its input"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of {len(value)}"
-    return type(value).__name__
+def _named_arguments(module: nn.Module, arguments: Any) -> list[tuple[str, Any]]:
+    """The arguments with the names that the module's forward gives them."""
+    if isinstance(arguments, dict):
+        return list(arguments.items())
+    values = arguments if isinstance(arguments, tuple) else (arguments,)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
+    names += [f"input_{index}" if index else "input" for index in range(len(names), len(values))]
+    return list(zip(names, values, strict=False))
 
 
 _PACKAGE = Path(__file__).parents[2]
