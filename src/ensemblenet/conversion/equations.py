@@ -6,7 +6,7 @@ An operation that says nothing keeps the sizes of all it touches, so an unknown 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import fx
 from ensemblenet.conversion.trace import Event, TensorRef, Trace, refs
 from ensemblenet.operations import Operation, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, unify
+from ensemblenet.operations.coupling import name_of
 from ensemblenet.operations.deprecated import Rule, rule
+from ensemblenet.operations.parametrised import singular_vectors
 
 __all__ = ["Equations", "Rule", "rule"]
 
@@ -66,6 +68,9 @@ class Equations:
             for node in trace.graph.nodes
             if node in nodes and node.op == "call_module"
         }
+        for layer in self._layers.values():
+            for buffer in singular_vectors(layer):
+                self.rows(TensorRef(-id(buffer), tuple(buffer.shape), trace.names[id(buffer)]))
         for node, events in groupby(trace.events, key=lambda event: event.node):
             if node in nodes:
                 self._apply(node, list(events))
@@ -79,6 +84,11 @@ class Equations:
             new = free if ref.source in self._parameters else kept
             self.values[ref.id] = self._source(ref, new) if ref.source else [kept(size) for size in ref.shape]
         return self.values[ref.id]
+
+    def rows(self, ref: TensorRef) -> None:
+        if ref.source and ref.source not in self._parameters:
+            first, *others = ref.shape
+            self.sources.setdefault(ref.source, [free(first), *map(kept, others)])
 
     def vector(self, ref: TensorRef | None, axis: Axis) -> None:
         if ref is None:
@@ -101,10 +111,12 @@ class Equations:
         del self.values[out.id]
         self.set(out, axes)
 
-    def keep(self, value: Any) -> None:
+    def keep(self, value: Any, cause: str | None = None) -> None:
         for ref in refs(value):
+            if ref.id not in self.values and not ref.source:
+                self.values[ref.id] = [kept(size, cause) for size in ref.shape]
             for axis in self.axes(ref):
-                axis.keep()
+                axis.keep(cause)
 
     def weight(self, ref: TensorRef, contracted: Axes, written: Axis | None = None) -> None:
         name = ref.source or self._weight_of.get(ref.id)
@@ -130,7 +142,9 @@ class Equations:
         return self.axes(ref)
 
     def parameter_ref(self, node: fx.Node, name: str) -> TensorRef | None:
-        tensor = dict(self._layers[node].named_parameters(remove_duplicate=False)).get(name)
+        layer = self._layers[node]
+        both = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
+        tensor = dict(both).get(name)
         # events number tensors from 0; a parameter's axes are found by its name, whatever its number
         return None if tensor is None else TensorRef(-id(tensor), tuple(tensor.shape), self.trace.names[id(tensor)])
 
@@ -144,10 +158,11 @@ class Equations:
         return self.sources.setdefault(ref.source, [new(size) for size in ref.shape])
 
     def _apply(self, node: fx.Node, events: list[Event]) -> None:
-        """State what is known of a node: of its layer as a whole, or of each of its ATen calls."""
+        """State what is known of a node as a whole, or of each of its ATen calls."""
         layer, is_kept = self._layers.get(node), node in self._pinned
         try:
-            work = None if layer is None else operation_of(type(layer)).couple_layer(self, node, layer)
+            operation = operation_named(name_of(node)) if layer is None else operation_of(type(layer))
+            work = None if operation is None else operation.couple_whole(self, node, layer)
         except _NOT_KNOWN:
             work, is_kept = None, True
         if work is None:
@@ -155,9 +170,11 @@ class Equations:
                 self._apply_call(event)
         else:
             self.work.append((sum(event.macs for event in events), work))
+            known = self.trace.refs
+            self._follow_weight([known[arg] for arg in node.all_input_nodes if arg in known], [known.get(node)])
         if is_kept:
             for event in events:
-                self.keep((event.args, event.kwargs, event.out))
+                self.keep((event.args, event.kwargs, event.out), node.meta.get("line"))
 
     def _apply_call(self, event: Event) -> None:
         inputs = refs((event.args, event.kwargs))
@@ -167,13 +184,18 @@ class Equations:
                 raise NotImplementedError
             operation.couple(self, event)
         except _NOT_KNOWN:
-            self.keep((event.args, event.kwargs, event.out))
-        if inputs and all(self.is_weight(ref) for ref in inputs):
-            largest = max(inputs, key=lambda ref: math.prod(ref.shape))
-            for out in refs(event.out):
-                self._weight_of[out.id] = largest.source or self._weight_of[largest.id]
+            self.keep((event.args, event.kwargs, event.out), f"{event.name} in {event.node.meta.get('line')}")
+        self._follow_weight(inputs, refs(event.out))
         if event.macs:
             self.work.append((event.macs, operation.work(self, event)))
+
+    def _follow_weight(self, inputs: list[TensorRef], outs: Iterable[TensorRef | None]) -> None:
+        """What is computed from weights alone is the largest of them, in another form."""
+        if inputs and all(self.is_weight(ref) for ref in inputs):
+            largest = max(inputs, key=lambda ref: math.prod(ref.shape))
+            for out in outs:
+                if out is not None:
+                    self._weight_of[out.id] = largest.source or self._weight_of[largest.id]
 
 
 def _operation_of_operator(event: Event) -> Operation:

@@ -43,7 +43,8 @@ class Initialiser:
     def tensor(self, name: str, base: Tensor, axes: list[Axis], size_of: SizeOf, equations: Equations) -> Tensor:
         """A new parameter or buffer in the place of the base's."""
         fan_in = equations.contracted.get(name)
-        if self.init == "fresh" and axes and (fan_in is not None or name in equations.biases):
+        is_drawn = isinstance(base, nn.Parameter) and (fan_in is not None or name in equations.biases)
+        if self.init == "fresh" and axes and is_drawn:
             shrunk = math.prod(axis.size / axis.value(size_of) for axis in fan_in or [])
             rows, *others = axes
             columns = [axis.value(size_of) for axis in others]

@@ -113,6 +113,10 @@ class Sizes(Protocol):
         """Keep all sizes of all tensors in a value."""
         ...
 
+    def rows(self, ref: TensorRef) -> None:
+        """State that a buffer, such as a fixed kernel of each channel, may lose some of its rows."""
+        ...
+
     def vector(self, ref: TensorRef | None, axis: Axis) -> None:
         """State that a vector of parameters or statistics has one entry for each position of an axis."""
         ...
@@ -144,7 +148,7 @@ class Sizes(Protocol):
         ...
 
     def parameter_ref(self, node: fx.Node, name: str) -> TensorRef | None:
-        """The reference to a parameter of the layer that a node calls; None where the layer has none."""
+        """The reference to a parameter or buffer of the layer that a node calls; None where the layer has none."""
         ...
 
     def value(self, node: fx.Node) -> Axes:

@@ -89,7 +89,7 @@ def _set_outputs(sizes: Sizes, node: fx.Node, axes: Any) -> None:
 class Recurrent(Operation):
     """`nn.RNN`, `nn.GRU` and `nn.LSTM`: any number of layers, one direction or two, with projections or without."""
 
-    def couple_layer(self, sizes: Sizes, node: fx.Node, layer: nn.RNNBase) -> Axes:
+    def couple_whole(self, sizes: Sizes, node: fx.Node, layer: nn.RNNBase) -> Axes:
         """Layers and directions are equally wide: (N, L, I) to (N, L, directions * P)."""
         step = _Step(sizes, node, layer)
         x = sizes.value(argument(node, 0, "input"))
@@ -124,7 +124,7 @@ class Recurrent(Operation):
 class RecurrentCell(Operation):
     """`nn.RNNCell`, `nn.GRUCell` and `nn.LSTMCell`: one step."""
 
-    def couple_layer(self, sizes: Sizes, node: fx.Node, layer: nn.RNNCellBase) -> Axes:
+    def couple_whole(self, sizes: Sizes, node: fx.Node, layer: nn.RNNCellBase) -> Axes:
         """(N, I) to (N, H)."""
         step = _Step(sizes, node, layer)
         *rows, features = sizes.value(argument(node, 0, "input"))

@@ -46,6 +46,10 @@ class _OfShape(Operation):
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
         (axes,) = narrowed.outputs(node)
+        self.renumber_shape(narrowed, axes, copy)
+
+    def renumber_shape(self, narrowed: Narrowed, axes: Axes, copy: fx.Node) -> None:
+        """Put new sizes in the place of a shape."""
         for key in ("shape", "size"):
             if isinstance(copy.kwargs.get(key), (tuple, list)):
                 copy.update_kwarg(key, new_sizes(narrowed, axes, copy.kwargs[key], copy))  # type: ignore[arg-type]
@@ -259,14 +263,20 @@ class Expand(_OfShape):
     def couple(self, sizes: Sizes, event: Event) -> None:
         """What sizes of one become is free only where the network's code writes a number."""
         shape = event.out.shape
-        before = sizes.axes(event.args[0])
-        before = [kept(1)] * (len(shape) - len(before)) + before
-        own = name_of(event.node) == "expand"
-        new = self.given_axes(sizes, event.node, shape) if own else [kept(size) for size in shape]
+        before = _with_ones(sizes.axes(event.args[0]), len(shape))
+        new = [kept(size) for size in shape]
+        if name_of(event.node) == "expand":
+            new = self.given_axes(sizes, event.node, shape)
+        elif name_of(event.node) == "expand_as":
+            new = sizes.value(argument(event.node, 1, "other"))
         sizes.set(event.out, [old if old.size == axis.size else axis for old, axis in zip(before, new, strict=True)])
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         return _fuse_repeat(program, node, -1)
+
+
+def _with_ones(axes: Axes, rank: int) -> Axes:
+    return [kept(1)] * (rank - len(axes)) + axes
 
 
 def _fuse_repeat(program: Program, node: fx.Node, of_heads: int) -> Value | None:
@@ -281,14 +291,24 @@ def _fuse_repeat(program: Program, node: fx.Node, of_heads: int) -> Value | None
 
 
 @register("repeat")
-class Repeat(Operation):
-    """Each dimension a number of times."""
+class Repeat(_OfShape):
+    """Each dimension a number of times; a size of one becomes that number, as in `expand`."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        before = sizes.axes(event.args[0])
-        times = list(event.args[1])
-        before = [kept(1)] * (len(times) - len(before)) + before
-        sizes.set(event.out, [multiplied([kept(n), axis]) for n, axis in zip(times, before, strict=True)])
+        times = event.args[1]
+        before = _with_ones(sizes.axes(event.args[0]), len(times))
+        new = self.given_axes(sizes, event.node, times)
+        axes = [
+            given if axis.size == 1 else multiplied([kept(n), axis])
+            for n, given, axis in zip(times, new, before, strict=True)
+        ]
+        sizes.set(event.out, axes)
+
+    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
+        (after,) = narrowed.outputs(node)
+        before = _with_ones(narrowed.axes(node.all_input_nodes[0]), len(after))
+        times = [new if old.size == 1 else kept(new.size // old.size) for old, new in zip(before, after, strict=True)]
+        self.renumber_shape(narrowed, times, copy)
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         return _fuse_repeat(program, node, 1)

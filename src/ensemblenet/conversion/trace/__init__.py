@@ -30,6 +30,7 @@ from ensemblenet.conversion.trace.trials import differs, examples, try_sizes
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
+from ensemblenet.operations.parametrised import computed_tensors, refuse_pruned
 
 __all__ = [
     "BY_HAND",
@@ -67,8 +68,9 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
         >>> [node.target for node in traced.graph.nodes]
         ['input', '0', '1', '2', 'output']
     """
+    refuse_pruned(base)
     try:
-        module = copy.deepcopy(base)
+        module = copy.deepcopy(base, computed_tensors(base))
     except Exception as error:
         raise ConversionError(f"The base cannot be copied: {type(error).__name__}: {error}. {BY_HAND}") from error
     if isinstance(example_inputs, Mapping):
@@ -123,7 +125,9 @@ def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, 
         if is_known:
             try_sizes(traced, tensors, None)
             return
-        twin = copy.deepcopy(base).eval()  # the traced copy has caches of the run, which may hold its sizes
+        twin = copy.deepcopy(
+            base, computed_tensors(base)
+        ).eval()  # the traced copy has caches of the run, which may hold its sizes
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             return pick(call(twin, traced.inputs.build(tensors)), output)
