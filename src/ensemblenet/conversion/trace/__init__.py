@@ -47,6 +47,7 @@ from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
 from ensemblenet.operations.contexts import always_in_evaluation
+from ensemblenet.operations.parametrised import refuse_pruned
 
 __all__ = [
     "BY_HAND",
@@ -88,6 +89,7 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
         ['input', '0', '1', '2', 'output']
     """
     refuse_parameter_hooks(base)
+    refuse_pruned(base)
     module, computed = copy_base(base)
     if isinstance(example_inputs, Mapping):
         example_inputs = _in_order(base, example_inputs)
