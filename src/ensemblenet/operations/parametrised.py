@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -13,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
 from ensemblenet.errors import ConversionError
 
-__all__ = ["computed_tensors", "refuse_pruned", "restart_power_iterations", "singular_vectors"]
+__all__ = ["refuse_pruned", "restart_power_iterations", "singular_vectors"]
 
 _ITERATIONS = 15  # as PyTorch begins with
 

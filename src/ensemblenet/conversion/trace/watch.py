@@ -85,7 +85,6 @@ def without_fast_path() -> Iterator[None]:
 @contextmanager
 def watching(recorder: Recorder) -> Iterator[None]:
     """Tell a recorder of what torch functions do not show, and put all back afterwards."""
-    import torch._dynamo  # it notes the builtin functions when PyTorch first needs it: not those that stand in for them
 
     with ExitStack() as stack:
         stack.enter_context(without_fast_path())
