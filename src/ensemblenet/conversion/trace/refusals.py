@@ -106,7 +106,8 @@ def refuse_uncomputed(root: nn.Module, computed: dict[int, str]) -> None:
     for name in (name for key, name in computed.items() if key in held):
         raise ConversionError(
             f"{name} of {type(root).__name__} is a tensor that was computed from others, which no copy can be, and "
-            f"forward does not compute it anew: set it to None before the conversion, or make it a parameter or a buffer."
+            "forward does not compute it anew: set it to None before the conversion, or make it a parameter or a "
+            "buffer."
         )
 
 
