@@ -23,7 +23,8 @@ class Initialiser:
 
     `"fresh"` takes the base's values as a sample of its initialisation, whatever that was: every entry of a weight
     or bias is drawn anew from the entries of the base's, and scaled with the root of the fan-in's change so that
-    signals keep their spread in narrower layers. Parameters that do not multiply features (normalisations, layer
+    signals keep their spread in narrower layers; segments of a weight's rows, such as the gates of a recurrent layer,
+    are drawn each from its own. Parameters that do not multiply features (normalisations, layer
     scales, position embeddings) have structure rather than chance in them; they keep the values of the channels
     that the head keeps. `"inherit"` keeps the values of those channels for all tensors.
 
@@ -42,10 +43,16 @@ class Initialiser:
     def tensor(self, name: str, base: Tensor, axes: list[Axis], size_of: SizeOf, equations: Equations) -> Tensor:
         """A new parameter or buffer in the place of the base's."""
         fan_in = equations.contracted.get(name)
-        if self.init == "fresh" and (fan_in is not None or name in equations.biases):
-            shape = [axis.value(size_of) for axis in axes]
+        is_drawn = isinstance(base, nn.Parameter) and (fan_in is not None or name in equations.biases)
+        if self.init == "fresh" and axes and is_drawn:
             shrunk = math.prod(axis.size / axis.value(size_of) for axis in fan_in or [])
-            new = self._redraw(base, shape, math.sqrt(shrunk) if fan_in else 1.0)
+            rows, *others = axes
+            columns = [axis.value(size_of) for axis in others]
+            # the gates of a recurrent layer, or queries, keys and values in one weight: each at a scale of its own
+            segments = rows.segments()
+            drawn = zip(segments, base.detach().split([segment.size for segment in segments]), strict=True)
+            scale = math.sqrt(shrunk) if fan_in else 1.0
+            new = torch.cat([self._redraw(part, [rows.value(size_of), *columns], scale) for rows, part in drawn])
         else:
             new = base.detach().clone()
             for dim, axis in enumerate(axes):
@@ -64,7 +71,7 @@ class Initialiser:
                 weight[torch.arange(len(chosen)), chosen] = 1
 
     def finish(self, part: nn.Module) -> None:
-        """Reset what new weights do not: running statistics, and recurrent layers, which draw their own weights."""
+        """Reset what new weights do not: running statistics."""
         if self.init != "fresh":
             return
         for layer in part.modules():

@@ -13,7 +13,6 @@ A layer stays whole, called but not opened, if it is PyTorch's own or its operat
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,15 @@ from torch import Tensor, fx, nn
 from ensemblenet.conversion.trace.attributes import Attributes, keeping_state
 from ensemblenet.conversion.trace.chance import CHANCE, keeping_values, place_of_draw
 from ensemblenet.conversion.trace.check import check_training
-from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, Trial, depends_on_input
+from ensemblenet.conversion.trace.graph import (
+    BY_HAND,
+    GraphRunner,
+    NodeError,
+    Trace,
+    Trial,
+    depends_on_input,
+    parameter_names,
+)
 from ensemblenet.conversion.trace.modes import BY_MODE, ByMode, merge_modes
 from ensemblenet.conversion.trace.outputs import Output, describe, pick
 from ensemblenet.conversion.trace.recorder import Recorder
@@ -40,6 +47,7 @@ from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
 from ensemblenet.operations.contexts import always_in_evaluation
+from ensemblenet.operations.parametrised import refuse_pruned
 
 __all__ = [
     "BY_HAND",
@@ -55,7 +63,9 @@ __all__ = [
     "check_training",
     "depends_on_input",
     "differs",
+    "examples",
     "keeping_state",
+    "pick",
     "refs",
     "trace",
 ]
@@ -79,6 +89,7 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
         ['input', '0', '1', '2', 'output']
     """
     refuse_parameter_hooks(base)
+    refuse_pruned(base)
     module, computed = copy_base(base)
     if isinstance(example_inputs, Mapping):
         example_inputs = _in_order(base, example_inputs)
@@ -134,7 +145,7 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
 
 def _in_order(base: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
     """Named inputs in the order in which the base takes them by position."""
-    order = list(inspect.signature(base.forward).parameters)
+    order = parameter_names(base)
     return dict(sorted(named.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 

@@ -12,7 +12,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -124,7 +124,9 @@ def followed_functions() -> Iterator[None]:
         return apply
 
     names = ("sqrt", "log", "log2", "exp")
-    with mock.patch.multiple(math, **{name: followed(getattr(math, name)) for name in names}):
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(math, name, followed(getattr(math, name))))
         yield
 
 
