@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_padded_sequence
 from training_alike import Net, assert_trains_alike
 
@@ -503,7 +502,6 @@ def _plain(net: Any, x: Tensor) -> Tensor:
 def test_weights_that_hooks_compute_are_copied(has_run: bool) -> None:
     base = Net(_plain)
     nn.utils.weight_norm(base.middle)
-    prune.l1_unstructured(base.first, "weight", 0.5)
     if has_run:
         base(X)
     model = ensemblenet.convert(base, X, 1, 5.0, split_at="input", init="inherit").eval()
