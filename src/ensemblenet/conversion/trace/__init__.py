@@ -240,7 +240,7 @@ def _run(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bo
 def _refuse_draws(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bool) -> None:
     """Run once more to find where the network draws numbers of Python or NumPy."""
     run = lambda: _run(recorder, inputs, tensors, training)  # noqa: E731
-    place = place_of_draw(run, recorder.chance, lambda: recorder.paused, recorder.label)
+    place = place_of_draw(run, recorder.chance, lambda: recorder.paused, recorder.where)
     raise ConversionError(
         f"{place} draws random numbers in Python or NumPy, which a graph would freeze. {CHANCE} {KEEP_WHOLE}"
     )
