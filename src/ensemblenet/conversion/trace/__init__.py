@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ensemblenet.conversion.parametrised import computed_tensors, refuse_pruned
 from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, Trial, depends_on_input
 from ensemblenet.conversion.trace.modes import BY_MODE, ByMode, merge_modes
 from ensemblenet.conversion.trace.outputs import Output, describe, pick
@@ -30,7 +31,6 @@ from ensemblenet.conversion.trace.trials import differs, examples, try_sizes
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
-from ensemblenet.operations.parametrised import computed_tensors, refuse_pruned
 
 __all__ = [
     "BY_HAND",
