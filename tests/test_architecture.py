@@ -41,8 +41,8 @@ MAY_IMPORT = {
     "operations": set(),
     "conversion": {"errors", "functional", "inputs", "cost", "ensemble", "recipe", "operations", "models"},
     "heads": {"errors", "functional", "inputs", "timing", "ensemble", "operations"},
-    "deploy": {"errors", "cost", "ensemble", "conversion", "heads", "storage", "timing", "metrics"},
-    "testing": {"storage", "conversion", "cost", "ensemble", "recipe"},
+    "deploy": {"errors", "inputs", "cost", "ensemble", "conversion", "heads", "storage", "timing", "metrics"},
+    "testing": {"storage", "conversion", "cost", "ensemble", "inputs", "recipe"},
     "storage": {"errors", "functional", "inputs", "cost", "models", "recipe", "ensemble", "conversion", "data"},
     "training": {
         "errors",

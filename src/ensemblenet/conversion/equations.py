@@ -159,7 +159,8 @@ class Equations:
 
     def _apply(self, node: fx.Node, events: list[Event]) -> None:
         """State what is known of a node as a whole, or of each of its ATen calls."""
-        layer, is_kept = self._layers.get(node), node in self._pinned
+        layer = self._layers.get(node)
+        is_kept = node in self._pinned or "keeps_sizes" in node.meta
         try:
             operation = operation_named(name_of(node)) if layer is None else operation_of(type(layer))
             work = None if operation is None else operation.couple_whole(self, node, layer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -13,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
 from ensemblenet.errors import ConversionError
 
-__all__ = ["computed_tensors", "refuse_pruned", "restart_power_iterations", "singular_vectors"]
+__all__ = ["refuse_pruned", "restart_power_iterations", "singular_vectors"]
 
 _ITERATIONS = 15  # as PyTorch begins with
 
@@ -56,13 +55,3 @@ def refuse_pruned(base: nn.Module) -> None:
                     f"not fit narrower layers: make it part of the weight by torch.nn.utils.prune.remove(layer, "
                     f"{hook._tensor_name!r}) first."
                 )
-
-
-def computed_tensors(base: nn.Module) -> dict[int, Tensor]:
-    """The tensors with a history that layers hold, such as a hook's last weight, as plain ones: for `copy.deepcopy`."""
-    return {
-        id(value): value.detach().clone()
-        for layer in base.modules()
-        for value in vars(layer).values()
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    }

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import FusionError
@@ -19,7 +19,7 @@ from ensemblenet.inputs import Tree, call
 from ensemblenet.operations import fusing_operation
 from ensemblenet.operations.convolution import FusedConvolution
 
-__all__ = ["FusedEnsembleNet", "fuse", "unfuse"]
+__all__ = ["FusedEnsembleNet", "evaluating", "fuse", "unfuse"]
 
 
 def fuse(model: EnsembleNet, example_inputs: Tree | None = None) -> FusedEnsembleNet:
@@ -37,8 +37,8 @@ def fuse(model: EnsembleNet, example_inputs: Tree | None = None) -> FusedEnsembl
 
     Args:
         model: with K heads of the same structure. A fused one is returned as it is.
-        example_inputs: a tensor (N, *), or a tuple or a dictionary of tensors. A converted model needs none; one made by hand takes the shapes of its first
-            forward pass, but must know them before it is compiled or exported.
+        example_inputs: a tensor (N, *), or a tuple or a dictionary of tensors. A converted model needs none; one made
+            by hand takes the shapes of its first forward pass, but must know them before it is compiled or exported.
 
     Raises:
         FusionError: the heads differ in more than the values of their parameters.
@@ -57,9 +57,9 @@ def fuse(model: EnsembleNet, example_inputs: Tree | None = None) -> FusedEnsembl
     fused.graph_of_head = _common_graph(list(model.heads))
     x = example_inputs
     if x is None and model.recipe is not None:
-        x = model.recipe.inputs.zeros(2, like=next(model.parameters(), torch.zeros(0)))
+        x = model.recipe.inputs.zeros(2, like=model)
     if x is not None:
-        with _probing(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             fused.prepare(*as_tuple(call(model.trunk, x)))
     return fused
 
@@ -120,12 +120,12 @@ class FusedEnsembleNet(EnsembleNet):
     def prepare(self, *given: Any) -> None:
         """Write the program for such features, (N, *), and for what else the trunk gives."""
         graph = self.graph_of_head or _whole_head(len(given))
-        given = _fakes(given)
+        fakes = _fakes(given)
         try:
-            examples = _examples(self.heads[0], graph, given)
+            examples = _examples(self.heads[0], graph, fakes)
         except Exception:  # what it does depends on more than shapes; a real mistake shows when the head runs
             graph = _whole_head(len(given))
-            examples = dict(zip((node for node in graph.nodes if node.op == "placeholder"), given, strict=True))
+            examples = dict(zip((node for node in graph.nodes if node.op == "placeholder"), fakes, strict=True))
         program = Program(list(self.heads), graph, examples, _tied(self))
         self.fusion = Fusion(program.write(), program.stacks, program.by_vmap, program.looped)
         self._join()
@@ -195,7 +195,7 @@ def _examples(head: nn.Module, graph: fx.Graph, given: Sequence[Any]) -> dict[fx
         def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
             return head.get_submodule(target)(*args, **kwargs)  # "" is the head itself
 
-    with _probing(head), given[0].fake_mode, torch.no_grad():
+    with evaluating(head), given[0].fake_mode, torch.no_grad():
         Keeping(head, graph=graph).run(*given)
     return examples
 
@@ -207,7 +207,7 @@ def _fakes(given: Sequence[Any]) -> list[Any]:
 
 
 @contextmanager
-def _probing(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode for a while, so that nothing in a module changes."""
     training = [part for part in module.modules() if part.training]
     for part in training:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -114,7 +114,7 @@ class Classifier(LightningModule):
             return
         if not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise TrainingError("Every parameter of the base is frozen (requires_grad is False): nothing would train.")
-        inputs, targets = _first_batch(self.trainer.datamodule.train_dataloader())  # pyright: ignore
+        inputs, targets = next(iter(self.trainer.datamodule.train_dataloader()))  # pyright: ignore
         self._check_batch(inputs, targets)
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
@@ -371,7 +371,3 @@ def seen_outputs(network: nn.Module, x: Tensor, ndim: int, task: ClassifierTask 
     if task == "multilabel":
         return outputs.mean(0)
     return outputs.log_softmax(-1).logsumexp(0) - math.log(len(outputs))
-
-
-def _first_batch(loader: Iterable[Batch]) -> Batch:
-    return next(iter(loader))
