@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from networks import LongSkip
-from torch import nn
+from torch import Tensor, nn
 
 from ensemblenet import EnsembleNet, convert
 from ensemblenet.cli.main import main
@@ -81,6 +81,25 @@ def test_one_head_and_unlike_heads_run_looped(slow: set) -> None:
     assert "heads 0 and 1 differ" in why.reason
     with pytest.raises(FusionError, match="heads 0 and 1 differ"):
         choose(unlike, IMAGES, "fused")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_measured_under_autocast_is_a_real_step(
+    slow: set, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    """Fusing looks at fake tensors; once their casts stayed in autocast's cache, and looped heads ran on them."""
+    seen: list[Tensor] = []
+    run = EnsembleNet._run_heads
+
+    def kept(self: EnsembleNet, features: Tensor) -> Tensor:
+        seen.append(run(self, features))
+        return seen[-1]
+
+    monkeypatch.setattr(EnsembleNet, "_run_heads", kept)
+    with torch.autocast("cpu", torch.bfloat16):
+        choose(model().train(training), IMAGES)
+    assert {type(outputs) for outputs in seen} == {Tensor}
+    assert {outputs.dtype for outputs in seen} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("training", [True, False])
