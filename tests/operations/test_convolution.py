@@ -23,8 +23,12 @@ def channels_last(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+@pytest.mark.parametrize("few", [0, 2**18])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 2), (2,), (1, 2, 1)])
-def test_pointwise_products_are_a_grouped_convolution(stride: tuple[int, ...]) -> None:
+def test_pointwise_products_are_a_grouped_convolution(
+    stride: tuple[int, ...], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "_FEW", few)  # weights have few gradients or many
     torch.manual_seed(0)
     x = channels_last(made(2, 3 * 4, *(5, 4, 3)[: len(stride)])).requires_grad_()
     weight, bias = made(3, 5, 4, *(1 for _ in stride)).requires_grad_(), made(3, 5).requires_grad_()
