@@ -76,6 +76,28 @@ class VariationalAutoEncoder(nn.Module):
         return self.decode(sample).view_as(x), mean, log_variance
 
 
+class Sampler(nn.Module):
+    """Draws in training, and takes the mean in evaluation."""
+
+    def forward(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        if self.training:
+            return mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        return mean
+
+
+class SampledAutoEncoder(VariationalAutoEncoder):
+    """The same with its sampling in a module: what the refusal proposes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sample = Sampler()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        code = self.encode(x)
+        mean, log_variance = self.mean(code), self.log_variance(code)
+        return self.decode(self.sample(mean, log_variance)).view_as(x), mean, log_variance
+
+
 class SqueezeExcite(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -410,7 +432,7 @@ def pixels(channels: int) -> object:
 IMAGES = [
     Entry("U-Net", UNet, pixels(3), 16, (24, 18)),
     Entry("autoencoder", AutoEncoder, pixels(1), 16),
-    Entry("variational autoencoder", VariationalAutoEncoder, pixels(1), 8, output=[0, 1, 2]),
+    Entry("variational autoencoder", VariationalAutoEncoder, pixels(1), 8, output=[0, 1, 2], way=SampledAutoEncoder),
     Entry("squeeze and excite", SqueezeNet, pixels(3), 16, (24, 13)),
     Entry("dense layers", DenseLayers, pixels(3), 16, (24, 13)),
     Entry("MLP-Mixer by einops", Mixer, pixels(3), 16),

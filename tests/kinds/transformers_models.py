@@ -133,7 +133,7 @@ TEXT_MODELS = [
         vocab_size=60, d_model=32, n_layer=3, n_head=4, d_inner=64, dropout=0.0, num_labels=3, use_mems_eval=False))),
     Entry("Nyströmformer", lambda: t.NystromformerForSequenceClassification(t.NystromformerConfig(
         **BERT, segment_means_seq_len=12, num_landmarks=12)), text, 12),
-    of_text("RoFormer", lambda: t.RoFormerForSequenceClassification(t.RoFormerConfig(**BERT, embedding_size=32))),
+    of_text("RoFormer", lambda: t.RoFormerForSequenceClassification(t.RoFormerConfig(**BERT, embedding_size=32)), options={"init": "inherit"}),
     of_text("ESM", lambda: t.EsmForSequenceClassification(t.EsmConfig(
         **BERT, mask_token_id=3, position_embedding_type="rotary"))),
     of_text("T5 encoder", lambda: t.T5ForTokenClassification(t.T5Config(

@@ -112,6 +112,11 @@ def lora() -> nn.Module:
     )
 
 
+def unfrozen_lora() -> nn.Module:
+    """The same, all of it learned: what the refusal proposes."""
+    return lora().requires_grad_(True)
+
+
 class FrozenBackbone(nn.Module):
     """The backbone runs without gradients, in evaluation mode; only the classifier learns."""
 
@@ -383,6 +388,10 @@ def numbers(n: int, _: int) -> Tensor:
     return torch.randn(n, 8)
 
 
+def pictures(n: int, size: int) -> Tensor:
+    return torch.randn(n, 3, size, size)
+
+
 TRICKS = [
     Entry("experts, dense", Experts, numbers),
     Entry("experts, top two", TopExperts, numbers),
@@ -391,11 +400,18 @@ TRICKS = [
     Entry("weight norm by hooks", old_weight_norm, numbers),
     Entry("spectral norm", spectral, lambda n, s: torch.randn(n, 3, 16, 16)),
     Entry("positive weights", monotone, lambda n, s: torch.randn(n, 6)),
-    Entry("LoRA", lora, numbers),
-    Entry("frozen backbone", FrozenBackbone, lambda n, s: torch.randn(n, 3, s, s), 16, (24,)),
-    Entry("bfloat16", halved, lambda n, s: torch.randn(n, 8, dtype=torch.bfloat16)),
+    Entry("LoRA", lora, numbers, way=unfrozen_lora),
+    Entry(
+        "frozen backbone",
+        FrozenBackbone,
+        pictures,
+        16,
+        (24,),
+        options={"init": "inherit", "split_at": "backbone"},
+    ),
+    Entry("bfloat16", halved, lambda n, s: torch.randn(n, 8, dtype=torch.bfloat16), tolerance=0.05),
     Entry("float64", Doubled, lambda n, s: torch.randn(n, 8, dtype=torch.float64)),
-    Entry("autocast inside", Autocast, numbers),
+    Entry("autocast inside", Autocast, numbers, tolerance=0.02),
     Entry("torch.compile", compiled, numbers),
     Entry("gradient reversal", GradientReversal, numbers, output=[0, 1]),
     Entry("quantiser", Quantised, numbers, output=[0, 1]),
@@ -406,7 +422,7 @@ TRICKS = [
     Entry("hypernetwork", HyperNetwork, lambda n, s: (torch.randn(n, 6), torch.randn(n, 4))),
     Entry("mask in a cache", CachedMask, lambda n, s: torch.randn(n, s, 6), 10, (6, 14)),
     Entry("temperature in a buffer", TemperatureByEpoch, numbers),
-    Entry("weight standardisation", standardised, lambda n, s: torch.randn(n, 3, s, s), 16, (24,)),
+    Entry("weight standardisation", standardised, pictures, 16, (24,)),
     Entry("early exits", EarlyExits, numbers, output=[0, 1, 2]),
     Entry("halting", Halting, numbers, way=EightSteps),
 ]

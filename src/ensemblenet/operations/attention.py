@@ -88,11 +88,14 @@ def attention(
     if mask is None:
         query, key, value = (part.flatten(0, 1) for part in parts)
         return attend(query, key, value, mask, dropout, **options).unflatten(0, (num_heads, -1))
+    size = max(part.shape[2] for part in parts)
+    if not enable_gqa:  # keys that all attention heads share would be shared by all heads of the model too
+        query, key, value = (part.expand(-1, -1, size, -1, -1) for part in parts)
     if mask.ndim == query.ndim:
-        mask = fold(mask.expand(-1, -1, query.shape[2], -1, -1))
+        mask = fold(mask.expand(-1, -1, size, -1, -1))
     elif mask.ndim > 2 and mask.shape[-3] > 1:
         mask = torch.cat([mask] * num_heads, -3)
-    query, key, value = map(fold, parts)
+    query, key, value = map(fold, (query, key, value))
     return unfold(attend(query, key, value, mask, dropout, **options), num_heads)
 
 
