@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ensemblenet.operations.axes import free, multiplied, unify
+from ensemblenet.operations.axes import concatenated, free, multiplied, unify
 from ensemblenet.operations.coupling import Axes, Event, LayerSizes, Sizes
 from ensemblenet.operations.fusion import FIRST, SHARED, Program, Value, aligned_value, arguments_of, fold, unfold
 from ensemblenet.operations.linear import linear
@@ -40,7 +40,8 @@ class AttentionOperator(Operation):
         sizes.set(event.out[0], [*query[:3], value[3]])
 
     def work(self, sizes: Sizes, event: Event) -> Axes:
-        return [*sizes.axes(event.args[0]), sizes.axes(event.args[1])[-2]]
+        query, key, value = (sizes.axes(ref) for ref in event.args[:3])
+        return [*query[:-1], key[-2], concatenated([query[-1], value[-1]])]  # one product for the weights, one behind
 
 
 @register("scaled_dot_product_attention")
