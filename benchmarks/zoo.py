@@ -222,13 +222,19 @@ def write_page(rows: list[dict]) -> None:
                 f"| {'' if r['spread'] is None else format(r['spread'], '.2f')} | {r['cpu_seconds']:.1f} "
                 f"| {r['peak_mib'] / r['training_step_mib']:.2f} |"
             )
-    for group in KINDS:
-        lines += ["", *kinds_table(group)]
     PAGE.write_text("\n".join(lines) + "\n")
+    write_kinds()
+
+
+def write_kinds() -> None:
+    """The page's tables of networks of transformers and by hand, below what stands there of the registries."""
+    above, *_ = PAGE.read_text().split("\n## ")
+    lines = [line for group in KINDS for line in ("", *kinds_table(group))]
+    PAGE.write_text("\n".join([above.rstrip("\n"), *lines]) + "\n")
 
 
 def check_kinds(group: str, only: str) -> None:
-    """Check the networks of a group; those whose names contain a string, if it is given, take the places of their own."""
+    """Check the networks of a group; where only some names are asked for, the others' results stay."""
     path = kinds_path(group)
     known = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if only and path.exists() else {}
     for entry in track([entry for entry in KINDS[group] if only in entry.name], f"Converting {group}"):
@@ -249,7 +255,10 @@ def kinds_table(group: str) -> list[str]:
         return []
     results = json.loads(kinds_path(group).read_text())
     rows = [{name: row[name] for name in ("name", *Finding.__dataclass_fields__)} for row in results["rows"]]
-    titles = {"transformers": "Networks of transformers, called as their users call them", "by_hand": "Networks by hand"}
+    titles = {
+        "transformers": "Networks of transformers, called as their users call them",
+        "by_hand": "Networks by hand",
+    }
     verdicts = ("converted", "refused, with a way", "refused", "failed", "wrong")
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in verdicts}
     converted = [row for row in rows if row["verdict"] == "converted"]
@@ -292,8 +301,11 @@ def main() -> None:
     for group in KINDS:
         if args.group in (None, group):
             check_kinds(group, args.only or "")
+            write_kinds()
+    if args.group in KINDS:
+        return
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    if args.only and args.group not in KINDS:
+    if args.only:
         rows = [row for row in rows if args.only not in row["model"]]
     done = {(row["library"], row["model"]) for row in rows}
     entries = [*timm_entries(), *torchvision_entries()]
@@ -304,7 +316,6 @@ def main() -> None:
         order = sorted(rows, key=lambda r: (r["library"], r["family"], r["model"], r["num_heads"]))
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in order))
         write_page(order)
-    write_page(rows)
 
 
 if __name__ == "__main__":

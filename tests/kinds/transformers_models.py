@@ -18,7 +18,7 @@ TEXT = {
 SHORT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 BERT = {**TEXT, **SHORT}
 CAUSAL = {**TEXT, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
-IMAGE = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+IMAGE = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 IMAGE |= {"intermediate_size": 64, "num_labels": 5}
 SPEECH = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "num_labels": 4,
@@ -65,7 +65,7 @@ def of_text(name: str, make: Callable[[], nn.Module], types: bool = False, **opt
     return Entry(name, make, inputs, 12, (7, 20), others=other_masks(types), **options)
 
 
-def of_images(name: str, make: Callable[[], nn.Module], size: int = 32, others: tuple[int, ...] = ()) -> Entry:
+def of_images(name: str, make: Callable[[], nn.Module], size: int = 16, others: tuple[int, ...] = ()) -> Entry:
     return Entry(name, make, lambda n, s: {"pixel_values": torch.randn(n, 3, s, s)}, size, others)
 
 
@@ -133,7 +133,8 @@ TEXT_MODELS = [
         vocab_size=60, d_model=32, n_layer=3, n_head=4, d_inner=64, dropout=0.0, num_labels=3, use_mems_eval=False))),
     Entry("Nyströmformer", lambda: t.NystromformerForSequenceClassification(t.NystromformerConfig(
         **BERT, segment_means_seq_len=12, num_landmarks=12)), text, 12),
-    of_text("RoFormer", lambda: t.RoFormerForSequenceClassification(t.RoFormerConfig(**BERT, embedding_size=32)), options={"init": "inherit"}),
+    of_text("RoFormer", lambda: t.RoFormerForSequenceClassification(t.RoFormerConfig(**BERT, embedding_size=32)),
+            options={"init": "inherit"}),
     of_text("ESM", lambda: t.EsmForSequenceClassification(t.EsmConfig(
         **BERT, mask_token_id=3, position_embedding_type="rotary"))),
     of_text("T5 encoder", lambda: t.T5ForTokenClassification(t.T5Config(
@@ -202,11 +203,11 @@ IMAGE_MODELS = [
         vision_config={**IMAGE}, text_config={**TEXT}, num_labels=5))),
     of_images("Swin", lambda: t.SwinForImageClassification(t.SwinConfig(
         image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=5,
-        drop_path_rate=0.0))),
+        drop_path_rate=0.0)), 32),
     of_images("ConvNeXt", lambda: t.ConvNextForImageClassification(t.ConvNextConfig(
-        hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 2, 1], num_labels=5)), 64, (96,)),
+        hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 3, 1], num_labels=5)), 64, (96,)),
     of_images("ConvNeXt V2", lambda: t.ConvNextV2ForImageClassification(t.ConvNextV2Config(
-        hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 2, 1], num_labels=5)), 64, (96,)),
+        hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 3, 1], num_labels=5)), 64, (96,)),
     of_images("ResNet", lambda: t.ResNetForImageClassification(t.ResNetConfig(
         embedding_size=16, hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], layer_type="basic", num_labels=5)), 64,
         (96,)),
@@ -251,7 +252,7 @@ VIDEO = {**IMAGE, "num_frames": 4}
 
 
 def frames(n: int, count: int) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(n, count, 3, 32, 32)}
+    return {"pixel_values": torch.randn(n, count, 3, 16, 16)}
 
 
 OTHER_MODELS = [
@@ -276,7 +277,7 @@ OTHER_MODELS = [
     Entry("VideoMAE", lambda: t.VideoMAEForVideoClassification(t.VideoMAEConfig(**VIDEO, tubelet_size=2)), frames, 4),
     Entry("TimeSformer", lambda: t.TimesformerForVideoClassification(t.TimesformerConfig(**VIDEO)), frames, 4),
     Entry("ViViT", lambda: t.VivitForVideoClassification(t.VivitConfig(
-        **VIDEO, tubelet_size=[2, 8, 8])), frames, 4),
+        **VIDEO, tubelet_size=[2, 4, 4])), frames, 4),
     Entry("PatchTST", lambda: t.PatchTSTForPrediction(t.PatchTSTConfig(
         num_input_channels=3, context_length=32, patch_length=8, patch_stride=8, num_hidden_layers=3, d_model=32,
         num_attention_heads=4, ffn_dim=64, prediction_length=6, loss="mse")),
@@ -292,11 +293,11 @@ OTHER_MODELS = [
     Entry("CLIP, both towers", lambda: t.CLIPModel(t.CLIPConfig(
         vision_config={**IMAGE}, text_config={**TEXT, "bos_token_id": 1, "eos_token_id": 59, "projection_dim": 24},
         projection_dim=24)),
-        lambda n, s: text(n, s) | {"pixel_values": torch.randn(n, 3, 32, 32)}, 12, (8, 20),
+        lambda n, s: text(n, s) | {"pixel_values": torch.randn(n, 3, 16, 16)}, 12, (8, 20),
         output=["text_embeds", "image_embeds"]),
     Entry("ViLT", lambda: t.ViltForQuestionAnswering(t.ViltConfig(**{**BERT, **IMAGE, "num_labels": 5})),
-        lambda n, s: text(n, s, True) | {"pixel_values": torch.randn(n, 3, 32, 32),
-                                         "pixel_mask": torch.ones(n, 32, 32, dtype=torch.long)}, 12, (8,)),
+        lambda n, s: text(n, s, True) | {"pixel_values": torch.randn(n, 3, 16, 16),
+                                         "pixel_mask": torch.ones(n, 16, 16, dtype=torch.long)}, 12, (8,)),
 ]  # fmt: skip
 
 TRANSFORMERS = [*TEXT_MODELS, *IMAGE_MODELS, *OTHER_MODELS]
