@@ -13,7 +13,7 @@ from ensemblenet.cost import Budget
 from ensemblenet.errors import ConversionError, LoadError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import DTYPES, InputSpec
-from ensemblenet.models.sources import BaseSource
+from ensemblenet.models.sources import BaseSource, is_plain
 
 if TYPE_CHECKING:
     from ensemblenet.operations.axes import Axis
@@ -175,7 +175,7 @@ class Recipe:
                 _check_fields(kind, data[name], f"recipe's {name}")
         for name, expected, value, is_valid in _checks(data):
             if not is_valid:
-                raise LoadError(f"The recipe's {name} must be {expected}, got {value!r}.")
+                raise LoadError(f"The recipe's {name} must be {expected}, got {repr(value)[:200]}.")
         data["base"] = data["base"] and BaseSource(**data["base"])
         data["inputs"] = InputSpec(tuple(data["inputs"]["shape"]), data["inputs"]["dtype"])
         data["head"] = HeadShape(**{**data["head"], "pinned": tuple(data["head"]["pinned"])})
@@ -207,7 +207,7 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
     base, inputs, head = data["base"], data["inputs"], data["head"]
     shape, width, pinned = inputs["shape"], head["width"], head["pinned"]
     found = [
-        ("base", "a factory, a name and arguments", base, base is None or _is_plain(base)),
+        ("base", "a factory, a name and plain arguments", base, base is None or is_plain(base)),
         ("shape of inputs", "a list of positive integers", shape, _is_list(shape) and all(map(_is_count, shape))),
         ("dtype of inputs", "a dtype's name", inputs["dtype"], inputs["dtype"] in DTYPES),
         ("width", "a number in (0, 1]", width, isinstance(width, (int, float)) and 0 < width <= 1),
@@ -229,11 +229,3 @@ def _is_list(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_plain(base: dict[str, Any]) -> bool:
-    arguments = base["arguments"]
-    values = arguments.values() if isinstance(arguments, dict) else [None]
-    numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
-    strings = isinstance(base["factory"], str) and isinstance(base["name"], str)
-    return strings and all(isinstance(number, (int, float, bool)) for number in numbers)
