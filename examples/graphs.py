@@ -28,9 +28,9 @@ class GCN(nn.Module):
 
 torch.manual_seed(0)
 y = torch.randint(5, (1000,))  # five groups of nodes, whose features say little and whose neighbours say more
-x = torch.randn(5, 16)[y] + 3 * torch.randn(1000, 16)
-pairs = torch.randint(1000, (2, 60_000))
-is_friend = (y[pairs[0]] == y[pairs[1]]) | (torch.rand(60_000) < 0.05)
+x = torch.randn(5, 16)[y] + 4 * torch.randn(1000, 16)
+pairs = torch.randint(1000, (2, 40_000))
+is_friend = (y[pairs[0]] == y[pairs[1]]) | (torch.rand(40_000) < 0.2)
 edge_index = pairs[:, is_friend]
 is_train = torch.rand(1000) < 0.5
 

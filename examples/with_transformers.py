@@ -31,9 +31,7 @@ labels = torch.randint(4, (2000,))
 ids = torch.randint(10, 60, (2000, 16))  # made-up texts: words, one of them a word of the class, and padding
 ids[torch.arange(2000), torch.randint(8, (2000,))] = 5 + labels
 mask = (torch.arange(16) < torch.randint(8, 17, (2000, 1))).long()
-texts = [
-    {"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids * mask, mask, labels, strict=True)
-]
+texts = [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids * mask, mask, labels, strict=True)]
 config = DistilBertConfig(vocab_size=60, dim=64, hidden_dim=128, n_layers=2, n_heads=4, dropout=0.0, num_labels=4)
 base = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
 example = {"input_ids": ids[:4], "attention_mask": mask[:4]}

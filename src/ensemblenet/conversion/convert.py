@@ -121,7 +121,7 @@ def convert_as(
     recipe = Recipe(
         base=find_source(base, traced.inputs.tensors[0].shape),
         inputs=traced.inputs,
-        output=wanted.output,
+        output=wanted.output if isinstance(wanted.output, str | int | None) else tuple(wanted.output),
         num_heads=wanted.num_heads,
         split_at=plan.split.name,
         head=plan.head,

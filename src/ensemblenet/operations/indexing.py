@@ -98,6 +98,22 @@ class Lookup(Operation):
         sizes.set(event.out, [*rest[:position], *new, *rest[position:]])
 
 
+@register("index_add", "index_add_")
+class IndexAdd(Operation):
+    """Adds to the positions of a dimension that another tensor names, as graph networks add up messages."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        target, source = sizes.axes(event.args[0]), sizes.axes(event.args[3])
+        along = event.args[1] % len(target)
+        for dim, (axis, added) in enumerate(zip(target, source, strict=True)):
+            if dim == along:
+                axis.keep()
+                added.keep()
+            else:
+                unify(axis, added)
+        sizes.set(event.out, target)
+
+
 @register("getitem", "__getitem__")
 class Item(Operation):
     """`x[...]`, of a tensor or of a tuple."""
