@@ -34,6 +34,7 @@ from torch import nn
 from ensemblenet.data import MNIST1D, ParquetImages, YouTube8M
 from ensemblenet.functional import Task
 from ensemblenet.models import CifarResNet, MLPTagger, MNIST1DNet
+from ensemblenet.recipe import Conversion
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS, Setup, Source, TrainingTask
 from ensemblenet.study.trials import Precision, train
@@ -75,7 +76,7 @@ SERIES = {
     "mnist1d": Series(
         base=MNIST1DNet,
         data=lambda _, examples: MNIST1D(num_train=examples, num_val=5000),
-        setup=Setup(num_heads=4, split_at="conv1"),
+        setup=Setup(Conversion(4, 0.95, "conv1")),
         widths=(16, 32, 64, 128),
         examples=4000,
         lengths=(10, 40),
@@ -86,7 +87,7 @@ SERIES = {
         data=lambda folder, examples: ParquetImages(
             folder, image_size=16, num_val=5000, limit_train=examples, batch_size=100
         ),
-        setup=Setup(num_heads=4),
+        setup=Setup(),
         widths=(12, 24, 48),
         examples=1000,
         lengths=(20, 60),
@@ -94,7 +95,7 @@ SERIES = {
     "youtube8m": Series(
         base=lambda width: MLPTagger(1152, 3862, [width, 2 * width], 0.3),
         data=_youtube8m,
-        setup=Setup(num_heads=2, split_at="input", task="multilabel"),
+        setup=Setup(Conversion(2, 0.95, "input"), task="multilabel"),
         widths=(256, 512, 1024),
         examples=0,  # all of the shards
         lengths=(6, 18),
@@ -148,6 +149,7 @@ def finish(run: Run, folder: str) -> dict[str, Any]:
     training = METHODS[run.method].build(Source(lambda: series.base(run.width), x, run.seed), series.setup)
     cost = training.cost(x)
     optimization = Optimization("adamw", lr=run.lr, weight_decay=run.weight_decay)
+    data.reseed(run.seed)
     seconds = train(training, data, optimization, run.epochs, run.seed, series.precision)["cpu_seconds"]
     found: dict[str, Any] = {"parameters": cost.parameters, "macs": cost.macs, "cpu_seconds": seconds}
     for part, loader in (("val", data.val_dataloader()), ("train", data.train_dataloader())):

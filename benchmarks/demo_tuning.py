@@ -13,17 +13,22 @@ from statistics import fmean
 from rich.progress import track
 
 from ensemblenet.cli.demo import demo_study
+from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.runs import environment
 from ensemblenet.study.task import Setup
 from ensemblenet.study.trials import Trial, Workers
 from ensemblenet.training.optimization import Optimization
 
-SETUP = Setup(num_heads=4, budget=0.95, split_at="auto", weight=1.0)
+SETUP = Setup(Conversion(num_heads=4, budget=0.95), weight=1.0)
 # Learning rate and weight decay.
 GRID = [(0.005, 0.3), (0.005, 1.0), (0.01, 0.1), (0.01, 0.3), (0.01, 1.0), (0.02, 0.3), (0.02, 1.0), (0.04, 0.3)]
 # Of the conversion, at (0.005, 1).
-VARIATIONS = [{"weight": 2.0}, {"weight": 3.0}, {"num_heads": 2}, {"num_heads": 6}, {"split_at": "input"}]
+VARIATIONS = [
+    *(replace(SETUP, weight=weight) for weight in (2.0, 3.0)),
+    *(replace(SETUP, conversion=Conversion(heads, 0.95)) for heads in (2, 6)),
+    replace(SETUP, conversion=Conversion(4, 0.95, "input")),
+]
 
 
 def trial(method: str, setup: Setup, lr: float, weight_decay: float) -> Trial:
@@ -40,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
 
     settings = [trial(method, SETUP, *point) for point in GRID for method in ("base", "codistillation")]
-    settings += [trial("codistillation", replace(SETUP, **variation), 0.005, 1.0) for variation in VARIATIONS]
+    settings += [trial("codistillation", variation, 0.005, 1.0) for variation in VARIATIONS]
     trials = [replace(setting, seed=seed) for setting in settings for seed in range(options.seeds)]
     with Workers(options.workers) as workers:
         errors = {one.key: outcome["error"] for one, outcome in track(workers.run(trials), total=len(trials))}

@@ -211,7 +211,8 @@ def finish(name: str, variant: str, seed: int, folder: str) -> dict[str, Any]:
     x = next(iter(data.val_dataloader()))[0][:2]
     task = VARIANTS[name][variant](series, Source(lambda: series.base(WIDTHS[name]), x, seed))
     cost = task.cost(x)
-    source: Any = Together(data, series.setup.num_heads, seed) if isinstance(task, OwnOrders) else data
+    data.reseed(seed)
+    source: Any = Together(data, series.setup.conversion.num_heads, seed) if isinstance(task, OwnOrders) else data
     train(task, source, OPTIMIZATION[name], EPOCHS[name], seed, series.precision)
     kind = series.setup.task
     found: dict[str, Any] = {"parameters": cost.parameters, "macs": cost.macs}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ensemblenet.recipe import Conversion
 from ensemblenet.study.methods import Setup
 from ensemblenet.study.settings import Study, Tuning, Variant
 from ensemblenet.study.trials import Trial
@@ -31,7 +32,7 @@ NAMES = ["base", "co-distillation, λ = 3", "ONE", "no trunk"]
 
 
 def trial(phase: str = "tune", **changes: Any) -> Trial:
-    setup = Setup(num_heads=2, weight=3.0)
+    setup = Setup(Conversion(num_heads=2, budget=0.95), weight=3.0)
     made = Trial("ours", "codistillation", setup, BASE, DATA, phase, 0, Optimization(), epochs=1)  # pyright: ignore
     return replace(made, **changes)
 

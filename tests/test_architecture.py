@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "conversion": {"errors", "functional", "inputs", "cost", "ensemble", "recipe", "operations", "models"},
     "heads": {"errors", "functional", "inputs", "timing", "ensemble", "operations"},
     "deploy": {"errors", "cost", "ensemble", "conversion", "heads", "storage", "timing", "metrics"},
-    "testing": {"storage", "conversion", "cost", "ensemble", "recipe"},
+    "testing": {"storage", "conversion", "cost", "ensemble", "inputs", "recipe"},
     "storage": {"errors", "functional", "inputs", "cost", "models", "recipe", "ensemble", "conversion", "data"},
     "training": {
         "errors",

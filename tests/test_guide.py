@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ensemblenet import convert, export
-from ensemblenet.cli import main as cli
+from ensemblenet.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def run_line(line, variables):
     name, _, command = line.partition(" ")
     if name == "ensemblenet":
         arguments = [variables.get(word.removeprefix("$"), word) for word in shlex.split(command)]
-        assert cli.main(arguments) == 0, line
+        assert main(arguments) == 0, line
         return
     name, _, value = line.partition("=")
     done = subprocess.run(["bash", "-c", f"set -e; echo {value}"], capture_output=True, text=True, check=True)

@@ -12,9 +12,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
-from ensemblenet import EnsembleNet
+from ensemblenet import EnsembleNet, cli
 from ensemblenet._moved import MOVED
 from ensemblenet.heads import choose
+from ensemblenet.metrics import HeadMetrics
+from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.recipe import Conversion
 from ensemblenet.training.module import Classifier
 
@@ -123,6 +125,27 @@ def test_old_names_lead_to_the_new_ones(old: str) -> None:
     with pytest.warns(DeprecationWarning, match=f"{re.escape(old)} is now {re.escape(RENAMED[old])}"):
         found = getattr(importlib.import_module(module), name)
     assert found is getattr(importlib.import_module(home), new)
+
+
+@pytest.mark.parametrize(("kind", "target"), [(HeadMetrics, [0]), (TaggingMetrics, [[1, 0, 0]])])
+def test_values_are_found_by_the_old_names_of_their_scores(
+    kind: type[HeadMetrics | TaggingMetrics], target: list[object]
+) -> None:
+    metrics = kind(3, 2, prefix="val/")
+    batch = metrics(torch.randn(2, 1, 3), torch.tensor(target))
+    for values in (batch, metrics.compute()):
+        with pytest.warns(DeprecationWarning, match="val/agreement is now val/divergence"):
+            assert values["val/agreement"] == values["val/divergence"] > 0
+        with pytest.raises(KeyError, match="val/nothing"):
+            values["val/nothing"]
+
+
+def test_the_command_line_is_called_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "ensemblenet COMMAND --help" in capsys.readouterr().out
+    with pytest.warns(DeprecationWarning, match="cli.positive_integer is now ensemblenet.cli.options.positive_integer"):
+        assert cli.positive_integer("8") == 8
 
 
 def test_names_that_never_were_are_errors() -> None:

@@ -7,7 +7,7 @@ import torchvision
 from networks import ODD
 from torch import nn
 
-from ensemblenet.testing import check_conversion, check_full_width
+from ensemblenet.testing import check_conversion
 
 TIMM = {
     "test_resnet": (3, 64, 64),  # residual
@@ -34,7 +34,6 @@ TORCHVISION = [
 def check(base: nn.Module, shape: tuple[int, ...], num_heads: int, budget: float) -> None:
     x = torch.randn(2, *shape)
     report = check_conversion(base, x, num_heads, budget)
-    check_full_width(base, x, report.split_at)
     assert 0 < report.width < 1
     assert report.spread is None or 0.4 < report.spread < 2.5
     assert max(report.parameters_share, report.macs_share) > 0.8 * budget
@@ -62,5 +61,4 @@ def test_odd_graphs(name: str, num_heads: int, budget: float) -> None:
     make, shape = ODD[name]
     base, x = make(), torch.randn(3, *shape)
     report = check_conversion(base, x, num_heads, budget)
-    check_full_width(base, x, report.split_at)
     assert 0 < report.width < 1

@@ -39,9 +39,9 @@ class Conversion:
 
     Example:
         >>> from dataclasses import replace
-        >>> replace(Conversion(budget=0.9), num_heads=4)
-        Conversion(num_heads=4, budget=0.9, split_at='auto', seed=None, init='fresh', combine='logits', min_width=None, \
-output=None)
+        >>> wanted = replace(Conversion(budget=0.9), num_heads=4)
+        >>> wanted.num_heads, wanted.budget, wanted.split_at
+        (4, 0.9, 'auto')
     """
 
     num_heads: int = 2
@@ -51,7 +51,7 @@ output=None)
     init: Init = "fresh"
     combine: Combine = "logits"
     min_width: float | None = None
-    output: str | int | Sequence[str | int] | None = None
+    output: str | int | Sequence[str | int] | None = None  # of what the base returns
 
     def __post_init__(self) -> None:
         if not _is_count(self.num_heads):
@@ -137,7 +137,7 @@ class Recipe:
     seed: int
     combine: Combine
     task: Task
-    output: str | int | tuple[str | int, ...] | None = None
+    output: str | int | Sequence[str | int] | None = None
     format: int = FORMAT
 
     def __getattr__(self, name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemblenet.conversion.convert import convert, convert_as
+from ensemblenet.conversion.convert import convert_as
+from ensemblenet.conversion.trace import Output, examples, pick
 from ensemblenet.cost import Cost, count_parameters, measure_cost
-from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet, as_tuple
+from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.checkpoint import load, save
 
@@ -50,13 +53,13 @@ class ConversionReport:
 
 
 def check_conversion(
-    base: nn.Module, x: Tensor, num_heads: int = 2, budget: float = 1.0, split_at: str = "auto", **options: Any
+    base: nn.Module, x: Tree, num_heads: int = 2, budget: float = 1.0, split_at: str = "auto", **options: Any
 ) -> ConversionReport:
     """Convert a network and check the result.
 
     Args:
         base: a network whose training step works on `x`.
-        x: example inputs, shape (N, *), N of at least 2.
+        x: example inputs, N of at least 2: a tensor (N, *), or a tuple or a dictionary of tensors.
         num_heads: K.
         budget: the share of the base's cost.
         split_at: a split point's name, or "auto".
@@ -73,20 +76,22 @@ def check_conversion(
     """
     base.eval()
     before = copy.deepcopy(base.state_dict())
+    wanted = Conversion(num_heads, budget, split_at, **{"seed": 0, **options})
     start = time.perf_counter()
-    model = convert_as(Conversion(num_heads, budget, split_at, **{"seed": 0, **options}), base, x)
+    model = convert_as(wanted, base, x)
     seconds = time.perf_counter() - start
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items()), "the base changed"
     del before
+    assert model.recipe is not None
     shares = _check_cost(model, base, x, budget)
     spread = _check_outputs(model, base, x)
     _check_round_trips(model, base, x)
     _check_gradients(model, x)
-    assert model.recipe is not None
+    check_full_width(base, x, model.recipe.split_at, wanted.output)
     return ConversionReport(model.recipe.split_at, model.recipe.head.width, *shares, spread, seconds)
 
 
-def _check_cost(model: EnsembleNet, base: nn.Module, x: Tensor, budget: float) -> tuple[float, float]:
+def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> tuple[float, float]:
     base_cost = Cost(count_parameters(base), measure_cost(base, x).macs)
     measured = measure_cost(model, x)
     assert model.cost is not None
@@ -98,22 +103,39 @@ def _check_cost(model: EnsembleNet, base: nn.Module, x: Tensor, budget: float) -
     return parameters, macs
 
 
-def _check_outputs(model: EnsembleNet, base: nn.Module, x: Tensor) -> float | None:
+def _check_outputs(model: EnsembleNet, base: nn.Module, x: Tree) -> float | None:
+    assert model.recipe is not None
     with torch.no_grad():
-        expected = base.eval()(x)
-        heads = model.eval()(x, per_head=True)
-        assert heads.shape == (model.num_heads, *expected.shape), f"outputs have the shape {tuple(heads.shape)}"
-        assert torch.isfinite(heads).all(), "outputs are not finite"
-        assert torch.allclose(model(x), heads.mean(0), rtol=1e-4, atol=1e-6), "evaluation does not combine the heads"
+        expected = pick(call(base.eval(), x), model.recipe.output)
+        heads = as_tuple(call(model.eval(), x, per_head=True))
+        for base_output, outputs, combined in zip(expected, heads, as_tuple(call(model, x)), strict=True):
+            shape = (model.num_heads, *base_output.shape)
+            assert outputs.shape == shape, f"outputs have the shape {tuple(outputs.shape)}"
+            assert torch.isfinite(outputs).all(), "outputs are not finite"
+            mean = outputs.mean(0)
+            assert torch.allclose(combined, mean, rtol=1e-4, atol=1e-6), "evaluation does not combine the heads"
+        for other in _other_sizes(x):
+            shapes = [output.shape for output in as_tuple(call(model, other))]
+            wanted = [output.shape for output in pick(call(base, other), model.recipe.output)]
+            assert shapes == wanted, f"for {num_examples(other)} examples, outputs have the shapes {shapes}"
     first, *others = (dict(head.named_parameters()) for head in model.heads)
     for k, other in enumerate(others, start=1):
         assert any(not torch.equal(first[name], other[name]) for name in first), f"heads 0 and {k} are the same"
-    spread = expected.std().item()
-    return heads.std().item() / spread if spread else None
+    spread = expected[0].std().item()
+    return heads[0].std().item() / spread if spread else None
 
 
-def check_full_width(base: nn.Module, x: Tensor, split_at: str) -> None:
-    """Check that a network split at full width is the network: within 1e-5 of its largest output.
+def _other_sizes(x: Tree) -> list[Tree]:
+    """The inputs with one example and with three, if all tensors have a row for each."""
+    inputs, tensors = Inputs.of(x), tensors_in(x)
+    return [inputs.build(examples(inputs, tensors, size)) for size in (1, 3)] if inputs.is_batched else []
+
+
+def check_full_width(base: nn.Module, x: Tree, split_at: str, output: Output = None) -> None:
+    """Check that a network split at full width is the network, for one example, three and those that are given.
+
+    Its outputs must be within 1e-5 of the largest, and the gradients of all parameters within 1e-3: none where the
+    base's have none.
 
     Raises:
         AssertionError: it is not.
@@ -123,36 +145,71 @@ def check_full_width(base: nn.Module, x: Tensor, split_at: str) -> None:
         >>> check_full_width(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(4, 8), "0")
     """
     # a layer that both parts call counts twice, so the budget is not one
-    whole = convert(base, x, num_heads=1, budget=2.0, split_at=split_at, init="inherit").eval()
-    with torch.no_grad():
-        expected, got = base.eval()(x), whole(x)
-    error = (got - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
-    assert error <= 1e-5, f"the split at full width differs from the base by {error:.2g}"
+    wanted = Conversion(1, 2.0, split_at, seed=0, init="inherit", output=output)
+    whole = convert_as(wanted, base, x).eval()
+    for inputs in (x, *_other_sizes(x)):
+        expected, got = pick(call(base.eval(), inputs), output), as_tuple(call(whole, inputs))
+        for one, other in zip(expected, got, strict=True):
+            error = (other - one).abs().max() / one.abs().max().clamp(min=1e-6)
+            assert error <= 1e-5, f"the split at full width differs from the base by {error:.2g}"
+        _check_same_gradients(base, whole, expected, got)
 
 
-def _check_round_trips(model: EnsembleNet, base: nn.Module, x: Tensor) -> None:
+def _check_same_gradients(
+    base: nn.Module, whole: EnsembleNet, expected: Sequence[Tensor], got: Sequence[Tensor]
+) -> None:
+    """Compare the gradients of the outputs' squares; a layer that both parts have gets the sum of theirs."""
+    names = dict(base.named_parameters(remove_duplicate=False))
+    parts: dict[nn.Parameter, list[nn.Parameter]] = {}
+    for name, part in whole.named_parameters():
+        parts.setdefault(names[name.removeprefix("trunk.").removeprefix("heads.0.")], []).append(part)
+    for name, parameter in base.named_parameters():
+        if parameter in parts and parameter.requires_grad:
+            (one,), others = _gradients(expected, [parameter]), _gradients(got, parts[parameter])
+            found = [other for other in others if other is not None]
+            assert (one is None) == (not found), f"{name} has a gradient in one of base and model alone"
+            if one is not None:
+                error = (torch.stack(found).sum(0) - one).abs().max() / one.abs().max().clamp(min=1e-6)
+                assert error <= max(1e-3, 16 * torch.finfo(one.dtype).eps), (
+                    f"the gradient of {name} differs by {error:.2g}"
+                )
+
+
+def _gradients(outputs: Sequence[Tensor], parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    loss = torch.stack([output.float().square().sum() for output in outputs]).sum()
+    if not loss.requires_grad:
+        return (None,) * len(parameters)
+    return torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+
+
+def _check_round_trips(model: EnsembleNet, base: nn.Module, x: Tree) -> None:
     model.eval()
     with torch.no_grad():
-        heads = model(x, per_head=True)
+        heads = as_tuple(call(model, x, per_head=True))
+
+        def gives(other: nn.Module, expected: Iterable[Tensor], **options: Any) -> bool:
+            return all(map(torch.equal, as_tuple(call(other, x, **options)), expected))
+
         for k in range(model.num_heads):
-            assert torch.equal(model.head(k)(x), heads[k]), f"head({k}) differs"
-        assert torch.equal(model.first(1)(x), heads[0]), "first(1) differs"
+            assert gives(model.head(k), [outputs[k] for outputs in heads]), f"head({k}) differs"
+        assert gives(model.first(1), [outputs[0] for outputs in heads]), "first(1) differs"
         twin = copy.deepcopy(model)
-        assert torch.equal(twin(x, per_head=True), heads), "the deep copy differs"
+        assert gives(twin, heads, per_head=True), "the deep copy differs"
         for parameter in twin.parameters():
             parameter.zero_()
         twin.load_state_dict(model.state_dict())
-        assert torch.equal(twin(x, per_head=True), heads), "the state dict does not restore the model"
+        assert gives(twin, heads, per_head=True), "the state dict does not restore the model"
         del twin
         with tempfile.TemporaryDirectory() as folder:
             directory = save(model, Path(folder) / "model")
             assert model.recipe is not None
             again = load(directory, None if model.recipe.base else base)
-            assert torch.equal(again(x, per_head=True), heads), "the loaded model differs"
+            assert gives(again, heads, per_head=True), "the loaded model differs"
 
 
-def _check_gradients(model: EnsembleNet, x: Tensor) -> None:
-    model.train()(x).float().square().mean().backward()
+def _check_gradients(model: EnsembleNet, x: Tree) -> None:
+    outputs = as_tuple(call(model.train(), x))
+    torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     model.zero_grad(set_to_none=True)
     assert not missing, f"no gradient for {missing[:5]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ensemblenet
-from ensemblenet.cli import main as cli
+from ensemblenet.cli import main
 
 NET = "ensemblenet.models:MNIST1DNet"
 
@@ -26,7 +26,7 @@ def test_help_lists_the_commands_without_loading_torch() -> None:
 @pytest.mark.parametrize("command", ["demo", "info", "convert", "compare", "fit"])
 def test_each_help_says_what_the_command_needs(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main([command, "--help"])
+        main([command, "--help"])
     assert exit_.value.code == 0
     assert "need" in capsys.readouterr().out.lower()
 
@@ -35,7 +35,7 @@ def test_info_shows_cost_split_points_and_widths(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert cli.main(["info", NET, "--num-heads", "3", "--budget", "0.9"]) == 0
+    assert main(["info", NET, "--num-heads", "3", "--budget", "0.9"]) == 0
     printed = capsys.readouterr().out
     assert "24,746 parameters, 232,320 MACs" in printed
     assert "conv2" in printed
@@ -45,18 +45,18 @@ def test_info_shows_cost_split_points_and_widths(
 
 
 def test_info_takes_timm_names_and_an_input_shape(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["info", "test_resnet", "--input-shape", "3,64,64", "--num-classes", "5"]) == 0
+    assert main(["info", "test_resnet", "--input-shape", "3,64,64", "--num-classes", "5"]) == 0
     assert "parameters" in capsys.readouterr().out
 
 
 def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "models" / "net"
     arguments = ["convert", NET, "--num-heads", "4", "--budget", "0.95", "--output", str(output)]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     assert "24,746" in capsys.readouterr().out
     assert ensemblenet.load(output).num_heads == 4
 
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     assert "exists already; --output needs a new folder" in capsys.readouterr().err
 
 
@@ -74,13 +74,16 @@ def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, caps
         (["convert", NET, "--budget", "0.001", "--output", "never"], "do not fit a budget"),
         (["convert", NET, "--split-at", "conv9", "--output", "never"], "conv9"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
-        (["fit", "--resume", "missing"], "missing is no run folder"),
+        (
+            ["fit", "--resume", "missing"],
+            "missing has no config.yaml, so nothing there can go on: give --resume a folder under runs/ or auto.",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     captured = capsys.readouterr().err
     assert captured.startswith(f"ensemblenet {arguments[0]}: ")
     assert captured.count("\n") == 1
@@ -102,7 +105,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
 )
 def test_wrong_usage_exits_with_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        cli.main(arguments)
+        main(arguments)
     assert exit_.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -110,4 +113,4 @@ def test_wrong_usage_exits_with_code_2(arguments: list[str], capsys: pytest.Capt
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ensemblenet.cli.info.base_of", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["info", NET])
+        main(["info", NET])

@@ -19,7 +19,7 @@ from torch import nn
 
 import ensemblenet
 from ensemblenet import EnsembleNet, ExportError, convert, export, fuse
-from ensemblenet.cli import main as cli
+from ensemblenet.cli import main
 from ensemblenet.deploy import export as deployment
 from ensemblenet.models import MLPTagger, MNIST1DNet, MoETagger
 
@@ -404,7 +404,7 @@ def saved(tmp_path, model):
 
 def test_the_command(tmp_path, saved, model, capsys):
     output = tmp_path / "new" / "first.onnx"
-    assert cli.main(["export", str(saved), "--output", str(output), "--first", "2", "--fuse"]) == 0
+    assert main(["export", str(saved), "--output", str(output), "--first", "2", "--fuse"]) == 0
     printed = capsys.readouterr().out
     assert "first.onnx" in printed
     assert "MB" in printed
@@ -413,7 +413,7 @@ def test_the_command(tmp_path, saved, model, capsys):
     torch.testing.assert_close(runs(output, x), model.first(2)(x).detach(), rtol=1e-4, atol=1e-6)
     metadata = onnxruntime.InferenceSession(output).get_modelmeta().custom_metadata_map
     assert json.loads(metadata["classes"]) == list("abcdefghij")
-    assert cli.main(["export", str(saved), "--output", str(output)]) == 2
+    assert main(["export", str(saved), "--output", str(output)]) == 2
     assert "exists; --output needs a new path" in capsys.readouterr().err
 
 
@@ -426,7 +426,7 @@ def test_the_command(tmp_path, saved, model, capsys):
 )
 def test_mistakes_are_one_line(saved, arguments, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["export", str(saved), *arguments]) == 2
+    assert main(["export", str(saved), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
@@ -438,9 +438,9 @@ def test_a_base_by_name(tmp_path, capsys, monkeypatch):
     ensemblenet.save(convert(base, torch.randn(2, 8)), tmp_path / "saved")
     output = tmp_path / "model.pt2"
     arguments = ["export", str(tmp_path / "saved"), "--format", "torch", "--output", str(output)]
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     assert "pass a fresh instance" in capsys.readouterr().err
-    assert cli.main([*arguments, "--base", "test_export:small_base"]) == 0
+    assert main([*arguments, "--base", "test_export:small_base"]) == 0
     assert np.prod(runs(output, torch.zeros(3, 8)).shape) == 24
 
 

@@ -134,18 +134,38 @@ def test_options_go_before_the_file_and_the_file_before_the_run(run: Path, tmp_p
 
 
 def test_a_folder_has_a_short_option(saved: Path) -> None:
-    options = ["--data.class_path", "ensemblenet.data.ParquetImages", "--data", "elsewhere", "--data.num_val=7"]
-    data = chosen_data(restore(saved), None, options)
-    assert (str(data.folder), data.num_val) == ("elsewhere", 7)  # pyright: ignore
+    for folder in (["--data", "elsewhere"], ["--data=elsewhere"], ["--data.init_args.folder=elsewhere"]):
+        options = ["--data.num_val=7", *folder]
+        data = chosen_data(restore(saved), None, options, class_path="ensemblenet.data.ParquetImages")
+        assert (str(data.folder), data.num_val) == ("elsewhere", 7)  # pyright: ignore
+
+
+def test_another_class_leaves_the_arguments_of_the_runs_own_behind(run: Path) -> None:
+    data = chosen_data(restore(run), None, ["--data.num_test=20"], class_path="MNIST1D")
+    assert data.sizes == (4000, 2000, 20)  # pyright: ignore
+
+
+CLASS = "--data.class_path=ensemblenet.data.MNIST1D"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "does not know its data: give --data.class_path"),
-        (["--dta.num_test", "3"], "Unknown option --dta.num_test. Options of the data begin with --data."),
-        (["--data.num_test"], "--data.num_test needs a value"),
-        (["--data.class_path=ensemblenet.data.MNIST1D", "--data.folder=x"], "folder"),
+        (
+            [CLASS, "--dta.num_test", "3"],
+            "unrecognized arguments: --dta.num_test 3; of the data, options are --data.KEY",
+        ),
+        (
+            [CLASS, "--data.num_test"],
+            "expected one argument; of the data, options are --data.KEY VALUE, got --data.num_te",
+        ),
+        ([CLASS, "--data.num_test", "three"], 'data: ensemblenet.data.MNIST1D cannot be made: Parser key "num_test":'),
+        (
+            [CLASS, "--data.num_tst", "3"],
+            "data: ensemblenet.data.MNIST1D cannot be made: Option 'num_tst' is not accepted;",
+        ),
+        ([CLASS, "--data.folder=x"], "folder"),
         (["--data.class_path=ensemblenet.data.NoSuch"], "NoSuch"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],

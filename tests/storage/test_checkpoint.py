@@ -110,6 +110,7 @@ def rebuild_weights(directory: Path, keep: slice) -> None:
     (directory / "model.safetensors").write_bytes(data[keep])
 
 
+OTHER_INPUT = {"shape": [7], "dtype": "float32", "is_batched": True, "fixed": []}
 DAMAGE = [
     (lambda d: (d / "recipe.json").unlink(), "holds no saved model: recipe.json is missing"),
     (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
@@ -129,9 +130,12 @@ DAMAGE = [
     (lambda d: edit(d, "head", width=0.1), r"of shape .*, but the model of this base has"),
     (lambda d: edit(d, split_at="nowhere"), "does not fit the recipe.*Unknown split point 'nowhere'"),
     (
-        lambda d: edit(d, "inputs", tensors=[{"shape": [7], "dtype": "float32", "is_batched": True, "fixed": []}]),
+        lambda d: edit(d, "inputs", tensors=[OTHER_INPUT]),
         "does not fit",
     ),
+    (lambda d: edit(d, "inputs", tree=[0, 1]), "tree of inputs must be lists and dictionaries of the tensors' numbers"),
+    (lambda d: edit(d, "inputs", tensors=[OTHER_INPUT | {"dtype": "Tensor"}]), "dtype of inputs must be"),
+    (lambda d: edit(d, output=[[1]]), "output must be a name, a position or a list of them"),
     (lambda d: edit(d, init="exec"), "init must be one of"),
     (lambda d: edit(d, base={"factory": "os", "name": "system", "arguments": {}}), None),
     (lambda d: rebuild_weights(d, slice(1000)), "damaged or not a safetensors file"),

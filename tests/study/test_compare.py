@@ -15,6 +15,7 @@ from scipy import stats
 from studies import NAMES, STUDY, lines
 
 from ensemblenet.errors import TrainingError
+from ensemblenet.recipe import Conversion
 from ensemblenet.reports.comparison import PAGE, summary
 from ensemblenet.study import compare as module
 from ensemblenet.study import trials as trials_module
@@ -76,7 +77,7 @@ def test_rows_keep_the_contract(results: dict[str, Any]) -> None:
     assert (base["kind"], ours["kind"], one["kind"], no_trunk["kind"]) == ("base", "ours", "other", "ours")
     assert ours["parameters"] <= 0.95 * base["parameters"]
     assert one["parameters"] > ours["parameters"]  # its gate
-    assert no_trunk["setup"] == asdict(Setup(2, 0.95, "input", 1.0))
+    assert no_trunk["setup"] == asdict(Setup(Conversion(2, 0.95, "input"), 1.0))
     assert results["failed"] == []
 
 

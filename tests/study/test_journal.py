@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_a_stored_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert row.pop("milliseconds") > 0
         assert row.pop("divergence_mean") == expected.pop("agreement_mean")
         assert row.pop("divergence_std") == expected.pop("agreement_std")
+        setup, before = row.pop("setup"), expected.pop("setup")
+        assert (setup | setup["conversion"]).items() >= before.items()
         assert row == expected
 
     compare(["--resume", str(folder), "--workers", "0", "--seeds", "3"])
@@ -59,7 +62,10 @@ def test_a_trial_without_an_argument_that_a_class_has_got_since_is_found(tmp_pat
     assert "data_seed" not in line["cell"]["data"]["init_args"]
     line["cell"]["data"]["init_args"]["data_seed"] = 42  # the default, written out
     del line["cell"]["optimization"]["layer_decay"], line["cell"]["precision"]
+    del line["cell"]["setup"]["conversion"]["min_width"]
     path.write_text(json.dumps(line) + "\n")
     assert trial() in Journal(path)
     other = {**trial().data, "init_args": {**trial().data["init_args"], "data_seed": 7}}
     assert trial(data=other) not in Journal(path)
+    wider = replace(trial().setup, conversion=replace(trial().setup.conversion, min_width=0.5))
+    assert trial(setup=wider) not in Journal(path)

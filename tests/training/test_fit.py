@@ -199,7 +199,7 @@ def test_weights_that_become_non_finite_do_not_reach_the_checkpoint(config, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume", "nowhere"], "nowhere is no run folder: it has no config.yaml"),
+        (["--resume", "nowhere"], "nowhere has no config.yaml, so nothing there can go on"),
         (["--no-such-option", "1"], "no-such-option"),
         (["--model.optimization.lr", "-1"], "lr must be above 0, got -1"),
         (["--data.init_args.batch_size", "0"], "1 <= batch_size <= num_train"),
@@ -231,7 +231,9 @@ def test_what_a_run_says(config, capfd):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--data", "nowhere"], "folder"),
+        (["--data", "nowhere"], "Option 'folder' is not accepted"),
+        (["--data=nowhere"], "data: ensemblenet.data.MNIST1D cannot be made: Option 'folder' is not accepted"),
+        (["--resume"], "--resume: expected one argument"),
         (["--model.conversion.num_hedas", "3"], "Option 'num_hedas' is not accepted"),
         (["--model.conversion.num_heads", "x"], "Expected a <class 'int'>. Got value: x"),
         (["--trainer.devices", "0"], "devices='0'"),

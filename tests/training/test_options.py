@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 
@@ -368,6 +369,14 @@ def test_the_others_change_nothing_and_resume(arguments: list[str], caplog: pyte
     for name, tensor in weights(alone).items():
         assert torch.equal(tensor, weights(folder)[name]), name
     assert "run_training_epoch" in (folder / "fit-profile.txt").read_text()
+
+
+def test_a_score_is_watched_by_its_old_name(arguments: list[str]) -> None:
+    given = ["--trainer.callbacks.monitor", "val/agreement", "--trainer.callbacks.filename", "{val/agreement:.3f}"]
+    with pytest.warns(DeprecationWarning, match="monitor val/agreement is now val/divergence"):
+        folder = fit([*arguments, "--trainer.callbacks+", "ModelCheckpoint", *given])
+    [best] = [path for path in folder.rglob("*.ckpt") if path.name != "last.ckpt"]
+    assert float(re.findall(r"divergence=([\d.]+)\.ckpt", str(best))[0]) > 0
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from ensemblenet import convert, plans
 from ensemblenet.cli.main import main
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import BudgetError, TrainingError
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.storage.restore import restore
 from ensemblenet.training.fit import fit
@@ -90,6 +91,24 @@ def test_candidates_keep_the_settings_and_fit_the_budget() -> None:
     assert max(shares[name] for name in used) > 0.3
     with pytest.raises(TrainingError, match=r"No conversion of the base fits a budget of 0\.001"):
         candidates(base, x, Conversion(budget=0.001))
+
+
+def test_candidates_are_as_wide_as_what_auto_takes() -> None:
+    base = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
+    x = torch.randn(4, 64)
+    widths = {plan.split.name: plan.width for plan in plans(base, x, 4, 0.15)}
+    assert 0 < max(width for width in widths.values() if width) < 0.1
+    with pytest.raises(BudgetError, match=r"heads that keep 0\.1 of their channels do not fit"):
+        convert(base, x, 4, 0.15)
+    found = candidates(base, x, Conversion(budget=0.15))
+    assert [candidate.name for candidate in found] == ["base", "2-heads-input"]
+
+
+def test_heads_without_parameters_are_no_candidates() -> None:
+    base, x = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3), nn.ReLU()), torch.randn(4, 8)
+    assert plans(base, x)[-1].width == 1  # all heads would be the same
+    with pytest.raises(TrainingError, match="No conversion of the base fits"):
+        candidates(base, x, Conversion(min_width=1.0))
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from ensemblenet.storage import TRUST_HELP
 from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.lock import sole_writer
 from ensemblenet.storage.runs import CONFIG, create_run_folder
-from ensemblenet.storage.trust import config_option
+from ensemblenet.storage.specs import plain
+from ensemblenet.storage.trust import config_option, resumed
 from ensemblenet.study.compare import Watcher, run_study
 from ensemblenet.study.settings import Study, study_of
 from ensemblenet.study.trials import Outcome, Phase, Trial
@@ -95,7 +96,7 @@ def read_study(arguments: Sequence[str]) -> tuple[Study, dict[str, Any]]:
     Raises:
         TrainingError: bad arguments, nothing to resume, or a study with another base, data or task to resume.
     """
-    plain = _parsed(_with_stored_config(list(arguments)))
+    plain = _parsed(resumed(arguments))
     if plain["resume"]:
         stored = _parsed(config_option(Path(plain["resume"], CONFIG), trust=True))  # checked with the arguments
         if change := changed_setting(stored, plain, ("base", "data", "task")):
@@ -115,7 +116,7 @@ def _parsed(arguments: list[str]) -> dict[str, Any]:
     try:
         options = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise TrainingError(str(error)) from error
+        raise TrainingError(plain(error)) from error
     return yaml.safe_load(parser.dump(options, skip_unset=False))
 
 
@@ -132,17 +133,3 @@ def _parser() -> ArgumentParser:
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     parser.add_class_arguments(Study, skip={"base", "data"})
     return parser
-
-
-def _with_stored_config(arguments: list[str]) -> list[str]:
-    """The arguments, behind the configuration of the study that they resume."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume")
-    finder.add_argument("--trust", action="store_true")
-    found, others = finder.parse_known_args(arguments)
-    if found.resume is None:
-        return others
-    stored = Path(found.resume, CONFIG)
-    if not stored.is_file():
-        raise TrainingError(f"{found.resume} is no folder of a study: it has no {CONFIG}. Give one under runs/.")
-    return [*config_option(stored, found.trust), "--resume", found.resume, *others]

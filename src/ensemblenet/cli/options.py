@@ -124,8 +124,14 @@ def add_data(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="YAML with class_path and init_args of a data module, as for `fit`; or name them as --data.class_path "
-        "NAME and --data.KEY VALUE, which also change one argument of a run's own data, such as --data.folder",
+        help="YAML with class_path and init_args of a data module, as for `fit`",
+    )
+    parser.add_argument(
+        "--data.class_path",
+        dest="class_path",
+        metavar="NAME",
+        help="a data module, such as ensemblenet.data.ImageData; --data.KEY VALUE is an argument of it, or changes one "
+        "of a run's own data, such as --data.folder",
     )
 
 

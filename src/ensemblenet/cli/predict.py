@@ -56,8 +56,8 @@ def predict(arguments: Sequence[str]) -> Path:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.data is None:
         _predict_split(restored, options, changes)
-    elif changes:
-        raise LoadError(f"{changes[0]} is for the data of a run; it does not go with --data.")
+    elif changes or options.config or options.class_path:
+        raise LoadError("--config and --data.KEY are for the data of a run; they do not go with --data.")
     elif (reader := file_reader(restored.inputs.shape, restored.description)) is not None:
         _predict_files(restored, reader, options)
     else:
@@ -74,7 +74,7 @@ def predict(arguments: Sequence[str]) -> Path:
 
 
 def _predict_split(restored: Restored, options: argparse.Namespace, changes: Sequence[str]) -> None:
-    data = chosen_data(restored, options.config, changes)
+    data = chosen_data(restored, options.config, changes, options.class_path)
     name = data.example_name if isinstance(data, Names) else lambda split, place: str(place)
     quiet_lightning()
     with PredictionFile(options.output, restored) as file:

@@ -43,7 +43,7 @@ def report(arguments: Sequence[str]) -> Path:
     check_new(options.output)
     quiet_lightning()
     networks = [restore(folder, trust=options.trust) for folder in options.runs]
-    data = [chosen_data(restored, options.config, changes) for restored in networks]
+    data = [chosen_data(restored, options.config, changes, options.class_path) for restored in networks]
     write_report(options.output, networks, data, options.split)
     Console().print(f"Report: {options.output}", highlight=False, soft_wrap=True)
     return options.output

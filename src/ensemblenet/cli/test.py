@@ -59,7 +59,7 @@ def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[
         check_new(options.output)
     restored = restore(options.model, trust=options.trust)
     quiet_lightning()
-    rows = score(restored, chosen_data(restored, options.config, changes), split)
+    rows = score(restored, chosen_data(restored, options.config, changes, options.class_path), split)
     console = Console()
     console.print(results_table(rows, f"{restored.name}, {split}; shares in %", scores_columns(rows)))
     if options.output:

@@ -121,7 +121,7 @@ def convert_as(
     recipe = Recipe(
         base=find_source(base, traced.inputs.tensors[0].shape),
         inputs=traced.inputs,
-        output=wanted.output if isinstance(wanted.output, str | int | None) else tuple(wanted.output),
+        output=tuple(wanted.output) if isinstance(wanted.output, list) else wanted.output,
         num_heads=wanted.num_heads,
         split_at=plan.split.name,
         head=plan.head,
@@ -246,8 +246,10 @@ def _given(design: HeadDesign) -> list[tuple[Any, ...]]:
     """What the base gives heads at the split point, for the traced inputs and for the trials."""
     traced = design.trace
     trunk = fx.GraphModule(traced.module, trunk_graph(traced, design.cut)).eval()
+    names = [str(node.target) for node in traced.placeholders]
+    tried = [traced.arguments, *(trial.arguments for trial in traced.trials)]
     with torch.no_grad():
-        return [as_tuple(trunk(*values)) for values in (traced.arguments, *(t.arguments for t in traced.trials))]
+        return [as_tuple(trunk(**dict(zip(names, values, strict=True)))) for values in tried]
 
 
 def _check_split(design: HeadDesign) -> None:

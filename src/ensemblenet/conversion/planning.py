@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -14,11 +14,11 @@ from ensemblenet.cost import Budget, Cost
 from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.recipe import Conversion, HeadShape
 
-__all__ = ["Plan", "choose_plan", "plan_at", "preference"]
+__all__ = ["STEM", "Plan", "choose_plan", "is_eligible", "plan_at", "preferred"]
 
 # The share of the base's MACs that the trunk keeps in the automatic plan, which is a stem's: heads that share little
 # had the lowest errors, see docs/procedure.md.
-_TRUNK_SHARE = 0.05
+STEM = 0.05
 _NEAR = 0.05
 # Heads narrower than this are bottlenecks rather than networks.
 _LEAST_WIDTH = 0.1
@@ -130,25 +130,67 @@ def choose_plan(
         if plan.width is None or plan.width < (wanted.min_width or 0.0):
             raise _no_fit(plan, wanted, base, f"at split point {wanted.split_at!r}")
         return design, plan
-    least_width = _LEAST_WIDTH if wanted.min_width is None else wanted.min_width
-    able = [cut for cut in reversed(cuts) if cut.has_parameters]  # of equals, the last shares most
-    for cut in sorted(able, key=lambda cut: preference(cut.point, _TRUNK_SHARE)):
-        if cut.point.name in misfits:
+    able = {cut.point.name: cut for cut in cuts if cut.has_parameters}
+    unshared: tuple[HeadDesign, Plan] | None = None  # heads that share nothing, if they come first
+    for point in preferred([cut.point for cut in able.values()]):
+        if unshared and _distance(point, STEM) > _distance(unshared[1].split, STEM):
+            break
+        if point.name in misfits:
             continue
-        design = design_head(trace, cut, pinned)
+        design = design_head(trace, able[point.name], pinned)
         plan = plan_at(design, wanted.num_heads, limit)
-        if plan.width is not None and plan.width >= least_width:
+        if not is_eligible(plan, wanted):
+            misfits[point.name] = plan
+        elif able[point.name].node is trace.input_nodes[0]:
+            unshared = design, plan
+        elif unshared is None or plan.width >= unshared[1].width:  # type: ignore[operator]
             return design, plan
-        misfits[cut.point.name] = plan
+    if unshared:
+        return unshared
     # the one that comes nearest: the widest heads, or where none fit, the least cost
     least = max(misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.share_of(limit))))
-    raise _no_fit(least, replace(wanted, min_width=least_width), base, "at any split point")
+    raise _no_fit(least, replace(wanted, min_width=_least_width(wanted)), base, "at any split point")
 
 
-def preference(point: SplitPoint, share: float) -> tuple[int, int, float]:
-    """A sort key: split points near a share of the MACs first; of those that are near, the ends of large modules."""
-    distance = abs(point.macs_share - share)
-    return int(distance / _NEAR), point.name.count("."), distance
+def preferred(points: Sequence[SplitPoint], share: float = STEM) -> list[SplitPoint]:
+    """Split points, in the order in which they are tried.
+
+    Those near a share of the MACs come first; of those that are near, the ends of large modules, however deep the
+    network itself lies in others; of equals, the last, which shares most.
+
+    Args:
+        points: in the network's order.
+        share: of the base's MACs, that the trunk should have.
+
+    Example:
+        >>> shares = {"a": 0.0, "b.c": 0.1, "d": 0.5}
+        >>> points = [SplitPoint(name, (), (2, 8), 0.0, share) for name, share in shares.items()]
+        >>> [point.name for point in preferred(points)], preferred(points, 0.5)[0].name
+        (['a', 'b.c', 'd'], 'd')
+    """
+
+    depth = min((point.name.count(".") for point in points if point.name != "input"), default=0)
+
+    def key(point: SplitPoint) -> tuple[int, int, float]:
+        inside = 0 if point.name == "input" else point.name.count(".") - depth
+        return _distance(point, share), inside, abs(point.macs_share - share)
+
+    return sorted(reversed(points), key=key)
+
+
+def _distance(point: SplitPoint, share: float) -> int:
+    """How far a split point is from a share, in steps; points of one step count as equally near."""
+    return int(abs(point.macs_share - share) / _NEAR)
+
+
+def is_eligible(plan: Plan, wanted: Conversion) -> bool:
+    """Whether a plan may be chosen for the user: its heads are wide enough, and have parameters of their own."""
+    own_parameters = plan.split.parameters_share < 1
+    return own_parameters and plan.width is not None and plan.width >= _least_width(wanted)
+
+
+def _least_width(wanted: Conversion) -> float:
+    return _LEAST_WIDTH if wanted.min_width is None else wanted.min_width
 
 
 def _no_fit(plan: Plan, wanted: Conversion, base: Cost, where: str) -> BudgetError:

@@ -277,9 +277,9 @@ class Flow:
 
 
 def sizes_read(nodes: Iterable[fx.Node]) -> list[fx.Node]:
-    """The sizes that nodes read, as nodes that read one dimension of a tensor."""
+    """The sizes that nodes are or read, as nodes that read one dimension of a tensor."""
     found: dict[fx.Node, None] = {}
-    waiting = [argument for node in nodes for argument in node.all_input_nodes if "scalar" in argument.meta]
+    waiting = [one for node in nodes for one in (node, *node.all_input_nodes) if "scalar" in one.meta]
     for node in waiting:
         if node.target == "size":
             found.setdefault(node)
@@ -318,6 +318,8 @@ def _names(trace: Trace, node: fx.Node, taken: set[str]) -> tuple[str, tuple[str
 def trunk_graph(trace: Trace, cut: Cut) -> fx.Graph:
     """The graph of the trunk: from the network's arguments to all that heads take."""
     graph = fx.Graph()
+    if trace.is_called_by_name:
+        graph.placeholder("*_")  # Python takes all arguments behind it by name alone
     copies = {node: graph.placeholder(str(node.target)) for node in trace.placeholders}
     for node in trace.graph.nodes:  # the inputs that are parts of an argument
         if node not in copies and copies.keys() >= set(node.all_input_nodes) and node.target is operator.getitem:

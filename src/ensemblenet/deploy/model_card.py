@@ -56,6 +56,14 @@ def push_to_hub(
 
     Raises:
         LoadError: no converted model, a name that is none, or the hub refuses.
+
+    Example:
+        >>> import torch, ensemblenet
+        >>> from unittest.mock import patch
+        >>> model = ensemblenet.convert(ensemblenet.models.MNIST1DNet(16), torch.randn(4, 40))
+        >>> with patch("huggingface_hub.create_repo"), patch("huggingface_hub.upload_folder"):  # there is no network
+        ...     push_to_hub(model, "someone/digits")
+        'hf://someone/digits'
     """
     require("hub")
     config, results = None, {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ensemblenet._moved import renamed
 from ensemblenet.cost import Cost, measure_cost
+from ensemblenet.data import load_all
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.functional import Combine
@@ -23,6 +24,7 @@ from ensemblenet.inputs import Inputs, Tree, call, inputs_and_targets, map_tenso
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.storage.restore import Describes, Restored, compare_classes, data_module
+from ensemblenet.storage.specs import changed_data
 from ensemblenet.training.module import seen_outputs
 
 __all__ = [
@@ -278,30 +280,33 @@ def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
 # -- what data
 
 
-def chosen_data(restored: Restored, file: Path | None, changes: Sequence[str]) -> LightningDataModule:
+def chosen_data(
+    restored: Restored, file: Path | None, changes: Sequence[str], class_path: str | None = None
+) -> LightningDataModule:
     """The data that a command line names: a run's own, changed or not, or any other.
 
     Args:
         restored: a run or a saved directory.
         file: a YAML file with `class_path` and `init_args`, on its own or under `data`, as in `fit`'s files.
-        changes: options `--data.KEY VALUE` or `--data.KEY=VALUE`; values are YAML. A KEY is an argument of the data
-            module, with or without `init_args.` before it, or `class_path`. `--data VALUE` is its `folder`.
+        changes: options, see [`changed_data`][ensemblenet.storage.specs.changed_data].
+        class_path: the data module, in place of the run's own.
 
     Raises:
         LoadError: an unknown option, no data, or arguments that the data module does not take.
     """
     spec = _read_spec(file) if file else {}
-    own = (restored.config or {}).get("data", {}) if "class_path" not in spec else {}
-    changed = _changed(changes)
-    init_args = dict(own.get("init_args") or {}) if "class_path" not in changed else {}
-    init_args |= (spec.get("init_args") or {}) | changed.get("init_args", {})
-    class_path = changed.get("class_path") or spec.get("class_path") or own.get("class_path")
+    class_path = class_path or spec.get("class_path")
+    own = (restored.config or {}).get("data", {}) if class_path is None else {}
+    class_path = class_path or own.get("class_path")
     if class_path is None:
         raise LoadError(
             f"{restored.folder} does not know its data: give --data.class_path ensemblenet.data.NAME with its "
             "arguments as --data.KEY VALUE, or a YAML file with class_path and init_args as --config FILE."
         )
-    return data_module(replace(restored, config={"data": {"class_path": class_path, "init_args": init_args}}))
+    init_args = {**(own.get("init_args") or {}), **(spec.get("init_args") or {})}
+    load_all()
+    data = changed_data({"class_path": class_path, "init_args": init_args}, changes)
+    return data_module(replace(restored, config={"data": data}))
 
 
 def _read_spec(file: Path) -> Mapping[str, Any]:
@@ -313,22 +318,3 @@ def _read_spec(file: Path) -> Mapping[str, Any]:
     if not isinstance(spec, Mapping) or not spec.keys() & {"class_path", "init_args"}:
         raise LoadError(f"{file} must hold class_path and init_args of a data module.")
     return spec
-
-
-def _changed(options: Sequence[str]) -> dict[str, Any]:
-    """What options `--data.KEY VALUE` say, as class_path and init_args."""
-    changed: dict[str, Any] = {"init_args": {}}
-    rest = list(options)
-    while rest:
-        name, equals, text = rest.pop(0).partition("=")
-        if name != "--data" and not name.startswith("--data."):
-            raise LoadError(f"Unknown option {name}. Options of the data begin with --data., such as --data.folder.")
-        if not equals and not rest:
-            raise LoadError(f"{name} needs a value.")
-        value = yaml.safe_load(text if equals else rest.pop(0))
-        key = "folder" if name == "--data" else name.removeprefix("--data.").removeprefix("init_args.")
-        if key == "class_path":
-            changed[key] = value
-        else:
-            changed["init_args"][key] = value
-    return changed

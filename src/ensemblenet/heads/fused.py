@@ -37,8 +37,8 @@ def fuse(model: EnsembleNet, example_inputs: Tree | None = None) -> FusedEnsembl
 
     Args:
         model: with K heads of the same structure. A fused one is returned as it is.
-        example_inputs: a tensor (N, *), or a tuple or a dictionary of tensors. A converted model needs none; one made by hand takes the shapes of its first
-            forward pass, but must know them before it is compiled or exported.
+        example_inputs: a tensor (N, *), or a tuple or a dictionary of tensors. A converted model needs none; one made
+            by hand takes the shapes of its first forward pass, but must know them before it is compiled or exported.
 
     Raises:
         FusionError: the heads differ in more than the values of their parameters.
@@ -120,12 +120,12 @@ class FusedEnsembleNet(EnsembleNet):
     def prepare(self, *given: Any) -> None:
         """Write the program for such features, (N, *), and for what else the trunk gives."""
         graph = self.graph_of_head or _whole_head(len(given))
-        given = _fakes(given)
+        fakes = _fakes(given)
         try:
-            examples = _examples(self.heads[0], graph, given)
+            examples = _examples(self.heads[0], graph, fakes)
         except Exception:  # what it does depends on more than shapes; a real mistake shows when the head runs
             graph = _whole_head(len(given))
-            examples = dict(zip((node for node in graph.nodes if node.op == "placeholder"), given, strict=True))
+            examples = dict(zip((node for node in graph.nodes if node.op == "placeholder"), fakes, strict=True))
         program = Program(list(self.heads), graph, examples, _tied(self))
         self.fusion = Fusion(program.write(), program.stacks, program.by_vmap, program.looped)
         self._join()

@@ -70,16 +70,15 @@ class Program:
         self._stacked: dict[tuple[int, ...], fx.Node] = {}
 
     def write(self) -> fx.GraphModule:
-        """Write the graph of all heads: from what the trunk gives and the stacked tensors to the outputs (K, N, C, *)."""
+        """Write the graph of all heads: from what the trunk gives, and the stacked tensors, to the outputs."""
         for node in self._head_graph.nodes:
             if node.op == "placeholder":
                 self._last_input = self._graph.placeholder(f"given_{len(self._values)}")
                 self._values[node] = Value(self._last_input, SHARED)
             elif node.op == "output":
                 outputs = node.args[0]
-                self._graph.output(
-                    tuple(map(self.first, outputs)) if isinstance(outputs, tuple) else self.first(outputs)
-                )
+                many = isinstance(outputs, tuple)
+                self._graph.output(tuple(map(self.first, outputs)) if many else self.first(outputs))
             else:
                 self._values[node] = self._write(node)
         return fx.GraphModule(self._root, self._graph, class_name="Heads")

@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from ensemblenet.functional import Combine, codistillation, combine_heads, divergence
 from ensemblenet.metrics.diversity import disagreement
+from ensemblenet.metrics.scores import Values
 
 __all__ = ["HeadMetrics"]
 
@@ -86,9 +87,13 @@ class HeadMetrics(MetricCollection):
         """Add a batch; see the class for shapes."""
         super().update(**self._inputs(head_outputs, target))
 
-    def forward(self, head_outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def forward(self, head_outputs: Tensor, target: Tensor) -> Values:
         """Add a batch and return the values of this batch alone."""
-        return super().forward(**self._inputs(head_outputs, target))
+        return Values(super().forward(**self._inputs(head_outputs, target)))
+
+    def compute(self) -> Values:
+        """The values of all that was seen."""
+        return Values(super().compute())
 
     def _inputs(self, head_outputs: Tensor, target: Tensor) -> dict[str, Tensor]:
         """The arguments of every metric here; a collection gives each metric those that it has."""

@@ -7,12 +7,26 @@ and a line where it is computed, in `metrics/heads.py` or `metrics/tagging.py`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ensemblenet.functional import Task
 
-__all__ = ["IN_PERCENT", "SCORES", "TASKS", "Score", "TaskScores", "current_name", "in_row", "meanings", "row_scale"]
+__all__ = [
+    "IN_PERCENT",
+    "SCORES",
+    "TASKS",
+    "Score",
+    "TaskScores",
+    "Values",
+    "current_name",
+    "in_row",
+    "meanings",
+    "row_scale",
+]
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,23 @@ def current_name(key: str) -> str:
         ('val/divergence', 'divergence_mean', 'disagreement')
     """
     return re.sub(r"(?<![a-z])agreement(?![a-z])", "divergence", key)
+
+
+class Values(dict[str, Tensor]):
+    """The values of metrics by name, which are found by the names of version 0.1 too, with a warning.
+
+    Example:
+        >>> import torch
+        >>> values = Values({"val/divergence": torch.tensor(0.5)})
+        >>> values["val/divergence"].item(), "val/agreement" in values
+        (0.5, False)
+    """
+
+    def __missing__(self, name: str) -> Tensor:
+        if (current := current_name(name)) not in self:
+            raise KeyError(name)
+        warnings.warn(f"{name} is now {current}.", DeprecationWarning, stacklevel=2)
+        return self[current]
 
 
 def in_row(name: str, value: float) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from ensemblenet.functional import Combine, codistillation, combine_heads, divergence
+from ensemblenet.metrics.scores import Values
 
 __all__ = ["TaggingMetrics", "average_precision", "average_precision_of_classes"]
 
@@ -68,6 +69,14 @@ class TaggingMetrics(MetricCollection):
 
     def __init__(self, num_classes: int, num_heads: int, *, combine: Combine = "logits", **options: Any) -> None:
         super().__init__({"tagging": _Tagging(num_classes, num_heads, combine)}, compute_groups=False, **options)
+
+    def forward(self, head_outputs: Tensor, target: Tensor) -> Values:
+        """Add a batch and return the values of this batch alone."""
+        return Values(super().forward(head_outputs, target))
+
+    def compute(self) -> Values:
+        """The values of all that was seen."""
+        return Values(super().compute())
 
 
 def average_precision(scores: Tensor, hits: Tensor, positives: Tensor | int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ensemblenet.models.sources import made_with
+
 __all__ = ["MNIST1DNet"]
 
 
@@ -28,7 +30,7 @@ class MNIST1DNet(nn.Module):
 
     def __init__(self, width: int = 32, num_classes: int = 10) -> None:
         super().__init__()
-        self.arguments = {"width": width, "num_classes": num_classes}
+        self.arguments = made_with(locals())
         self.conv1 = _convolution(1, width, kernel_size=5, stride=1)
         self.conv2 = _convolution(width, width, kernel_size=5, stride=2)
         self.conv3 = _convolution(width, 2 * width, kernel_size=3, stride=2)

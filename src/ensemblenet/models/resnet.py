@@ -7,6 +7,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from ensemblenet.models.sources import made_with
+
 __all__ = ["CifarResNet"]
 
 
@@ -54,13 +56,8 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int = 20, width: int = 16, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
+        self.arguments = made_with(locals())
         self.input_shape = (in_channels, 32, 32)
-        self.arguments = {
-            "depth": depth,
-            "width": width,
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-        }
         blocks, rest = divmod(depth - 2, 6)
         if blocks < 1 or rest:
             raise ValueError(f"depth must be 6n + 2 with n >= 1 (8, 14, 20, ...), got {depth}.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ensemblenet.models.sources import made_with
+
 __all__ = ["S3D"]
 
 # Channels of the branches of each Inception block: 1x1; 1x1 and 3x3; 1x1 and 3x3; pooling and 1x1.
@@ -52,7 +54,7 @@ class S3D(nn.Module):
 
     def __init__(self, num_classes: int = 400, gating: bool = False, width: float = 1.0, dropout: float = 0.2) -> None:
         super().__init__()
-        self.arguments = {"num_classes": num_classes, "gating": gating, "width": width, "dropout": dropout}
+        self.arguments = made_with(locals())
         if not width > 0:
             raise ValueError(f"width must be above 0, got {width}.")
         narrow, wide = _scaled((64, 192), width)

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,19 @@ from torch import nn
 from ensemblenet.errors import EnsembleNetError, LoadError
 from ensemblenet.extras import require
 
-__all__ = ["BaseSource", "ModelNameError", "create", "default_input_shape", "find_source", "is_known", "source_named"]
+__all__ = [
+    "BaseSource",
+    "ModelNameError",
+    "create",
+    "default_input_shape",
+    "find_source",
+    "is_known",
+    "made_with",
+    "source_named",
+]
 
 _OWN = "ensemblenet.models"
+_OF_TIMM = ("num_classes", "in_chans", "img_size")  # what a recipe may pass to timm
 
 
 class ModelNameError(EnsembleNetError, ValueError):
@@ -172,6 +182,20 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 # -- where a base came from
 
 
+def made_with(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a network, as plain data, for [`find_source`][ensemblenet.models.sources.find_source].
+
+    Args:
+        given: the `locals()` of its constructor before it sets others.
+
+    Example:
+        >>> made_with({"self": None, "width": 8, "hidden": (16, 16)})
+        {'width': 8, 'hidden': [16, 16]}
+    """
+    arguments = {name: value for name, value in given.items() if name not in ("self", "__class__")}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+
+
 @dataclass(frozen=True)
 class BaseSource:
     """Who makes a base.
@@ -205,7 +229,7 @@ class BaseSource:
                 "trust=True (on the command line --trust); else pass base, a fresh instance."
             )
         makers = {
-            "timm": self._build_timm,
+            "timm": lambda: _from_timm(self.name, {k: v for k, v in self.arguments.items() if k in _OF_TIMM}, None),
             "torchvision": lambda: create(f"torchvision:{self.name}", options=self.arguments),
             "ensemblenet": self._build_own,
             "module": lambda: create(self.name, options=self.arguments),
@@ -216,10 +240,6 @@ class BaseSource:
             return makers[self.factory]()
         except (TypeError, ValueError, RuntimeError) as error:
             raise LoadError(f"The base {self.name!r} of {self.factory} cannot be built: {error}") from error
-
-    def _build_timm(self) -> nn.Module:
-        known = ("num_classes", "in_chans", "img_size")
-        return _from_timm(self.name, {key: value for key, value in self.arguments.items() if key in known}, None)
 
     def _build_own(self) -> nn.Module:
         if not is_known(f"{_OWN}:{self.name}"):

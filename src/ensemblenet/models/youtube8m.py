@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ensemblenet.models.sources import made_with
+
 __all__ = ["DeepBagOfFrames", "GRUTagger", "GatedNetVLAD", "LogisticTagger", "MLPTagger", "MoETagger", "NeXtVLAD"]
 
 NUM_CLASSES = 3862
@@ -92,7 +94,7 @@ class LogisticTagger(nn.Module):
 
     def __init__(self, feature_size: int = 1152, num_classes: int = NUM_CLASSES) -> None:
         super().__init__()
-        self.arguments = {"feature_size": feature_size, "num_classes": num_classes}
+        self.arguments = made_with(locals())
         self.input_shape = (feature_size,)
         self.classifier = _Logistic(feature_size, num_classes)
 
@@ -127,13 +129,8 @@ class MLPTagger(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.arguments = made_with(locals())
         sizes = [feature_size, *hidden]
-        self.arguments = {
-            "feature_size": feature_size,
-            "num_classes": num_classes,
-            "hidden": list(hidden),
-            "dropout": dropout,
-        }
         self.input_shape = (feature_size,)
         self.hidden = nn.Sequential(*(_hidden(*pair, dropout) for pair in pairwise(sizes)))
         self.classifier = _Logistic(sizes[-1], num_classes)
@@ -175,14 +172,8 @@ class MoETagger(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.arguments = made_with(locals())
         sizes = [feature_size, *hidden]
-        self.arguments = {
-            "feature_size": feature_size,
-            "num_classes": num_classes,
-            "num_experts": num_experts,
-            "hidden": list(hidden),
-            "dropout": dropout,
-        }
         self.input_shape = (feature_size,)
         self.hidden = nn.Sequential(*(_hidden(*pair, dropout) for pair in pairwise(sizes)))
         self.classifier = _Experts(sizes[-1], num_classes, num_experts)
@@ -254,14 +245,7 @@ class DeepBagOfFrames(nn.Module):
         num_frames: int = 30,
     ) -> None:
         super().__init__()
-        self.arguments = {
-            "feature_size": feature_size,
-            "num_classes": num_classes,
-            "cluster_size": cluster_size,
-            "hidden_size": hidden_size,
-            "num_experts": num_experts,
-            "num_frames": num_frames,
-        }
+        self.arguments = made_with(locals())
         self.input_shape = (num_frames, feature_size)
         self.input_norm = _FrameNorm(feature_size)
         self.cluster = nn.Linear(feature_size, cluster_size, bias=False)
@@ -325,15 +309,7 @@ class GatedNetVLAD(nn.Module):
         num_frames: int = 300,
     ) -> None:
         super().__init__()
-        self.arguments = {
-            "feature_sizes": list(feature_sizes),
-            "num_classes": num_classes,
-            "num_clusters": num_clusters,
-            "hidden_size": hidden_size,
-            "num_experts": num_experts,
-            "dropout": dropout,
-            "num_frames": num_frames,
-        }
+        self.arguments = made_with(locals())
         self.input_shape = (num_frames, sum(feature_sizes))
         self.feature_sizes = list(feature_sizes)
         clusters = _halved(num_clusters, len(feature_sizes))
@@ -422,17 +398,7 @@ class NeXtVLAD(nn.Module):
         num_frames: int = 300,
     ) -> None:
         super().__init__()
-        self.arguments = {
-            "feature_sizes": list(feature_sizes),
-            "num_classes": num_classes,
-            "num_clusters": num_clusters,
-            "groups": groups,
-            "expansion": expansion,
-            "hidden_size": hidden_size,
-            "gate_reduction": gate_reduction,
-            "dropout": dropout,
-            "num_frames": num_frames,
-        }
+        self.arguments = made_with(locals())
         self.input_shape = (num_frames, sum(feature_sizes))
         self.feature_sizes = list(feature_sizes)
         several = list(
@@ -489,14 +455,7 @@ class GRUTagger(nn.Module):
         num_frames: int = 300,
     ) -> None:
         super().__init__()
-        self.arguments = {
-            "feature_size": feature_size,
-            "num_classes": num_classes,
-            "hidden_size": hidden_size,
-            "num_layers": num_layers,
-            "num_experts": num_experts,
-            "num_frames": num_frames,
-        }
+        self.arguments = made_with(locals())
         self.input_shape = (num_frames, feature_size)
         self.recurrent = nn.GRU(feature_size, hidden_size, num_layers, batch_first=True)
         self.classifier = _Experts(hidden_size, num_classes, num_experts)

@@ -85,6 +85,13 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None, *, tr
 
     Raises:
         LoadError: the directory is damaged or foreign, or the base is missing or another one.
+
+    Example:
+        >>> import tempfile, ensemblenet
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> saved = ensemblenet.save(ensemblenet.convert(base, torch.randn(4, 8)), tempfile.mkdtemp())
+        >>> load(saved, base=nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))).num_heads
+        2
     """
     folder = local_folder(directory)
     recipe = Recipe.from_json(_read_recipe(folder))

@@ -142,12 +142,8 @@ def scores_row(method: str, cost: Cost, scores: Mapping[str, Sequence[float]], *
     [seeds] = {len(values) for values in scores.values()}
     row: dict[str, Any] = {"method": method, "parameters": cost.parameters, "macs": cost.macs}
     for name, values in scores.items():
-        row |= _spread(name, values)
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        row |= {f"{name}_mean": statistics.fmean(values), f"{name}_std": spread}
     row["seeds"] = seeds
     row |= {f"{name}s": list(values) for name, values in scores.items()}
     return row | more
-
-
-def _spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {f"{name}_mean": statistics.fmean(values), f"{name}_std": spread}

@@ -1,16 +1,21 @@
-"""Networks and data modules as plain data: a `class_path` with `init_args`."""
+"""Networks and data modules as plain data: a `class_path` with `init_args`, which options of a command may change."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningDataModule
 
+from ensemblenet.data import __all__ as data_modules
 from ensemblenet.errors import EnsembleNetError, LoadError
 
-__all__ = ["instantiate", "with_defaults"]
+__all__ = ["changed_data", "instantiate", "plain", "with_data_folder", "with_defaults"]
 
 
 def instantiate(kind: type[Any], spec: Mapping[str, Any]) -> Any:
@@ -28,13 +33,13 @@ def instantiate(kind: type[Any], spec: Mapping[str, Any]) -> Any:
         >>> instantiate(nn.Module, {"class_path": "torch.nn.ReLU", "init_args": {"inplace": True}})
         ReLU(inplace=True)
     """
-    parser = _parser(kind)
+    parser = _parser(kind, kind.__name__)
     try:
-        return parser.instantiate(parser.parse_object({"made": dict(spec)}))["made"]
+        return parser.instantiate(parser.parse_object({kind.__name__: dict(spec)}))[kind.__name__]
     except (ArgumentError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, EnsembleNetError):
             raise
-        raise _refused(spec, error) from error
+        raise LoadError(plain(error)) from error
 
 
 def with_defaults(kind: type[Any], spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,23 +55,73 @@ def with_defaults(kind: type[Any], spec: Mapping[str, Any]) -> dict[str, Any]:
         >>> with_defaults(nn.Module, {"class_path": "torch.nn.ReLU"})
         {'class_path': 'torch.nn.ReLU', 'init_args': {'inplace': False}}
     """
-    parser = _parser(kind)
+    parser = _parser(kind, kind.__name__)
     try:
-        return parser.parse_object({"made": dict(spec)}).as_dict()["made"]
+        return parser.parse_object({kind.__name__: dict(spec)}).as_dict()[kind.__name__]
     except (ArgumentError, ValueError) as error:
-        raise _refused(spec, error) from error
+        raise LoadError(plain(error)) from error
 
 
-def _parser(kind: type[Any]) -> ArgumentParser:
+def changed_data(spec: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The description of a data module with what options of a command change.
+
+    Args:
+        spec: plain data with the two keys.
+        options: `--data.KEY VALUE`, where a KEY is an argument of the data module, and `--data FOLDER`.
+
+    Raises:
+        LoadError: there is no such class, or it does not take these options.
+
+    Example:
+        >>> changed_data({"class_path": "ensemblenet.data.MNIST1D"}, ["--data.num_test", "20"])["init_args"]["num_test"]
+        20
+    """
+    parser = _parser(LightningDataModule, "data")
+    arguments = ["--data", yaml.safe_dump(dict(spec)), *with_data_folder(options)]
+    try:
+        return parser.parse_args(arguments).as_dict()["data"]
+    except ArgumentError as error:
+        given = f"; of the data, options are --data.KEY VALUE, got {' '.join(options)}." if options else ""
+        raise LoadError(f"{plain(error)}{given}") from error
+
+
+def with_data_folder(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--data FOLDER` written out.
+
+    Example:
+        >>> with_data_folder(["--data", "some/folder", "--data=MNIST1D"])
+        ['--data.init_args.folder', 'some/folder', '--data=MNIST1D']
+    """
+    written = list(arguments)
+    for place, (argument, following) in enumerate(pairwise([*arguments, ""])):
+        option, equals, text = argument.partition("=")
+        if option == "--data" and _is_folder(text if equals else following):
+            written[place] = f"--data.init_args.folder{equals}{text}"
+    return written
+
+
+def plain(error: Exception) -> str:
+    """What jsonargparse says, in one line, without the other types that it tried.
+
+    Example:
+        >>> tried = "Problem with given class_path 'a.Data': 'b' is not accepted - Expected a <class 'NoneType'>"
+        >>> plain(ValueError(f'Parser key "data":\\n  Errors:\\n    - {tried}'))
+        "data: a.Data cannot be made: 'b' is not accepted"
+    """
+    text = " ".join(str(error).split())
+    end = r"(?= - (?:Expected a <class|Not a valid|Problem)| Given value type|$)"
+    found = re.match(rf"Parser key \"([\w.]+)\": .*?Problem with given class_path '([^']*)': (.+?){end}", text)
+    return "{}: {} cannot be made: {}".format(*found.groups()) if found else text
+
+
+def _parser(kind: type[Any], name: str) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "made", required=True)
+    parser.add_subclass_arguments(kind, name, required=True)
     return parser
 
 
-def _refused(spec: Mapping[str, Any], error: Exception) -> LoadError:
-    """The error in one line, without the other types that jsonargparse tried."""
-    text = " ".join(str(error).split())
-    reason = re.search(
-        r"Problem with given class_path '[^']*': (.+?)(?= - Expected a <class| Given value type|$)", text
-    )
-    return LoadError(f"{spec.get('class_path')} cannot be made: {reason[1] if reason else text}")
+def _is_folder(text: str) -> bool:
+    """Whether `--data` means a folder, there or not; else it is a file of settings, or the name of a class."""
+    if not text or Path(text).suffix in (".yaml", ".yml", ".json"):
+        return False
+    return "/" in text or Path(text).is_dir() or not ("." in text or text in data_modules)

@@ -8,7 +8,8 @@ one, and say what is known there; all else must be numbers, flags or nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +19,11 @@ import yaml
 
 from ensemblenet import data, models
 from ensemblenet._moved import MOVED
-from ensemblenet.errors import LoadError
+from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.models.sources import is_known
+from ensemblenet.storage.runs import CONFIG
 
-__all__ = ["config_option", "read_config"]
+__all__ = ["config_option", "read_config", "resumed"]
 
 _LONGEST = 80
 _MOST_SETTINGS = 10_000  # aliases of YAML let a small file stand for more than memory holds
@@ -71,6 +73,40 @@ def config_option(file: Path, trust: bool = False) -> list[str]:
     It holds the text: beside a file, jsonargparse would look for further files that values of the settings name.
     """
     return ["--config", yaml.safe_dump(read_config(file, trust), sort_keys=False)]
+
+
+def resumed(arguments: Sequence[str], *other: str) -> list[str]:
+    """The arguments, behind the configuration of the run or study that `--resume FOLDER` names.
+
+    Args:
+        arguments: of a command; with `--trust` among them, that configuration may name what it likes.
+        other: what `--resume` takes that is no folder.
+
+    Raises:
+        TrainingError: `--resume` names no such folder.
+        LoadError: what [`read_config`][ensemblenet.storage.trust.read_config] raises.
+
+    Example:
+        >>> resumed(["--seed", "3", "--trust", "--resume=auto"], "auto")
+        ['--seed', '3', '--resume', 'auto']
+    """
+    finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--resume")
+    finder.add_argument("--trust", action="store_true")
+    try:
+        found, others = finder.parse_known_args(arguments)
+    except ArgumentError as error:
+        raise TrainingError(str(error)) from error
+    if found.resume is None:
+        return others
+    complete = [*others, "--resume", found.resume]
+    if found.resume in other:
+        return complete
+    file = Path(found.resume, CONFIG)
+    if not file.is_file():
+        asked = " or ".join(["a folder under runs/", *other])
+        raise TrainingError(f"{found.resume} has no {CONFIG}, so nothing there can go on: give --resume {asked}.")
+    return [*config_option(file, found.trust), *complete]
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -227,7 +227,7 @@ def _rows(
         tuned = best[name]
         more = {
             "kind": _kind(candidate.method, cost, next(iter(costs.values()))["cost"]),
-            "summary": METHODS[candidate.method].summary.format(num_heads=candidate.setup.num_heads),
+            "summary": METHODS[candidate.method].summary.format(num_heads=candidate.setup.conversion.num_heads),
             "num_heads": len(outcomes[0]["head_errors"]),
             "setup": asdict(candidate.setup),
             "lr": trials[0].optimization.lr,

@@ -11,6 +11,7 @@ from scipy.stats import qmc
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
+from ensemblenet.recipe import Conversion
 from ensemblenet.study.methods import METHODS
 from ensemblenet.study.task import Setup
 from ensemblenet.study.trials import Phase, Precision, Trial
@@ -94,8 +95,9 @@ class Variant:
         TrainingError: only one of `lr` and `weight_decay`, or no seed.
 
     Example:
-        >>> Variant("codistillation", name="2 heads", num_heads=2).setup(Setup(weight=3.0))
-        Setup(num_heads=2, budget=0.95, split_at='auto', weight=3.0, task='multiclass')
+        >>> setup = Variant("codistillation", name="2 heads", num_heads=2).setup(Setup(weight=3.0))
+        >>> setup.conversion.num_heads, setup.conversion.budget, setup.weight
+        (2, 0.95, 3.0)
     """
 
     method: str
@@ -115,8 +117,9 @@ class Variant:
 
     def setup(self, shared: Setup) -> Setup:
         """The study's setup with this variant's own settings."""
-        own = {name: getattr(self, name) for name in ("num_heads", "budget", "split_at", "weight")}
-        return replace(shared, **{name: value for name, value in own.items() if value is not None})
+        own = {name: getattr(self, name) for name in ("num_heads", "budget", "split_at")}
+        conversion = replace(shared.conversion, **{name: value for name, value in own.items() if value is not None})
+        return replace(shared, conversion=conversion, weight=shared.weight if self.weight is None else self.weight)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ class Study:
             TrainingError: an unknown method, two of one name, or the first is not the base.
         """
         task: Task = self.task
-        shared = Setup(self.num_heads, self.budget, self.split_at, self.weight, task)
+        shared = Setup(Conversion(self.num_heads, self.budget, self.split_at), self.weight, task)
         found: dict[str, Candidate] = {}
         for choice in self.methods or [key for key, method in METHODS.items() if task in method.tasks]:
             variant = Variant(choice) if isinstance(choice, str) else choice

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,20 +28,16 @@ class Setup:
     """The settings of a method; methods of single networks do not read all of them.
 
     Args:
-        num_heads: K.
-        budget: the most that a conversion may cost, as a share of the base's parameters and MACs.
-        split_at: the split point, for methods that share a trunk.
+        conversion: of the base; K is also the number of networks of a method that shares no trunk.
         weight: lambda of co-distillation.
         task: "multiclass" or "multilabel".
 
     Example:
-        >>> Setup(num_heads=2)
-        Setup(num_heads=2, budget=0.95, split_at='auto', weight=2.0, task='multiclass')
+        >>> Setup(Conversion(num_heads=2)).weight
+        2.0
     """
 
-    num_heads: int = 4
-    budget: float = 0.95
-    split_at: str = "auto"
+    conversion: Conversion = field(default_factory=lambda: Conversion(num_heads=4, budget=0.95))
     weight: float = 2.0
     task: Task = "multiclass"
 
@@ -57,7 +53,7 @@ class Source:
 
     Example:
         >>> base = lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
-        >>> Source(base, torch.zeros(2, 4)).convert(Setup(num_heads=2)).num_heads
+        >>> Source(base, torch.zeros(2, 4)).convert(Setup(Conversion(num_heads=2))).num_heads
         2
     """
 
@@ -69,13 +65,13 @@ class Source:
         """Convert a fresh base.
 
         Args:
-            setup: the options of the conversion.
+            setup: has the options of the conversion; its seed is this source's.
             options: those that differ from the setup's, such as `split_at="input"`.
 
         Raises:
             ConversionError: the base cannot be converted so.
         """
-        wanted = replace(Conversion(setup.num_heads, setup.budget, setup.split_at, self.seed), **options)
+        wanted = replace(setup.conversion, seed=self.seed, **options)
         return convert_as(wanted, self.make_base(), self.example, setup.task)
 
 
@@ -157,10 +153,10 @@ class Method:
 
         Example:
             >>> method = Method("mine", "{num_heads} heads, λ = {weight}", "", codistilled)
-            >>> method.name(Setup(num_heads=2, weight=3.0))
+            >>> method.name(Setup(Conversion(num_heads=2), weight=3.0))
             '2 heads, λ = 3'
         """
-        return self.title.format(weight=f"{setup.weight:g}", num_heads=setup.num_heads)
+        return self.title.format(weight=f"{setup.weight:g}", num_heads=setup.conversion.num_heads)
 
 
 def codistilled(network: nn.Module, weight: float, task: Task) -> TrainingTask:

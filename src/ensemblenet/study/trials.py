@@ -80,10 +80,10 @@ class Trial:
         return trial_key(asdict(self))
 
     def data_module(self) -> LightningDataModule:
-        """The data module, set up; a process keeps that of its last trial."""
-        data: Any = _data_module(json.dumps(self.data))
-        if self.data.get("init_args", {}).get("seed", 0) is None:
-            data.seed = self.seed  # `seed: null` asks for the seed of the run
+        """The data module, set up; a process keeps that of its last trial, and begins its training data anew."""
+        data = _data_module(json.dumps(self.data))
+        if isinstance(data, DataModule):
+            data.reseed(self.seed)
         return data
 
     def task(self, example: Tree) -> TrainingTask:
@@ -115,11 +115,19 @@ def trial_key(stored: Mapping[str, Any]) -> str:
         True
     """
     filled = {"device": "cpu", "precision": "32", **stored}
-    filled["setup"] = asdict(Setup()) | stored.get("setup", {})
+    filled["setup"] = _complete_setup(stored.get("setup", {}))
     filled["optimization"] = asdict(Optimization()) | stored.get("optimization", {})
     for name in ("base", "data"):
         filled[name] = json.loads(_complete(name, json.dumps(stored.get(name, {}))))
     return json.dumps(filled, sort_keys=True)
+
+
+def _complete_setup(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The setup of a stored trial; version 0.1 wrote what is asked of a conversion beside the rest."""
+    setup = asdict(Setup())
+    beside = {key: value for key, value in stored.items() if key in setup["conversion"]}
+    conversion = setup["conversion"] | stored.get("conversion", {}) | beside
+    return setup | {key: value for key, value in stored.items() if key not in beside} | {"conversion": conversion}
 
 
 @lru_cache(maxsize=64)
@@ -237,7 +245,7 @@ def train(
         data: a data module of batches as [`ensemblenet.inputs.inputs_and_targets`][] takes them.
         optimization: optimizer and learning rate; all modules of the method are trained by it.
         epochs: passes over the training examples.
-        seed: of the data, unless it has a seed of its own; and every epoch starts from a seed made of this one.
+        seed: every epoch starts from a seed made of this one.
         precision: the precision of the forward pass.
 
     Returns:
@@ -247,8 +255,6 @@ def train(
         TrainingError: the loss became non-finite.
     """
     device = next(task.parameters()).device
-    if isinstance(data, DataModule):
-        data.reseed(seed)
     loader = data.train_dataloader()
     steps = epochs * len(loader)
     optimizer = build_optimizer(task, optimization)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from ensemblenet.storage.runs import (
     quiet_lightning,
     scores_row,
 )
+from ensemblenet.storage.specs import plain
 from ensemblenet.storage.trust import config_option
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.options import (
@@ -102,7 +102,7 @@ def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = Non
         with _lightning_errors():
             return FitCLI(complete, held, folder)
     except ArgumentError as error:
-        raise TrainingError(_plain(error)) from error
+        raise TrainingError(plain(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
         raise TrainingError(str(_innermost(error))) from error
 
@@ -170,15 +170,6 @@ def _searched(cli: FitCLI) -> Candidate:
 def _arguments(chosen: Candidate) -> list[str]:
     conversion = None if chosen.conversion is None else asdict(chosen.conversion)
     return ["--plan", "given", "--model.conversion", json.dumps(conversion)]
-
-
-def _plain(error: ArgumentError) -> str:
-    """What jsonargparse says, without the types that an optional setting was tried as."""
-    text = " ".join(str(error).split())
-    key = re.match(r'Parser key "([\w.]+)": ', text)
-    rest = r" - (?:Expected a <class|Not a valid|Problem)| Given value type|$"
-    inner = re.search(rf"(Problem with given class_path '[^']*': .+?)(?={rest})", text)
-    return f"{key[1]}: {inner[1]}" if key and inner else text
 
 
 def _innermost(error: BaseException) -> BaseException:

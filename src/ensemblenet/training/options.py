@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,10 +31,19 @@ from lightning.pytorch.callbacks import (
 )
 
 from ensemblenet.errors import TrainingError
+from ensemblenet.metrics.scores import current_name
 from ensemblenet.training.callbacks import AveragedWeights
 from ensemblenet.training.optimization import Optimization
 
-__all__ = ["REPLACED", "check_callbacks", "check_replaced", "check_trainer", "listed", "replaced_options"]
+__all__ = [
+    "REPLACED",
+    "check_callbacks",
+    "check_replaced",
+    "check_trainer",
+    "listed",
+    "rename_scores",
+    "replaced_options",
+]
 
 REPLACED = ("optimizer", "lr_scheduler")
 
@@ -222,6 +232,27 @@ def check_callbacks(callbacks: Sequence[Callback]) -> None:
                 raise TrainingError(f"fit does not take {name}: {instead}.")
         if not any(_overrides(callback, hook) for hook in _HOOKS):
             raise TrainingError(f"fit does not take {name}: it has nothing to do in training or testing.")
+
+
+def rename_scores(callbacks: Sequence[Mapping[str, Any]]) -> None:
+    """Let callbacks watch and write scores by today's names, where they name them as version 0.1 did.
+
+    Args:
+        callbacks: the user's, each `class_path` and `init_args`, which are changed.
+
+    Example:
+        >>> stop = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/divergence"}}
+        >>> rename_scores([stop])
+        >>> stop["init_args"]
+        {'monitor': 'val/divergence'}
+    """
+    for callback in callbacks:
+        arguments = callback.get("init_args") or {}
+        for key, place in (("monitor", ".+"), ("filename", r"\{.+?\}")):
+            old = arguments.get(key) or ""
+            if (new := re.sub(place, lambda found: current_name(found[0]), old)) != old:
+                warnings.warn(f"{key} {old} is now {new}.", DeprecationWarning, stacklevel=2)
+                arguments[key] = new
 
 
 _HOOKS = [name for name in dir(Callback) if name.startswith(("on_", "setup", "teardown")) and "predict" not in name]

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ensemblenet.conversion.convert import plans
-from ensemblenet.conversion.planning import Plan, preference
+from ensemblenet.conversion.planning import STEM, is_eligible, preferred
 from ensemblenet.cost import Budget
 from ensemblenet.errors import TrainingError
 from ensemblenet.recipe import Conversion
@@ -23,7 +23,7 @@ __all__ = ["Candidate", "before_search", "candidates", "rungs", "search"]
 
 _PLAN = "plan.json"
 _HEADS = (2, 4)
-_TRUNK_SHARES = (0.05, 0.5)
+_TRUNK_SHARES = (STEM, 0.5)
 _RUNGS = (1 / 8, 1 / 4, 1 / 2)
 
 Score = Callable[["Candidate", int], float]
@@ -64,18 +64,15 @@ def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) ->
     """
     found = {"base": Candidate("base")}
     for heads in _HEADS:
-        fitting = [plan.split for plan in plans(base, example_inputs, heads, settings.budget) if _fits(plan, settings)]
-        for share in _TRUNK_SHARES if fitting else ():
-            name = min(reversed(fitting), key=lambda point: preference(point, share)).name
+        found_plans = plans(base, example_inputs, heads, settings.budget)
+        points = [plan.split for plan in found_plans if is_eligible(plan, settings)]
+        for share in _TRUNK_SHARES if points else ():
+            name = preferred(points, share)[0].name
             plan = replace(settings, num_heads=heads, split_at=name)
             found.setdefault(f"{heads}-heads-{name}", Candidate(f"{heads}-heads-{name}", plan))
     if len(found) == 1:
         raise TrainingError(f"No conversion of the base fits a budget of {Budget.of(settings.budget)}; allow more.")
     return list(found.values())
-
-
-def _fits(plan: Plan, settings: Conversion) -> bool:
-    return plan.width is not None and plan.width >= (settings.min_width or 0.0)
 
 
 def rungs(epochs: int) -> list[int]:

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, Pr
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from ensemblenet.data import __all__ as data_modules
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
 from ensemblenet.storage.atomic import atomic_path
@@ -27,7 +26,8 @@ from ensemblenet.storage.runs import (
     RESULTS,
     create_run_folder,
 )
-from ensemblenet.storage.trust import config_option
+from ensemblenet.storage.specs import with_data_folder
+from ensemblenet.storage.trust import config_option, resumed
 from ensemblenet.training.callbacks import (
     Announce,
     AveragedWeights,
@@ -46,6 +46,7 @@ from ensemblenet.training.options import (
     check_replaced,
     check_trainer,
     listed,
+    rename_scores,
 )
 from ensemblenet.training.processes import agreed_folder, is_first_process
 from ensemblenet.training.resume import changed_setting, take_unfinished
@@ -62,7 +63,6 @@ is on PYTHONPATH; so does `data`, and `--data FOLDER` is short for --data.init_a
 folder of its own under --runs with the configuration, the environment, logs for TensorBoard and as CSV,
 checkpoints, and results.json.
 """
-_TRUST = "--trust"
 # Defaults of callbacks may be such, as Timer's is, and are written to config.yaml.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 
@@ -133,13 +133,14 @@ class FitCLI(LightningCLI):
             help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' for the "
             "newest unfinished run of this name and these settings that no process is writing, or else a new one",
         )
-        parser.add_argument(_TRUST, action="store_true", default=SUPPRESS, help=f"with --resume: {TRUST_HELP}")
+        parser.add_argument("--trust", action="store_true", default=SUPPRESS, help=f"with --resume: {TRUST_HELP}")
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what the run could not honour."""
+        """Refuse what the run could not honour, and take the names of version 0.1."""
         check_replaced({name: self.config.pop(name, None) for name in REPLACED})
         if (steps := self.config["checkpoint_steps"]) is not None and steps < 1:
             raise TrainingError(f"checkpoint_steps must be at least 1, got {steps}.")
+        rename_scores(listed(self.config["trainer"]["callbacks"]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
@@ -220,7 +221,7 @@ class FitCLI(LightningCLI):
 
 def complete_arguments(arguments: Sequence[str]) -> list[str]:
     """The arguments with `--data FOLDER` written out, behind the configuration of the run that they resume."""
-    return _with_stored_config(_with_data_folder(arguments))
+    return resumed(with_data_folder(arguments), "auto")
 
 
 def _without_objects(stored: Any) -> Any:
@@ -232,40 +233,3 @@ def _without_objects(stored: Any) -> Any:
         for name, value in stored.items()
         if not str(value).startswith("Unable to serialize instance")
     }
-
-
-def _with_stored_config(arguments: list[str]) -> list[str]:
-    """The arguments, behind the configuration of the run that they resume."""
-    trust = _TRUST in arguments
-    untrusting = [argument for argument in arguments if argument != _TRUST]
-    resume = _value_of("--resume", arguments)
-    if resume in (None, "auto"):
-        return untrusting
-    if not Path(resume, CONFIG).is_file():
-        raise TrainingError(f"{resume} is no run folder: it has no {CONFIG}. Give a folder under runs/, or 'auto'.")
-    return [*config_option(Path(resume, CONFIG), trust), *untrusting]
-
-
-def _with_data_folder(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--data FOLDER` written out."""
-    written = list(arguments)
-    for place, following in enumerate(written[1:], 1):
-        if written[place - 1] == "--data" and _is_folder(following):
-            written[place - 1] = "--data.init_args.folder"
-    return written
-
-
-def _is_folder(text: str) -> bool:
-    """Whether `--data` means a folder, there or not; else it is a file of settings, or the name of a class."""
-    if Path(text).suffix in (".yaml", ".yml", ".json"):
-        return False
-    return "/" in text or Path(text).is_dir() or not ("." in text or text in data_modules)
-
-
-def _value_of(option: str, arguments: Sequence[str]) -> str | None:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
-        if argument == option:
-            return following
-        if argument.startswith(f"{option}="):
-            return argument.split("=", 1)[1]
-    return None

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from ensemblenet.models import MNIST1DNet
+from ensemblenet.recipe import Conversion
 from ensemblenet.study.methods import METHODS, Setup, Source, TrainingTask
 from ensemblenet.study.methods.co_training import co_training
 from ensemblenet.study.methods.okddip import okddip
 
 X = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 4, 5])
-SETUP = Setup(num_heads=3, budget=0.9, weight=3.0)
+SETUP = Setup(Conversion(num_heads=3, budget=0.9), weight=3.0)
 SINGLE = {"base", "narrow", "head_alone"}
 SHARED = set(METHODS) - SINGLE - {"co_training", "deep_ensemble", "deep_ensemble_of_bases"}
 
@@ -134,7 +135,7 @@ def test_co_training_warms_up(built: dict[str, TrainingTask]) -> None:
 def test_multilabel_targets() -> None:
     labels = torch.randint(2, (6, 10), generator=torch.Generator().manual_seed(1))
     for key in set(METHODS) - {"kdcl"}:
-        task = METHODS[key].build(source(), Setup(num_heads=2, budget=0.9, task="multilabel"))
+        task = METHODS[key].build(source(), Setup(Conversion(num_heads=2, budget=0.9), task="multilabel"))
         assert task.loss(X, labels, 0.5).isfinite(), key
     with pytest.raises(RuntimeError, match="KDCL's teacher is made of each example's one true class"):
         METHODS["kdcl"].build(source(), Setup(task="multilabel"))

@@ -14,7 +14,6 @@ A layer stays whole, called but not opened, if it is PyTorch's own or its operat
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, Trial, depends_on_input
+from ensemblenet.conversion.trace.graph import (
+    BY_HAND,
+    GraphRunner,
+    NodeError,
+    Trace,
+    Trial,
+    depends_on_input,
+    parameter_names,
+)
 from ensemblenet.conversion.trace.modes import BY_MODE, ByMode, merge_modes
 from ensemblenet.conversion.trace.outputs import Output, describe, pick
 from ensemblenet.conversion.trace.recorder import Recorder
@@ -44,7 +51,9 @@ __all__ = [
     "Trial",
     "depends_on_input",
     "differs",
+    "examples",
     "keeping_state",
+    "pick",
     "refs",
     "trace",
 ]
@@ -112,7 +121,7 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
 
 def _in_order(base: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
     """Named inputs in the order in which the base takes them by position."""
-    order = list(inspect.signature(base.forward).parameters)
+    order = parameter_names(base)
     return dict(sorted(named.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -100,6 +101,12 @@ class Trace:
         return arguments(self.inputs, self.tensors)
 
     @property
+    def is_called_by_name(self) -> bool:
+        """Whether arguments by position would be other ones than the base's, which has more between them."""
+        names = [str(node.target) for node in self.placeholders]
+        return isinstance(self.inputs.tree, dict) and names != parameter_names(self.module)[: len(names)]
+
+    @property
     def placeholders(self) -> list[fx.Node]:
         """The nodes of the network's arguments."""
         return [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -113,6 +120,12 @@ class Trace:
     def outputs(self) -> list[fx.Node]:
         """The nodes whose values the network returns."""
         return next(iter(reversed(self.graph.nodes))).all_input_nodes
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """The names of the arguments that a module's forward takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
 
 
 def arguments(inputs: Inputs, tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -133,9 +146,12 @@ def depends_on_input(node: fx.Node) -> bool:
 
 
 def drop_unused(graph: fx.Graph) -> None:
-    """Erase nodes whose values nobody reads, unless they write in place."""
+    """Erase nodes whose values nobody reads, unless they write in place or Python has read them."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output") and "effect" not in node.meta:
+        is_needed = node.op in ("placeholder", "output") or not node.meta.keys().isdisjoint(
+            ("effect", "escaped", "input")
+        )
+        if not node.users and not is_needed:
             graph.erase_node(node)
 
 

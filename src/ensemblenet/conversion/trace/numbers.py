@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -115,7 +115,9 @@ def followed_functions() -> Iterator[None]:
         return apply
 
     names = ("sqrt", "log", "log2", "exp")
-    with mock.patch.multiple(math, **{name: followed(getattr(math, name)) for name in names}):
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(math, name, followed(getattr(math, name))))
         yield
 
 

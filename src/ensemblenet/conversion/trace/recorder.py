@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 import sys
@@ -18,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ensemblenet.conversion.trace.graph import BY_HAND, Trace, depends_on_input, drop_unused
+from ensemblenet.conversion.trace.graph import BY_HAND, Trace, depends_on_input, drop_unused, parameter_names
 from ensemblenet.conversion.trace.numbers import followed_functions, node_of_size, traced_number
 from ensemblenet.conversion.trace.observer import Observer
 from ensemblenet.errors import ConversionError
@@ -309,8 +308,7 @@ def _named_arguments(module: nn.Module, arguments: Any) -> list[tuple[str, Any]]
     if isinstance(arguments, dict):
         return list(arguments.items())
     values = arguments if isinstance(arguments, tuple) else (arguments,)
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = [name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds]
+    names = parameter_names(module)
     names += [f"input_{index}" if index else "input" for index in range(len(names), len(values))]
     return list(zip(names, values, strict=False))
 

@@ -11,7 +11,7 @@ __all__ = ["BASES", "NARROW"]
 
 
 def _bases(source: Source, setup: Setup) -> TrainingTask:
-    bases = [source.make_base() for _ in range(setup.num_heads)]
+    bases = [source.make_base() for _ in range(setup.conversion.num_heads)]
     return codistilled(EnsembleNet(nn.Identity(), bases, task=setup.task), 1.0, setup.task)
 
 
