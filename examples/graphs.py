@@ -1,5 +1,7 @@
 """A graph network: two tensors in, of which only one has a row for each node."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ class GCN(nn.Module):
     def __init__(self, features: int, hidden: int, classes: int) -> None:
         super().__init__()
         sizes = [features, hidden, hidden, classes]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
 
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """Features of nodes (N, D) and edges from row 0 to row 1, (2, E), to logits (N, C)."""

@@ -33,7 +33,7 @@ ids[torch.arange(2000), torch.randint(8, (2000,))] = 5 + labels
 mask = (torch.arange(16) < torch.randint(8, 17, (2000, 1))).long()
 texts = [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids * mask, mask, labels, strict=True)]
 config = DistilBertConfig(vocab_size=60, dim=64, hidden_dim=128, n_layers=2, n_heads=4, dropout=0.0, num_labels=4)
-base = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
+base = AutoModelForSequenceClassification.from_config(config)
 example = {"input_ids": ids[:4], "attention_mask": mask[:4]}
 model = ensemblenet.convert(base, example, num_heads=2, output="logits")
 

@@ -141,7 +141,7 @@ def test_a_saved_model_comes_back(tmp_path: Path, case: tuple[EnsembleNet, Tree]
 
 
 def test_a_size_that_was_fixed_is_refused_by_one_line() -> None:
-    model, (x, edges) = made("graph")
+    model, (_, edges) = made("graph")
     with pytest.raises(InputError, match=r"^Input 'x' must have the shape \(any, 8\), got \(6, 9\): [^\n]*$"):
         model(torch.zeros(6, 9), edges)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -18,6 +19,18 @@ __all__ = ["Budget", "Cost", "count_parameters", "measure_cost"]
 _ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 if _ATTENTION_ON_CPU not in flop_registry:  # PyTorch before 2.15 does not count it
     register_flop_formula(_ATTENTION_ON_CPU, get_raw=True)(sdpa_flop)  # it reads shapes already
+
+
+def _recurrent_flop(x: torch.Size, weights: Iterable[torch.Size]) -> int:
+    """A product of the features of every example and step, (*, I), with each matrix of weights."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) == 2)
+
+
+# recurrent layers that are one operator, which PyTorch does not count: an LSTM's on a CPU, any on a GPU
+if torch.ops.aten.mkldnn_rnn_layer not in flop_registry:
+    register_flop_formula(torch.ops.aten.mkldnn_rnn_layer)(lambda x, *weights, **_: _recurrent_flop(x, weights[:2]))
+if torch.ops.aten._cudnn_rnn not in flop_registry:
+    register_flop_formula(torch.ops.aten._cudnn_rnn)(lambda x, weights, *_, **__: _recurrent_flop(x, weights))
 
 
 @dataclass(frozen=True)

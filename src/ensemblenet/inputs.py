@@ -29,7 +29,10 @@ __all__ = [
     "to_device",
 ]
 
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "bool"),
+    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+)
 
 Tree = Any  # a tensor; or a tuple, a list or a mapping of trees
 
@@ -67,26 +70,34 @@ class InputSpec:
         """The shape of the tensor for so many examples."""
         return (size, *self.shape) if self.is_batched else self.shape
 
-    def zeros(self, size: int = 1, like: Tensor | None = None) -> Tensor:
+    def zeros(self, size: int = 1, like: nn.Module | None = None) -> Tensor:
         """A batch of zeros, (size, *).
 
         Args:
             size: N.
-            like: a parameter of the network, whose device and floating-point dtype the batch gets.
+            like: a network, whose device and floating-point precision the batch gets.
         """
-        dtype = getattr(torch, self.dtype)
-        if like is not None and dtype.is_floating_point:
-            dtype = like.dtype
-        return torch.zeros(self.whole(size), dtype=dtype, device=None if like is None else like.device)
+        dtype, device = getattr(torch, self.dtype), None
+        for parameter in [] if like is None else like.parameters():
+            if parameter.is_floating_point() or parameter.is_complex():
+                precision, device = parameter.dtype.to_real(), parameter.device
+                if dtype.is_floating_point:
+                    dtype = precision
+                elif dtype.is_complex:
+                    dtype = torch.promote_types(precision, torch.complex64)
+                break
+        return torch.zeros(self.whole(size), dtype=dtype, device=device)
 
     def __str__(self) -> str:
         sizes = (*(("N",) if self.is_batched else ()), *self.shape)
         return f"{self.dtype} ({', '.join(map(str, sizes))})"
 
     def random(self, size: int = 2) -> Tensor:
-        """A batch of numbers in [0, 1), (size, *), the same every time; zeros where inputs are integers."""
-        values = torch.rand(self.whole(size), generator=torch.Generator().manual_seed(0))
-        return values.to(getattr(torch, self.dtype))
+        """A batch of numbers in [0, 1), (size, *), the same every time; integers are zeros, flags are tossed."""
+        dtype = getattr(torch, self.dtype)
+        drawn = torch.complex64 if dtype.is_complex else torch.float32
+        values = torch.rand(self.whole(size), generator=torch.Generator().manual_seed(0), dtype=drawn)
+        return values < 0.5 if dtype == torch.bool else values.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,10 @@ class Inputs:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in found)
             raise ConversionError(f"example_inputs must have the shape (N, ...) with N > 0, got {shapes or 'none'}.")
         specs = tuple(InputSpec.of(tensor, tensor.ndim > 0 and len(tensor) == size) for tensor in found)
+        if unknown := {spec.dtype for spec in specs}.difference(DTYPES):
+            raise ConversionError(
+                f"example_inputs are of {', '.join(unknown)}; a conversion takes {', '.join(DTYPES)}."
+            )
         return cls(specs, tree)
 
     @property
@@ -224,7 +239,7 @@ class Inputs:
 
         return place(self.tree)
 
-    def zeros(self, size: int = 1, like: Tensor | None = None) -> Tree:
+    def zeros(self, size: int = 1, like: nn.Module | None = None) -> Tree:
         """Inputs of zeros for so many examples; see `InputSpec.zeros`."""
         return self.build([spec.zeros(size, like) for spec in self.tensors])
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ensemblenet import BudgetError, EnsembleNet, convert
+from ensemblenet import BudgetError, EnsembleNet, convert, fuse
 from ensemblenet.conversion.trace import trace
 from ensemblenet.operations import Event, LayerSizes, Operation, Sizes, register
+from ensemblenet.testing import check_conversion, check_full_width
 
 
 class Between(nn.Module):
@@ -69,7 +70,44 @@ MIDDLES = {
     "padding": Function(lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect")),
     "upsampling": nn.Upsample(scale_factor=2, mode="bilinear"),
     "window": Function(lambda x: F.fold(F.unfold(x, 2, stride=2), (8, 8), 2, stride=2)),
+    "windows": Function(lambda x: x.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2))),
+    "local response": nn.Sequential(nn.LocalResponseNorm(5), Function(lambda x: F.local_response_norm(x, 5))),
+    "unit vectors": Function(lambda x: F.normalize(x)),
+    "as another": Function(lambda x: x * x.mean(1, keepdim=True).expand_as(x)),
+    "zeros beside": nn.Sequential(Function(lambda x: F.pad(x, (0, 0, 0, 0, 0, 64))), nn.Conv2d(128, 64, 1)),
+    "zeros on both sides": nn.Sequential(
+        Function(lambda x: F.pad(x, (0, 0, 0, 0, x.shape[1] // 2, 32))), nn.Conv2d(128, 64, 1)
+    ),
+    "repeated kernel": Function(lambda x: F.conv2d(x, torch.ones(1, 1, 3, 3).repeat(64, 1, 1, 1), groups=64)),
+    "one repeated kernel, transposed": Function(
+        lambda x: F.conv_transpose2d(x, torch.ones(1, 1, 2, 2).repeat(x.size(1), 1, 1, 1), stride=2, groups=64)
+    ),
+    "channels as positions": Function(
+        lambda x: (
+            x * F.conv1d(x.mean((2, 3)).unsqueeze(1), torch.ones(1, 1, 3), padding=1).sigmoid()[:, 0, :, None, None]
+        )
+    ),
+    "unpooled": Function(lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)),
+    "sampled": Function(
+        lambda x: F.grid_sample(x, F.affine_grid(torch.eye(2, 3).expand(x.size(0), -1, -1), [x.size(0), 1, 4, 4]))
+    ),
+    "gathered": Function(
+        lambda x: x.flatten(2).gather(2, torch.arange(9).expand(x.size(0), 64, -1)).unflatten(2, (3, 3))
+    ),
+    "taken": Function(lambda x: x.take_along_dim(x.mean(1, keepdim=True).argsort(2), 2)),
+    "scattered": Function(
+        lambda x: torch.zeros(x.size(0), 64, 1, 1).index_add(3, torch.zeros(8).long(), x.amax(2, keepdim=True))
+    ),
 }
+
+
+def put(x: Tensor) -> Tensor:
+    x = x.movedim(1, -1).clone()
+    x[(torch.arange(8) > 3).expand(x.size(0), 8, 8)] = torch.zeros(64)
+    return x.movedim(-1, 1)
+
+
+MIDDLES["put"] = Function(put)
 
 
 def converted(middle: nn.Module, budget: float = 0.9) -> EnsembleNet:
@@ -90,6 +128,7 @@ def test_channels_shrink_through(name: str) -> None:
     assert model.recipe is not None
     assert model.recipe.head.pinned == ()
     assert channels_left(model) < 60
+    assert model.heads[0].get_submodule("first").out_channels < 64
 
 
 def test_channels_that_are_a_contraction_of_themselves_shrink() -> None:
@@ -258,3 +297,93 @@ def test_gated_recurrent_units_are_narrowed(bidirectional: bool) -> None:
 def test_operations_that_let_channels_through(operation: Callable[..., Any]) -> None:
     model = convert(Between(Function(operation)), torch.randn(2, 3, 8, 8), 2, 0.9, "input")
     assert all(head.get_submodule("first").out_channels < 64 for head in model.heads)
+
+
+class Loop(nn.Module):
+    """A recurrent network by hand, whose first state the network makes itself."""
+
+    def __init__(self, begin: Callable[["Loop", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.hidden, self.begin = 96, begin
+        self.first, self.enter, self.step, self.last = (nn.Linear(*w) for w in ((12, 64), (64, 96), (96, 96), (96, 5)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        state = self.begin(self, x)
+        for k in range(x.shape[1]):
+            state = torch.tanh(self.enter(x[:, k]) + self.step(state))
+        return self.last(state)
+
+
+def written(net: Loop, x: Tensor) -> Tensor:
+    states = x.new_empty((x.size(0), 2, net.hidden))
+    states[:, 0] = net.enter(x[:, 0])
+    states[:, 1] = 1.0
+    return states.sum(1)
+
+
+BEGINNINGS: dict[str, Callable[[Loop, Tensor], Tensor]] = {
+    "zeros": lambda net, x: torch.zeros(x.shape[0], net.hidden, device=x.device, dtype=x.dtype),
+    "ones, a tuple": lambda net, x: torch.ones((x.shape[0], 96)),
+    "full": lambda net, x: torch.full(size=(x.size(0), 96), fill_value=0.5),
+    "new zeros": lambda net, x: x.new_zeros(x.size(0), 96),
+    "new full": lambda net, x: x.new_full((x.size(0), 96), 0.5),
+    "like another": lambda net, x: torch.full_like(net.enter(x[:, 0]), 0.5),
+    "expanded": lambda net, x: torch.zeros(1, 1).expand(x.size(0), 96),
+    "a vector, repeated": lambda net, x: torch.zeros(96).repeat(x.size(0), 1),
+    "as another's size": lambda net, x: (y := net.enter(x[:, 0])) + torch.zeros(x.size(0), y.size(1)),
+    "written": written,
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_tensors_that_the_network_makes_are_as_wide_as_what_they_meet(name: str) -> None:
+    torch.manual_seed(0)
+    base, x = Loop(BEGINNINGS[name]), torch.randn(3, 7, 12)
+    assert check_conversion(base, x, budget=0.9, split_at="input").width > 0.6
+    check_full_width(base, x, "input")
+    model = convert(base, x, budget=0.9, split_at="input").eval()
+    assert model.recipe is not None
+    assert model.recipe.head.pinned == ()
+    assert model(torch.randn(5, 7, 12)).shape == (5, 5)
+    torch.testing.assert_close(fuse(model)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) / 64 + 1e-6),
+        lambda x: F.normalize(x, dim=-1) * 64**0.5,
+        lambda x: x / (x.norm(dim=-1, keepdim=True) * 64**-0.5),
+        lambda x: F.rms_norm(x, (64,)),
+    ],
+)
+def test_a_norm_by_hand_divides_by_the_channels_that_are_left(norm: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(16, 64), Function(norm), nn.Linear(64, 5)), torch.randn(3, 16)
+    check_full_width(base, x, "input")
+    head = convert(base, x, budget=0.9, split_at="input").heads[0]
+    seen: list[Tensor] = []
+    last = head.get_submodule("2")
+    last.register_forward_hook(lambda layer, args, out: seen.append(args[0]))
+    head(x)
+    assert seen[0].shape[1] < 40
+    torch.testing.assert_close(seen[0].square().mean(1), torch.ones(3), rtol=1e-3, atol=0)
+
+
+def test_bilinear_layers_bags_and_products_with_vectors_are_narrowed() -> None:
+    class Rare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.pair, self.last = nn.Linear(16, 64), nn.Bilinear(64, 64, 32), nn.Linear(32, 5)
+            self.bags, self.vector = nn.EmbeddingBag(10, 64), nn.Parameter(torch.randn(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x) + self.bags(torch.zeros(x.size(0), 3, dtype=torch.long, device=x.device))
+            x = x + (x @ self.vector).unsqueeze(1) * torch.dot(self.vector, self.vector)
+            return self.last(self.pair(x, x.relu()))
+
+    torch.manual_seed(0)
+    base, x = Rare(), torch.randn(3, 16)
+    assert 0.4 < check_conversion(base, x, budget=0.9, split_at="input").width < 1
+    check_full_width(base, x, "input")

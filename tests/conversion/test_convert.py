@@ -98,11 +98,11 @@ def test_larger_images_than_the_example() -> None:
     assert model(torch.randn(2, 3, 32, 24)).shape == (2, 7, 32, 24)
 
 
-def test_recurrent_layers_stay_in_the_trunk_or_keep_their_width() -> None:
-    model = convert(Recurrent(), torch.randn(3, 7, 6), split_at="input", budget=1.7)
-    lstms = [module for module in model.modules() if isinstance(module, nn.LSTM)]
-    assert [lstm.hidden_size for lstm in lstms] == [24, 24]
-    assert not torch.equal(lstms[0].weight_ih_l0, lstms[1].weight_ih_l0)
+def test_recurrent_layers_of_heads_are_narrowed_and_their_own() -> None:
+    model = convert(Recurrent(), torch.randn(3, 7, 6), split_at="input", budget=0.9)
+    first, second = (module for module in model.modules() if isinstance(module, nn.LSTM))
+    assert first.hidden_size == second.hidden_size < 24
+    assert not torch.equal(first.weight_ih_l0, second.weight_ih_l0)
 
 
 def test_plans_agree_with_conversions() -> None:

@@ -20,6 +20,7 @@ from ensemblenet.errors import ConversionError
 from ensemblenet.operations import LayerSizes, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, settle
 from ensemblenet.operations.coupling import name_of
+from ensemblenet.operations.parametrised import restart_power_iterations
 from ensemblenet.recipe import HeadShape
 
 __all__ = ["HeadDesign", "build_head", "build_trunk", "check_head", "design_head"]
@@ -56,6 +57,15 @@ class HeadDesign:
             return False
         axis = self.entry[self.projected]
         return axis.value(shape.size) != axis.size
+
+    def keepers(self) -> list[str]:
+        """What keeps the width of its layers, in words, first what keeps most parameters."""
+        numbers: dict[str, int] = {}
+        for axes in self.parameters.values():
+            unknowns = [unknown for axis in axes for unknown in axis.unknowns()]
+            for cause in {unknown.cause for unknown in unknowns if unknown.cause is not None}:
+                numbers[cause] = numbers.get(cause, 0) + math.prod(axis.size for axis in axes)
+        return sorted(numbers, key=lambda cause: -numbers[cause])
 
     def cost(self, shape: HeadShape) -> Cost:
         """What one head costs."""
@@ -185,6 +195,8 @@ def build_head(design: HeadDesign, shape: HeadShape, initialiser: Initialiser) -
         attributes[PROJECTION] = _insert_projection(graph, design, shape, initialiser)
     head = fx.GraphModule(attributes, graph, class_name="Head")  # type: ignore[arg-type]
     initialiser.finish(head)
+    if initialiser.init == "fresh" or shape.width < 1:
+        restart_power_iterations(head)
     return head, {copied.name: node for node, copied in copies.items()}
 
 
@@ -203,6 +215,8 @@ def build_trunk(trace: Trace, cut: Cut, initialiser: Initialiser) -> fx.GraphMod
                 parameter.copy_(initialiser.tensor(name, parameter, axes, HeadShape(1.0).size, equations))
     trunk = fx.GraphModule(trace.module, graph, class_name="Trunk")
     initialiser.finish(trunk)
+    if initialiser.init == "fresh":
+        restart_power_iterations(trunk)
     return trunk
 
 
@@ -217,15 +231,14 @@ def _new_tensors(design: HeadDesign, shape: HeadShape, initialiser: Initialiser)
 
 
 def _read_tensors(design: HeadDesign) -> Iterator[tuple[str, Tensor]]:
-    module = design.trace.module
+    trace = design.trace
     for node in design.cut.head:
         name = str(node.target)
         if node.op == "get_attr":
-            yield name, design.trace.tensor(name)
+            yield name, trace.tensor(name)
         elif node.op == "call_module":
-            layer = module.get_submodule(name)
-            for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-                yield f"{name}.{key}", tensor
+            layer = trace.module.get_submodule(name)
+            yield from ((trace.names[id(tensor)], tensor) for tensor in (*layer.parameters(), *layer.buffers()))
 
 
 def _narrow_layer(narrowed: _Narrowed, node: fx.Node, tensors: dict[int, Tensor]) -> nn.Module:

@@ -56,7 +56,8 @@ def convert(
         seed: the source of all chance; the same seed gives the same model.
         init: "fresh" draws all weights anew, at the scale of the base's own, so give it a base that has not been
             trained; "inherit" keeps the base's weights in the trunk and gives each head its own choice of the base's
-            channels.
+            channels. Frozen parameters (`requires_grad` is False) stay frozen: those that would be drawn anew or
+            narrowed are refused.
         combine: how evaluation turns K outputs into one, see [`ensemblenet.functional.combine_heads`][].
         task: what the outputs mean; only `combine="probabilities"` depends on it.
         min_width: the least share of its channels that a head may keep, so that no more of the base is given up than
@@ -108,6 +109,9 @@ def convert_as(
         3
     """
     _check_inputs(base, example_inputs)
+    trains = [parameter.requires_grad for parameter in base.parameters()]
+    if trains and not any(trains):
+        raise ConversionError("The base has nothing to train: unfreeze what heads shall learn, requires_grad_(True).")
     traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
@@ -131,7 +135,9 @@ def convert_as(
         task=task,
     )
     _check_split(design)
-    model = _assemble(design, recipe, base_cost)
+    lost: set[str] = set()
+    model = _assemble(design, recipe, base_cost, lost)
+    _refuse_lost(lost, recipe)
     _check_training_step(model, example_inputs)
     if wanted.init == "fresh" and _looks_trained(base):
         note = "The base has been trained, and fresh heads would begin at the scale of its trained weights; "
@@ -213,6 +219,11 @@ def _check_inputs(base: nn.Module, example_inputs: Tree) -> None:
     Inputs.of(example_inputs)  # refuses what is no tensor
     there = {tensor.device for tensor in tensors_in(example_inputs)}
     devices = {tensor.device for tensor in (*base.parameters(), *base.buffers())}
+    if any(device.type == "meta" for device in devices):
+        raise ConversionError(
+            'The base is on the device "meta" and has no values: base.to_empty(device="cpu") makes room for them; then '
+            "initialise or load them."
+        )
     if devices and devices != there:
         names, others = (", ".join(sorted(map(str, found))) for found in (devices, there))
         raise ConversionError(f"example_inputs are on {others} and the base is on {names}; move them to one device.")
@@ -264,11 +275,14 @@ def _check_split(design: HeadDesign) -> None:
             raise ConversionError(f"The split at {design.cut.point.name!r} changes the base. {difference} {BY_HAND}")
 
 
-def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost) -> EnsembleNet:
-    """Build the trunk and the heads."""
+def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost, lost: set[str] | None = None) -> EnsembleNet:
+    """Build the trunk and the heads; `lost` takes up which frozen parameters do not keep the base's values."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    heads = [build_head(design, recipe.head, Initialiser(recipe.init, generator))[0] for _ in range(recipe.num_heads)]
-    trunk = build_trunk(design.trace, design.cut, Initialiser(recipe.init, generator))
+    initialisers = [Initialiser(recipe.init, generator) for _ in range(recipe.num_heads + 1)]
+    heads = [build_head(design, recipe.head, initialiser)[0] for initialiser in initialisers[1:]]
+    trunk = build_trunk(design.trace, design.cut, initialisers[0])
+    if lost is not None:
+        lost.update(*(initialiser.lost for initialiser in initialisers))
     return EnsembleNet(
         trunk,
         heads,
@@ -278,6 +292,24 @@ def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost) -> EnsembleNe
         trunk_cost=design.cut.trunk_cost,
         head_cost=design.cost(recipe.head),
         base_cost=base_cost,
+    )
+
+
+def _refuse_lost(lost: set[str], recipe: Recipe) -> None:
+    """Refuse to freeze for good what is not the base's any more."""
+    if not lost:
+        return
+    first, count = ", ".join(sorted(lost)[:3]), len(lost)
+    names = f"{first} and {count - 3} more" if count > 3 else first
+    if recipe.init == "fresh":
+        raise ConversionError(
+            f"The base has {count} frozen parameters (requires_grad is False), which would be drawn anew and never "
+            f'trained: {names}. Pass init="inherit", or unfreeze them with requires_grad_(True).'
+        )
+    raise ConversionError(
+        f"Heads of width {recipe.head.width:.2g} would keep a part of {count} frozen parameters (requires_grad is "
+        f"False) and never train it: {names}. Split behind them (split_at), allow heads of full width (budget), or "
+        "unfreeze them with requires_grad_(True)."
     )
 
 

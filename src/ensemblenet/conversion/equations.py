@@ -6,7 +6,8 @@ An operation that says nothing keeps the sizes of all it touches, so an unknown 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from torch import fx
 from ensemblenet.conversion.trace import Event, TensorRef, Trace, refs
 from ensemblenet.operations import Operation, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, unify
+from ensemblenet.operations.coupling import name_of
 from ensemblenet.operations.deprecated import Rule, rule
+from ensemblenet.operations.parametrised import singular_vectors
 
 __all__ = ["Equations", "Rule", "rule"]
+
+_NOT_KNOWN = (NotImplementedError, ValueError, IndexError)
 
 Axes = list[Axis]
 
@@ -57,17 +62,20 @@ class Equations:
         self.work: list[tuple[float, Axes]] = []
         self._weight_of: dict[int, str] = {}  # tensors that are a reshaped weight
         self._parameters = {name for name, _ in trace.module.named_parameters()}
-        layers = {
+        self._pinned = pinned
+        self._layers = {
             node: trace.module.get_submodule(str(node.target))
             for node in trace.graph.nodes
             if node in nodes and node.op == "call_module"
         }
-        operations = {node: operation_of(type(layer)) for node, layer in layers.items()}
-        for event in trace.events:
-            if event.node in nodes:
-                self._apply(event, operations.get(event.node), event.node in pinned)
-        for node, operation in operations.items():
-            operation.tie(self, node, layers[node])
+        for layer in self._layers.values():
+            for buffer in singular_vectors(layer):
+                self.rows(TensorRef(-id(buffer), tuple(buffer.shape), trace.names[id(buffer)]))
+        for node, events in groupby(trace.events, key=lambda event: event.node):
+            if node in nodes:
+                self._apply(node, list(events))
+        for node, layer in self._layers.items():
+            operation_of(type(layer)).tie(self, node, layer)
 
     # -- for operations: see `Sizes`
 
@@ -77,6 +85,11 @@ class Equations:
             self.values[ref.id] = self._source(ref, new) if ref.source else [kept(size) for size in ref.shape]
         return self.values[ref.id]
 
+    def rows(self, ref: TensorRef) -> None:
+        if ref.source and ref.source not in self._parameters:
+            first, *others = ref.shape
+            self.sources.setdefault(ref.source, [free(first), *map(kept, others)])
+
     def vector(self, ref: TensorRef | None, axis: Axis) -> None:
         if ref is None:
             return
@@ -84,8 +97,8 @@ class Equations:
             self.values[ref.id] = self._source(ref, free)
         unify(self.axes(ref)[0], axis)
 
-    def set(self, out: Any, axes: Axes) -> None:
-        assert isinstance(out, TensorRef)
+    def set(self, out: TensorRef | fx.Node, axes: Axes) -> None:
+        out = self.trace.refs[out] if isinstance(out, fx.Node) else out
         if tuple(axis.size for axis in axes) != out.shape:
             raise ValueError(f"rule gives sizes {[axis.size for axis in axes]} for a tensor of shape {out.shape}")
         if out.id in self.values:
@@ -98,15 +111,18 @@ class Equations:
         del self.values[out.id]
         self.set(out, axes)
 
-    def keep(self, value: Any) -> None:
+    def keep(self, value: Any, cause: str | None = None) -> None:
         for ref in refs(value):
+            if ref.id not in self.values and not ref.source:
+                self.values[ref.id] = [kept(size, cause) for size in ref.shape]
             for axis in self.axes(ref):
-                axis.keep()
+                axis.keep(cause)
 
     def weight(self, ref: TensorRef, contracted: Axes, written: Axis | None = None) -> None:
         name = ref.source or self._weight_of.get(ref.id)
         if name is not None:
-            self.contracted.setdefault(name, contracted)
+            # of a table of rows that is an output layer too, the fan-in of the latter
+            self.contracted[name] = self.contracted.get(name) or contracted
         if written is not None:
             self.written.append(written)
 
@@ -121,7 +137,16 @@ class Equations:
         self.groups[node] = axis
 
     def parameter(self, node: fx.Node, name: str) -> Axes:
-        return self.sources[f"{node.target}.{name}"]
+        ref = self.parameter_ref(node, name)
+        assert ref is not None, f"{node.target} has no parameter {name}"
+        return self.axes(ref)
+
+    def parameter_ref(self, node: fx.Node, name: str) -> TensorRef | None:
+        layer = self._layers[node]
+        both = (*layer.named_parameters(remove_duplicate=False), *layer.named_buffers(remove_duplicate=False))
+        tensor = dict(both).get(name)
+        # events number tensors from 0; a parameter's axes are found by its name, whatever its number
+        return None if tensor is None else TensorRef(-id(tensor), tuple(tensor.shape), self.trace.names[id(tensor)])
 
     def value(self, node: fx.Node) -> Axes:
         return self.axes(self.trace.refs[node])
@@ -132,24 +157,46 @@ class Equations:
         assert ref.source is not None
         return self.sources.setdefault(ref.source, [new(size) for size in ref.shape])
 
-    def _apply(self, event: Event, layer: Operation | None, is_pinned: bool) -> None:
+    def _apply(self, node: fx.Node, events: list[Event]) -> None:
+        """State what is known of a node as a whole, or of each of its ATen calls."""
+        layer = self._layers.get(node)
+        is_kept = node in self._pinned or "keeps_sizes" in node.meta
+        try:
+            operation = operation_named(name_of(node)) if layer is None else operation_of(type(layer))
+            work = None if operation is None else operation.couple_whole(self, node, layer)
+        except _NOT_KNOWN:
+            work, is_kept = None, True
+        if work is None:
+            for event in events:
+                self._apply_call(event)
+        else:
+            self.work.append((sum(event.macs for event in events), work))
+            known = self.trace.refs
+            self._follow_weight([known[arg] for arg in node.all_input_nodes if arg in known], [known.get(node)])
+        if is_kept:
+            for event in events:
+                self.keep((event.args, event.kwargs, event.out), node.meta.get("line"))
+
+    def _apply_call(self, event: Event) -> None:
         inputs = refs((event.args, event.kwargs))
         operation = _operation_of_operator(event)
         try:
             if any(0 in ref.shape for ref in inputs):
                 raise NotImplementedError
-            if layer is None or not layer.couple_inside(self, event):
-                operation.couple(self, event)
-        except (NotImplementedError, ValueError, IndexError):
-            self.keep((event.args, event.kwargs, event.out))
-        if is_pinned:
-            self.keep((event.args, event.kwargs, event.out))
-        if inputs and all(self.is_weight(ref) for ref in inputs):
-            largest = max(inputs, key=lambda ref: math.prod(ref.shape))
-            for out in refs(event.out):
-                self._weight_of[out.id] = largest.source or self._weight_of[largest.id]
+            operation.couple(self, event)
+        except _NOT_KNOWN:
+            self.keep((event.args, event.kwargs, event.out), f"{event.name} in {event.node.meta.get('line')}")
+        self._follow_weight(inputs, refs(event.out))
         if event.macs:
             self.work.append((event.macs, operation.work(self, event)))
+
+    def _follow_weight(self, inputs: list[TensorRef], outs: Iterable[TensorRef | None]) -> None:
+        """What is computed from weights alone is the largest of them, in another form."""
+        if inputs and all(self.is_weight(ref) for ref in inputs):
+            largest = max(inputs, key=lambda ref: math.prod(ref.shape))
+            for out in outs:
+                if out is not None:
+                    self._weight_of[out.id] = largest.source or self._weight_of[largest.id]
 
 
 def _operation_of_operator(event: Event) -> Operation:

@@ -23,7 +23,8 @@ class Initialiser:
 
     `"fresh"` takes the base's values as a sample of its initialisation, whatever that was: every entry of a weight
     or bias is drawn anew from the entries of the base's, and scaled with the root of the fan-in's change so that
-    signals keep their spread in narrower layers. Parameters that do not multiply features (normalisations, layer
+    signals keep their spread in narrower layers; segments of a weight's rows, such as the gates of a recurrent layer,
+    are drawn each from its own. Parameters that do not multiply features (normalisations, layer
     scales, position embeddings) have structure rather than chance in them; they keep the values of the channels
     that the head keeps. `"inherit"` keeps the values of those channels for all tensors.
 
@@ -32,20 +33,33 @@ class Initialiser:
     Args:
         init: `"fresh"` or `"inherit"`.
         generator: the source of chance, on the CPU.
+
+    Attributes:
+        lost: names of frozen weights and biases that were drawn anew or cut, which no training would mend.
     """
 
     def __init__(self, init: Init, generator: torch.Generator) -> None:
         self.init: Init = init
         self.generator = generator
+        self.lost: set[str] = set()
         self._choices: dict[Axis, list[int]] = {}
 
     def tensor(self, name: str, base: Tensor, axes: list[Axis], size_of: SizeOf, equations: Equations) -> Tensor:
         """A new parameter or buffer in the place of the base's."""
         fan_in = equations.contracted.get(name)
-        if self.init == "fresh" and (fan_in is not None or name in equations.biases):
-            shape = [axis.value(size_of) for axis in axes]
+        is_learned = isinstance(base, nn.Parameter) and (fan_in is not None or name in equations.biases)
+        is_cut = any(axis.value(size_of) != axis.size for axis in axes)
+        if is_learned and _is_frozen(base) and (self.init == "fresh" or is_cut):
+            self.lost.add(name)
+        if self.init == "fresh" and axes and is_learned:
             shrunk = math.prod(axis.size / axis.value(size_of) for axis in fan_in or [])
-            new = self._redraw(base, shape, math.sqrt(shrunk) if fan_in else 1.0)
+            rows, *others = axes
+            columns = [axis.value(size_of) for axis in others]
+            # the gates of a recurrent layer, or queries, keys and values in one weight: each at a scale of its own
+            segments = rows.segments()
+            drawn = zip(segments, base.detach().split([segment.size for segment in segments]), strict=True)
+            scale = math.sqrt(shrunk) if fan_in else 1.0
+            new = torch.cat([self._redraw(part, [rows.value(size_of), *columns], scale) for rows, part in drawn])
         else:
             new = base.detach().clone()
             for dim, axis in enumerate(axes):
@@ -64,11 +78,13 @@ class Initialiser:
                 weight[torch.arange(len(chosen)), chosen] = 1
 
     def finish(self, part: nn.Module) -> None:
-        """Reset what new weights do not: running statistics, and recurrent layers, which draw their own weights."""
+        """Reset what new weights do not: running statistics."""
         if self.init != "fresh":
             return
+        frozen = {name: own.detach().clone() for name, own in part.named_parameters() if _is_frozen(own)}
         for layer in part.modules():
             operation_of(type(layer)).reset(layer, self.generator)
+        self.lost |= {name for name, before in frozen.items() if not torch.equal(part.get_parameter(name), before)}
 
     def _redraw(self, base: Tensor, shape: list[int], scale: float) -> Tensor:
         """Entries drawn with replacement from the base's, times a scale; a constant stays as it is."""
@@ -89,3 +105,7 @@ class Initialiser:
             order = torch.randperm(unknown.size, generator=self.generator)
             self._choices[unknown] = order[: size_of(unknown)].sort().values.tolist()
         return self._choices[unknown]
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad

@@ -175,7 +175,7 @@ def preferred(points: Sequence[SplitPoint], share: float = STEM) -> list[SplitPo
         inside = 0 if point.name == "input" else point.name.count(".") - depth
         return _distance(point, share), inside, abs(point.macs_share - share)
 
-    return sorted(reversed(points), key=key)
+    return sorted(points[::-1], key=key)
 
 
 def _distance(point: SplitPoint, share: float) -> int:

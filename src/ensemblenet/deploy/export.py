@@ -27,7 +27,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.node import Argument
 
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import ExportError
+from ensemblenet.errors import ExportError, first_line
 from ensemblenet.heads import FusedEnsembleNet, fuse
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.storage.checkpoint import load, save
@@ -132,6 +132,9 @@ def export(
     if example_inputs is None and known is None:
         raise ExportError("The model does not know the shape of its inputs: pass example_inputs.")
     inputs = known.inputs if known and example_inputs is None else Inputs.of(example_inputs)
+    for spec in inputs.tensors:
+        if format == "onnx" and spec.dtype.startswith("complex"):
+            raise ExportError(f"ONNX files take no inputs of {spec.dtype}: write format 'torch' or 'aot'.")
     given = _Given(network, inputs, [] if example_inputs is None else tensors_in(example_inputs))
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -255,8 +258,7 @@ class _Given:
         shapes = [list(spec.whole(size)) for spec in self.inputs.tensors]
         for (index, dim), other in (sizes or {}).items():
             shapes[index][dim] = other
-        parameter = next(self.network.parameters(), torch.zeros(0))
-        kinds = [spec.zeros(1, parameter) for spec in self.inputs.tensors]
+        kinds = [spec.zeros(like=self.network) for spec in self.inputs.tensors]
         problem = ""
         for tensors in self._fillings(shapes, seed):
             x = self.inputs.build([tensor.to(kind) for tensor, kind in zip(tensors, kinds, strict=True)])
@@ -264,7 +266,7 @@ class _Given:
                 with redirect_stderr(io.StringIO()):  # torch.fx prints the line that fails
                     outputs = tensors_in(call(self.network, x))
             except Exception as error:  # whatever a network objects to
-                problem = problem or f"The model fails on random inputs of shape {_shapes(x)}: {_first_line(error)}"
+                problem = problem or f"The model fails on random inputs of shape {_shapes(x)}: {first_line(error)}"
                 continue
             if all(torch.isfinite(output).all() for output in outputs):
                 return x
@@ -273,11 +275,15 @@ class _Given:
 
     def _fillings(self, shapes: Sequence[Sequence[int]], seed: int) -> Iterator[list[Tensor]]:
         generator = torch.Generator().manual_seed(seed)
-        floats = [getattr(torch, spec.dtype).is_floating_point for spec in self.inputs.tensors]
-        normal = [torch.randn(shape, generator=generator) for shape in shapes]
+        kinds = [getattr(torch, spec.dtype) for spec in self.inputs.tensors]
+        normal = [
+            torch.randn(shape, generator=generator, dtype=torch.complex64 if kind.is_complex else torch.float32)
+            for shape, kind in zip(shapes, kinds, strict=True)
+        ]
+        is_exact = [not (kind.is_floating_point or kind.is_complex) for kind in kinds]
         for integers in (lambda values: values > 0, torch.ones_like, torch.zeros_like):
-            yield [values if real else integers(values) for values, real in zip(normal, floats, strict=True)]
-            if all(floats):
+            yield [integers(values) if exact else values for values, exact in zip(normal, is_exact, strict=True)]
+            if not any(is_exact):
                 break
         if self.example:
             yield [_repeated(tensor, shape) for tensor, shape in zip(self.example, shapes, strict=True)]
@@ -357,7 +363,7 @@ def _write(
         )
     except Exception as error:  # whatever keeps a network from being traced
         advice = "" if wanted.batch_size else "; if it works for one size only, fix the batch size"
-        raise ExportError(f"torch.export cannot write the model{advice}: {_first_line(error)}") from error
+        raise ExportError(f"torch.export cannot write the model{advice}: {first_line(error)}") from error
     _forget_sources(program)
     symbols = _symbols(program)
     if wanted.format == "onnx":
@@ -441,7 +447,7 @@ def _write_onnx(
             onnx.model.metadata_props.update({key: json.dumps(value) for key, value in wanted.description.items()})
             onnx.save(path, external_data=False)
     except Exception as error:  # an operator that ONNX lacks, or more than the 2 GB that one file can hold
-        raise ExportError(f"torch.onnx cannot write the model: {_first_line(error)}") from error
+        raise ExportError(f"torch.onnx cannot write the model: {first_line(error)}") from error
     runtime = _onnx_runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -489,7 +495,7 @@ def _write_aot(program: ExportedProgram, path: Path, description: Mapping[str, A
         )
     except Exception as error:  # no compiler, or one that fails
         raise ExportError(
-            f"AOTInductor cannot compile the model; it needs a C++ compiler such as g++: {_first_line(error)}"
+            f"AOTInductor cannot compile the model; it needs a C++ compiler such as g++: {first_line(error)}"
         ) from error
     return torch._inductor.aoti_load_package(str(path))
 
@@ -535,7 +541,3 @@ def _time(predict: Predict, network: nn.Module, x: Tree) -> tuple[float, float]:
 
 def _run(predict: Predict, x: Tree) -> None:
     predict(x)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

@@ -19,7 +19,7 @@ from ensemblenet.inputs import Tree, call
 from ensemblenet.operations import fusing_operation
 from ensemblenet.operations.convolution import FusedConvolution
 
-__all__ = ["FusedEnsembleNet", "fuse", "unfuse"]
+__all__ = ["FusedEnsembleNet", "evaluating", "fuse", "unfuse"]
 
 
 def fuse(model: EnsembleNet, example_inputs: Tree | None = None) -> FusedEnsembleNet:
@@ -57,9 +57,9 @@ def fuse(model: EnsembleNet, example_inputs: Tree | None = None) -> FusedEnsembl
     fused.graph_of_head = _common_graph(list(model.heads))
     x = example_inputs
     if x is None and model.recipe is not None:
-        x = model.recipe.inputs.zeros(2, like=next(model.parameters(), torch.zeros(0)))
+        x = model.recipe.inputs.zeros(2, like=model)
     if x is not None:
-        with _probing(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             fused.prepare(*as_tuple(call(model.trunk, x)))
     return fused
 
@@ -195,7 +195,7 @@ def _examples(head: nn.Module, graph: fx.Graph, given: Sequence[Any]) -> dict[fx
         def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
             return head.get_submodule(target)(*args, **kwargs)  # "" is the head itself
 
-    with _probing(head), given[0].fake_mode, torch.no_grad():
+    with evaluating(head), given[0].fake_mode, torch.no_grad():
         Keeping(head, graph=graph).run(*given)
     return examples
 
@@ -207,7 +207,7 @@ def _fakes(given: Sequence[Any]) -> list[Any]:
 
 
 @contextmanager
-def _probing(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode for a while, so that nothing in a module changes."""
     training = [part for part in module.modules() if part.training]
     for part in training:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from ensemblenet.heads.fallback import Looped, Mapped, Slot
 from ensemblenet.heads.stacks import Stack
 from ensemblenet.operations import FIRST, FOLDED, SHARED, Layout, Value, fusing_operation, operation_named
+from ensemblenet.operations.contexts import InContext
 from ensemblenet.operations.coupling import name_of
 from ensemblenet.operations.fusion import fold, repeat, unfold
 
@@ -89,12 +90,15 @@ class Program:
         layer = self.module(node) if node.op == "call_module" else None
         if layer is not None and any(has_hooks(own) or is_parametrized(own) for own in self.modules(node)):
             return self._loop(node)
-        operation = operation_named(name_of(node)) if layer is None else fusing_operation(layer)
+        if isinstance(node.target, InContext):
+            operation = None  # what an operation writes would run outside of the context
+        else:
+            operation = operation_named(name_of(node)) if layer is None else fusing_operation(layer)
         value = None if operation is None else operation.fuse(self, node)
         if value is not None:
             return value
         has_state = layer is not None and next(chain(layer.parameters(), layer.buffers()), None) is not None
-        if self.is_shared(node) and not has_state:
+        if self.is_shared(node) and not has_state and node.target != "":  # a whole head may leave something to chance
             return self.same(node, SHARED)
         return self._map(node) or self._loop(node)
 
@@ -207,10 +211,12 @@ class Program:
         if not names and not any(stacked):
             return None
         mapped = Mapped(function, template, stacked, names)
-        values = [self._example(argument, own) for argument, own in zip(inputs, stacked, strict=True)]
         try:
-            with self._mode, torch.no_grad():
-                got = mapped(*values, *(torch.stack([tensor] * self.num_heads) for tensor in tensors))
+            with self._mode, torch.enable_grad():  # inside of vmap, PyTorch may choose what has no gradient
+                values = [self._example(self._examples[x], own) for x, own in zip(inputs, stacked, strict=True)]
+                got = mapped(*values, *(self._example(tensor, True) for tensor in tensors))
+                if isinstance(got, Tensor) and got.requires_grad:
+                    got.backward(torch.ones_like(got))
         except Exception:  # whatever it is: the loop can do it
             return None
         if not isinstance(got, Tensor) or tuple(got.shape) != (self.num_heads, *self.shape(node)):
@@ -236,12 +242,16 @@ class Program:
     def _inputs(self, inputs: list[fx.Node], stacked: list[bool]) -> list[Any]:
         return [self.first(node) if own else self.value(node).node for node, own in zip(inputs, stacked, strict=True)]
 
-    def _example(self, node: fx.Node, own: bool) -> Any:
-        with self._mode:
-            return tree_map(
-                lambda leaf: torch.stack([leaf] * self.num_heads) if own and isinstance(leaf, Tensor) else leaf,
-                self._examples[node],
-            )
+    def _example(self, example: Any, own: bool) -> Any:
+        """What all heads have of a value, its tensors with gradients where they can have some."""
+
+        def of_all(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            leaf = leaf.detach().requires_grad_(leaf.is_floating_point() or leaf.is_complex())
+            return torch.stack([leaf] * self.num_heads) if own else leaf.clone()
+
+        return tree_map(of_all, example)
 
 
 class _Constant(nn.Module):

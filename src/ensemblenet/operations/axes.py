@@ -22,6 +22,7 @@ class Axis:
         parts: the axes that it is the product or the sum of, or none for an unknown.
         is_sum: whether `parts` add up rather than multiply.
         is_kept: whether an unknown must keep its size.
+        cause: for an unknown that is kept, what asks for that, in words; None where nothing but the algebra does.
         block: for an unknown that counts blocks (groups, attention heads), how many channels a block has.
 
     Example:
@@ -30,13 +31,14 @@ class Axis:
         (768, 384)
     """
 
-    __slots__ = ("_link", "block", "is_kept", "is_sum", "parts", "size")
+    __slots__ = ("_link", "block", "cause", "is_kept", "is_sum", "parts", "size")
 
     def __init__(self, size: int, parts: tuple[Axis, ...] = (), *, is_sum: bool = False, is_kept: bool = False) -> None:
         self.size = size
         self.parts = parts
         self.is_sum = is_sum
         self.is_kept = is_kept
+        self.cause: str | None = None
         self.block = 1
         self._link: Axis | None = None
 
@@ -61,14 +63,25 @@ class Axis:
         for part in axis.parts:
             yield from part.unknowns()
 
+    def segments(self) -> list[Axis]:
+        """The axes that it is the sum of, or itself.
+
+        Example:
+            >>> concatenated([free(16), free(48)]).segments(), free(64).segments()
+            ([16?, 48?], [64?])
+        """
+        axis = self.root()
+        return [segment.root() for segment in axis.parts] if axis.is_sum else [axis]
+
     def is_free(self) -> bool:
         """Whether its size can change."""
         return any(not unknown.is_kept for unknown in self.unknowns())
 
-    def keep(self) -> None:
-        """Give it its base size for good."""
+    def keep(self, cause: str | None = None) -> None:
+        """Give it its base size for good, for a cause in words."""
         for unknown in self.unknowns():
-            unknown.is_kept = True
+            if not unknown.is_kept:
+                unknown.is_kept, unknown.cause = True, cause
 
     def value(self, size_of: Callable[[Axis], int]) -> int:
         """Its size, when `size_of` gives the size of every unknown."""
@@ -129,14 +142,16 @@ def free(size: int) -> Axis:
     return Axis(size, is_kept=size <= 1)
 
 
-def kept(size: int) -> Axis:
-    """A new axis that keeps its size.
+def kept(size: int, cause: str | None = None) -> Axis:
+    """A new axis that keeps its size, for a cause in words.
 
     Example:
         >>> kept(64)
         64
     """
-    return Axis(size, is_kept=True)
+    axis = Axis(size, is_kept=True)
+    axis.cause = cause
+    return axis
 
 
 def multiplied(axes: Iterable[Axis]) -> Axis:
@@ -192,7 +207,7 @@ def unify(left: Axis, right: Axis) -> None:
         left, right = right, left
     if not left.parts:
         if left.is_kept:
-            right.keep()
+            right.keep(left.cause)
     elif not _unify_parts(left, right):
         left.keep()
         right.keep()
@@ -251,7 +266,7 @@ def _cut_product(large: Axis, small: Axis) -> tuple[Axis, Axis] | None:
 def _cut(large: Axis, first: int, second: int, *, is_sum: bool) -> tuple[Axis, Axis] | None:
     if large.parts:
         return None
-    pieces = tuple(Axis(size, is_kept=large.is_kept or size == 1) for size in (first, second))
+    pieces = tuple(kept(size, large.cause) if large.is_kept else free(size) for size in (first, second))
     large._become(Axis(large.size, pieces, is_sum=is_sum))
     return pieces[0], pieces[1]
 

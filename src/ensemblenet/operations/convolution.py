@@ -29,12 +29,13 @@ class ConvolutionOperator(Operation):
         """Positions keep their sizes, unless the kernel is one; groups of channels may become fewer."""
         features, weight, bias = event.args[:3]
         transposed, groups = event.args[6], event.args[8]
+        sizes.rows(weight)
         batch, channels, *space = sizes.axes(features)
         first, second, *kernel = sizes.axes(weight)
         new_space = [kept(size) for size in event.out.shape[2:]]
         for dim, (axis, window) in enumerate(zip(space, kernel, strict=True)):
-            if window.size == 1 and axis.size == new_space[dim].size:
-                new_space[dim] = axis  # a kernel of one passes positions through
+            if axis.size == new_space[dim].size and (window.size == 1 or channels.size == 1):
+                new_space[dim] = axis  # a kernel of one; or one that slides over channels, as in ECA
             else:
                 axis.keep()
             window.keep()
@@ -75,13 +76,13 @@ class AnyConvolution(Operation):
         layer.groups = sizes.groups or layer.groups
         layer.in_channels, layer.out_channels = sizes.input[1], sizes.output[1]
 
+    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
+        set_groups(narrowed, node, copy, 6, "groups")
+
 
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d, "conv1d", "conv2d", "conv3d")
 class Convolution(AnyConvolution):
     """Convolutions, as layers and as functions."""
-
-    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
-        set_groups(narrowed, node, copy, 6, "groups")
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         """A layer as one grouped convolution."""
@@ -122,11 +123,16 @@ def standardised(weight: Tensor, gain: Tensor, scale: float, eps: float) -> Tens
     return rows.reshape_as(weight)
 
 
-@register(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@register(
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+)  # fmt: skip
 class TransposedConvolution(AnyConvolution):
     """Transposed convolutions."""
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        if node.op != "call_module":
+            return None
         layer = program.module(node)
         if len(node.args) != 1 or node.kwargs or len(program.shape(node.args[0])) != layer.weight.ndim:
             return None

@@ -101,7 +101,7 @@ class Sizes(Protocol):
         """The axes of a tensor; a parameter's are unknown at first, any other constant keeps its sizes."""
         ...
 
-    def set(self, out: Any, axes: Axes) -> None:
+    def set(self, out: TensorRef | fx.Node, axes: Axes) -> None:
         """Give the axes of an output; one that was written in place has them already, and they are unified."""
         ...
 
@@ -111,6 +111,10 @@ class Sizes(Protocol):
 
     def keep(self, value: Any) -> None:
         """Keep all sizes of all tensors in a value."""
+        ...
+
+    def rows(self, ref: TensorRef) -> None:
+        """State that a buffer, such as a fixed kernel of each channel, may lose some of its rows."""
         ...
 
     def vector(self, ref: TensorRef | None, axis: Axis) -> None:
@@ -141,6 +145,10 @@ class Sizes(Protocol):
 
     def parameter(self, node: fx.Node, name: str) -> Axes:
         """The axes of a parameter of the layer that a node calls."""
+        ...
+
+    def parameter_ref(self, node: fx.Node, name: str) -> TensorRef | None:
+        """The reference to a parameter or buffer of the layer that a node calls; None where the layer has none."""
         ...
 
     def value(self, node: fx.Node) -> Axes:

@@ -9,7 +9,17 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from ensemblenet.operations.axes import Axis, concatenated, free, kept, unify
-from ensemblenet.operations.coupling import Event, Narrowed, Sizes, argument, new_size, refs, set_argument
+from ensemblenet.operations.coupling import (
+    Axes,
+    Event,
+    Narrowed,
+    Sizes,
+    argument,
+    name_of,
+    new_size,
+    refs,
+    set_argument,
+)
 from ensemblenet.operations.fusion import (
     FIRST,
     SHARED,
@@ -88,6 +98,7 @@ class Lookup(Operation):
         looked_up = [dim for dim, lookup in enumerate(lookups) if lookup is not None]
         if any(lookups[dim].shape and math.prod(lookups[dim].shape) == 0 for dim in looked_up):
             raise NotImplementedError
+        sizes.keep([lookup for lookup in lookups if lookup is not None])
         for dim in looked_up:
             before[dim].keep()
         rank = len(event.out.shape) - (len(before) - len(looked_up))
@@ -98,20 +109,71 @@ class Lookup(Operation):
         sizes.set(event.out, [*rest[:position], *new, *rest[position:]])
 
 
-@register("index_add", "index_add_")
-class IndexAdd(Operation):
-    """Adds to the positions of a dimension that another tensor names, as graph networks add up messages."""
+@register("take_along_dim", "gather", "scatter", "scatter_add", "index_add", "index_copy")
+class Along(Operation):
+    """Positions of one dimension that a tensor names, read or written; the other dimensions meet their like."""
+
+    def couple_whole(self, sizes: Sizes, node: fx.Node, layer: None) -> Axes | None:
+        """`take_along_dim` alone repeats its indices along the other dimensions."""
+        if name_of(node) != "take_along_dim":
+            return None
+        axes, indices = list(sizes.value(argument(node, 0, "input"))), sizes.value(argument(node, 1, "indices"))
+        dim = argument(node, 2, "dim")
+        if dim is None:
+            raise NotImplementedError
+        axes[dim].keep()
+        for own, axis in zip(indices, axes, strict=True):
+            if own.size != 1 and axis is not axes[dim]:
+                unify(own, axis)
+        axes[dim] = indices[dim]
+        sizes.set(node, axes)
+        return []
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        target, source = sizes.axes(event.args[0]), sizes.axes(event.args[3])
-        along = event.args[1] % len(target)
-        for dim, (axis, added) in enumerate(zip(target, source, strict=True)):
-            if dim == along:
-                axis.keep()
-                added.keep()
-            else:
-                unify(axis, added)
-        sizes.set(event.out, target)
+        dim = event.args[1] % len(event.args[0].shape)
+        for ref in refs(event.args):
+            sizes.axes(ref)[dim if len(ref.shape) == len(event.args[0].shape) else 0].keep()
+        before = sizes.axes(event.args[0])
+        for ref in refs(event.args)[1:]:
+            if len(ref.shape) == len(before):
+                for d, (own, axis) in enumerate(zip(sizes.axes(ref), before, strict=True)):
+                    if d != dim:
+                        unify(own, axis)
+        sizes.set(event.out, list(sizes.axes(event.args[2] if event.name == "gather" else event.args[0])))
+
+
+@register("index_put")
+class Put(Operation):
+    """`x[positions] = y`, positions being tensors, or a mask, for the first dimensions."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        before, values = sizes.axes(event.args[0]), sizes.axes(event.args[2])
+        lookups = event.args[1]
+        if any(lookup is None for lookup in lookups):
+            raise NotImplementedError
+        sizes.keep(lookups)
+        taken, shape = 0, event.args[0].shape
+        for lookup in lookups:
+            is_mask = lookup.shape == shape[taken : taken + len(lookup.shape)]
+            taken += max(len(lookup.shape), 1) if is_mask else 1
+        for axis in before[:taken]:
+            axis.keep()
+        for d in range(1, len(before) - taken + 1):
+            if len(values) >= d and values[-d].size != 1:
+                unify(values[-d], before[-d])
+        sizes.set(event.out, before)
+
+
+@register("unfold")
+class Windows(Operation):
+    """`x.unfold(dim, size, step)`: a dimension in windows, which become the last one."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        axes = list(sizes.axes(event.args[0]))
+        dim = event.args[1] % len(axes)
+        axes[dim].keep()
+        axes[dim] = kept(event.out.shape[dim])
+        sizes.set(event.out, [*axes, kept(event.out.shape[-1])])
 
 
 @register("getitem", "__getitem__")

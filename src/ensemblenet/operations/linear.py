@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ensemblenet.operations.axes import unify
-from ensemblenet.operations.coupling import Axes, Event, LayerSizes, Sizes, TensorRef
+from ensemblenet.operations.axes import kept, unify
+from ensemblenet.operations.coupling import Axes, Event, LayerSizes, Sizes, TensorRef, argument
 from ensemblenet.operations.fusion import FIRST, SHARED, Program, Value, aligned_value, arguments_of
 from ensemblenet.operations.registry import Operation, register
 
@@ -51,7 +51,25 @@ def linear_of_shared(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @register(nn.Bilinear)
 class Bilinear(Operation):
-    """Nothing is known of it but that a trace does not open it."""
+    """(N, *, I) and (N, *, J) with weights (O, I, J) to (N, *, O)."""
+
+    def couple_whole(self, sizes: Sizes, node: fx.Node, layer: nn.Bilinear) -> Axes:
+        weight, bias = (sizes.parameter_ref(node, name) for name in ("weight", "bias"))
+        if weight is None:  # computed from others, by a parametrisation
+            raise NotImplementedError
+        out, *factors = sizes.axes(weight)
+        *rows, left = sizes.value(argument(node, 0, "input1"))
+        unify(left, factors[0])
+        unify(sizes.value(argument(node, 1, "input2"))[-1], factors[1])
+        sizes.weight(weight, factors, out)
+        if bias is not None:
+            sizes.vector(bias, out)
+            sizes.bias(bias)
+        sizes.set(node, [*rows, out])
+        return [*rows, out, *factors]
+
+    def narrow(self, layer: nn.Bilinear, base: nn.Bilinear, sizes: LayerSizes) -> None:
+        layer.out_features, layer.in1_features, layer.in2_features = layer.weight.shape
 
 
 @register("mm", "bmm", "matmul", "__matmul__")
@@ -72,6 +90,25 @@ class MatrixProduct(Operation):
             return None
         factors = [aligned_value(program, factor, max(ranks)) for factor in node.args if isinstance(factor, fx.Node)]
         return Value(program.call(torch.matmul, *factors), FIRST)
+
+
+@register("mv", "dot", "vdot")
+class VectorProduct(Operation):
+    """(A, B) x (B) = (A), and (B) x (B)."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        left, right = event.args[:2]
+        if event.name != "mv":
+            sizes.vector(left, sizes.axes(right)[0])
+        *rows, columns = sizes.axes(left)
+        sizes.vector(right, columns)
+        for ref in (left, right):
+            if sizes.is_weight(ref):
+                sizes.weight(ref, [columns])
+        sizes.set(event.out, rows)
+
+    def work(self, sizes: Sizes, event: Event) -> Axes:
+        return list(sizes.axes(event.args[0]))
 
 
 @register("addmm", "baddbmm")
@@ -100,6 +137,21 @@ def _multiply(sizes: Sizes, left: TensorRef, right: TensorRef, out: TensorRef) -
         if sizes.is_weight(weight):
             sizes.weight(weight, [a[-1]], columns)
     sizes.set(out, [*a[:-1], b[-1]])
+
+
+@register("_embedding_bag", "_embedding_bag_forward_only")
+class EmbeddingBag(Operation):
+    """Rows (V, D) looked up by bags of positions and combined: (bags, D), with notes on the bags."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        rows, columns = sizes.axes(event.args[0])
+        rows.keep()
+        sizes.weight(event.args[0], [])
+        first, *notes = event.out
+        sizes.set(first, [kept(first.shape[0]), columns])
+        for note in notes:
+            axes = [columns if size == columns.size and len(note.shape) == 2 else kept(size) for size in note.shape]
+            sizes.set(note, axes)
 
 
 @register(nn.Embedding, nn.EmbeddingBag, "embedding")

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ensemblenet.operations.axes import free, kept, multiplied, unify
 from ensemblenet.operations.coupling import (
+    Axes,
     Event,
     LayerSizes,
     Narrowed,
@@ -248,6 +249,10 @@ class GroupNorm(Operation):
         return Value(program.call(F.group_norm, program.folded(node.args[0]), groups, weight, bias, layer.eps), FOLDED)
 
 
-@register(nn.LocalResponseNorm)
+@register(nn.LocalResponseNorm, "local_response_norm")
 class LocalResponseNorm(Operation):
-    """Nothing is known of it but that a trace does not open it."""
+    """Each channel by its neighbours, (N, C, *): a window that slides over the channels, however many there are."""
+
+    def couple_whole(self, sizes: Sizes, node: fx.Node, layer: nn.LocalResponseNorm | None) -> Axes:
+        sizes.set(node, list(sizes.value(argument(node, 0, "input"))))
+        return []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx, nn
 
 from ensemblenet.operations.axes import kept, unify
-from ensemblenet.operations.coupling import Event, LayerSizes, Sizes, name_of, refs
+from ensemblenet.operations.coupling import Event, LayerSizes, Narrowed, Sizes, argument, name_of, refs
 from ensemblenet.operations.fusion import (
     FIRST,
     FOLDED,
@@ -45,6 +47,8 @@ _IN_PLACE = {f"{name}_": name for name in _FUNCTIONS if not name.startswith("_")
     "__iadd__": "__add__", "__isub__": "__sub__", "__imul__": "__mul__", "__itruediv__": "__truediv__",
     "iadd": "__add__", "isub": "__sub__", "imul": "__mul__", "itruediv": "__truediv__",
 }  # fmt: skip
+_SCALINGS = {"mul", "div", "truediv", "true_divide", "__mul__", "__rmul__", "__truediv__"}
+_SUMS = {"sum", "norm", "vector_norm", "linalg_vector_norm", "normalize"}
 # operators without PyTorch's tag that treat every number alone too, or every position of what is normalised
 _UNTAGGED = (
     "clone", "_to_copy", "detach", "alias", "contiguous", "copy", "fill", "native_dropout", "masked_fill", "bernoulli",
@@ -95,6 +99,15 @@ class Pointwise(PointwiseOperator):
             raise NotImplementedError
         super().couple(sizes, event)
 
+    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
+        """A mean or a norm by hand, `x.sum(1) / 64` or `F.normalize(x) * 64**0.5`, has fewer channels now."""
+        if name_of(node) not in _SCALINGS or len(node.args) != 2:
+            return
+        for k in (0, 1):
+            number, other = copy.args[k], node.args[1 - k]
+            if isinstance(number, (int, float)) and isinstance(other, fx.Node) and name_of(other) in _SUMS:
+                copy.update_arg(k, _rescaled(narrowed, other, number))
+
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         """In the layout that its inputs have, or with heads in front."""
         name = type(program.module(node)).__name__ if node.op == "call_module" else name_of(node)
@@ -116,6 +129,19 @@ class Pointwise(PointwiseOperator):
         plain = program.same(node, FIRST, aligned, _IN_PLACE[name])  # in place, a view could not grow
         program.set_value(tensors[0], plain)
         return plain
+
+
+def _rescaled(narrowed: Narrowed, total: fx.Node, number: float) -> float:
+    """A number that is a power of how many channels a sum or a norm is over, for as many as there are now."""
+    before, after = narrowed.axes(total.all_input_nodes[0]), narrowed.axes(total)
+    if name_of(total) == "normalize":
+        axis = before[argument(total, 2, "dim", 1)]
+        old, new = axis.size, narrowed.size(axis)
+    else:
+        old = math.prod(axis.size for axis in before) // math.prod(axis.size for axis in after)
+        new = math.prod(map(narrowed.size, before)) // math.prod(map(narrowed.size, after))
+    power = next((power for power in (1, 0.5, -0.5, -1) if math.isclose(number, old**power)), None)
+    return number if old == new or power is None else type(number)(new**power)
 
 
 def _are_alike(program: Program, tensors: list[fx.Node], layouts: set[Layout]) -> bool:

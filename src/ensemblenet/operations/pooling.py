@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from ensemblenet.operations.axes import free, kept, multiplied, unify
-from ensemblenet.operations.coupling import Event, Sizes, refs
+from ensemblenet.operations.axes import concatenated, free, kept, multiplied, unify
+from ensemblenet.operations.coupling import Event, Narrowed, Sizes, argument, name_of, refs, set_argument
 from ensemblenet.operations.fusion import SHARED, Program, Value, arguments_of, per_channel, rewritten
 from ensemblenet.operations.registry import Operation, register
 
@@ -14,6 +14,21 @@ __all__ = ["Padding", "Pooling"]
 _LAYERS = [
     getattr(nn, f"{kind}Pool{rank}d") for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg") for rank in (1, 2, 3)
 ]
+
+
+@register("grid_sampler_2d", "grid_sampler_3d", "max_unpool2d", "max_unpool3d")
+class PerChannel(Operation):
+    """Operators that move what is in a channel to other positions."""
+
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """(N, C, *): only positions change, and they keep the base's sizes."""
+        (rank,) = (int(letter) for letter in event.name if letter in "123")
+        before = sizes.axes(event.args[0])
+        first = len(before) - rank
+        for axis in before[first:]:
+            axis.keep()
+        for out in refs(event.out):
+            sizes.set(out, [*before[:first], *(kept(size) for size in out.shape[first:])])
 
 
 @register(
@@ -31,20 +46,10 @@ _LAYERS = [
     # layers
     *_LAYERS, nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d,
 )  # fmt: skip
-class Pooling(Operation):
+class Pooling(PerChannel):
     """What treats every channel alone."""
 
     is_whole = False
-
-    def couple(self, sizes: Sizes, event: Event) -> None:
-        """(N, C, *): only positions change, and they keep the base's sizes."""
-        (rank,) = (int(letter) for letter in event.name if letter in "123")
-        before = sizes.axes(event.args[0])
-        first = len(before) - rank
-        for axis in before[first:]:
-            axis.keep()
-        for out in refs(event.out):
-            sizes.set(out, [*before[:first], *(kept(size) for size in out.shape[first:])])
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         return per_channel(program, node)
@@ -55,15 +60,29 @@ class Padding(Operation):
     """Padding with a constant, and the function that pads in any way."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        """Padded dimensions keep their sizes; pads are given from the last dimension on."""
+        """Padded dimensions keep their sizes, but for channels; pads are given from the last dimension on."""
         axes = list(sizes.axes(event.args[0]))
         pads = event.args[1]
+        own = argument(event.node, 1, "pad") if name_of(event.node) == "pad" else ()
         for k in range(len(pads) // 2):
-            if pads[2 * k] or pads[2 * k + 1]:
-                dim = len(axes) - 1 - k
+            dim, (left, right) = len(axes) - 1 - k, pads[2 * k : 2 * k + 2]
+            if own and axes[dim].is_free() and min(left, right) >= 0:
+                axes[dim] = concatenated([free(left), axes[dim], free(right)])
+            elif left or right:
                 axes[dim].keep()
                 axes[dim] = kept(event.out.shape[dim])
         sizes.set(event.out, axes)
+
+    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
+        """Channels of zeros beside the others, as on the shortcuts of a residual network, become fewer with them."""
+        before, after = narrowed.axes(node.all_input_nodes[0]), narrowed.axes(node)
+        pads = list(argument(copy, 1, "pad"))
+        for k, (old, new) in enumerate(zip(before[::-1], after[::-1], strict=True)):
+            if narrowed.size(new) != new.size != old.size:
+                left = argument(node, 1, "pad")[2 * k]
+                pads[2 * k] = narrowed.position(new, left.meta["scalar"] if isinstance(left, fx.Node) else left)
+                pads[2 * k + 1] = narrowed.size(new) - narrowed.size(old) - pads[2 * k]
+        set_argument(copy, 1, "pad", tuple(pads))
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         """As it is, or, where the function looks at positions alone, with heads as more channels."""

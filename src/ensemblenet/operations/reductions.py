@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from ensemblenet.operations.axes import concatenated, free, kept, unify
-from ensemblenet.operations.coupling import Event, Sizes, refs
+from ensemblenet.operations.coupling import Axes, Event, Sizes, argument, refs
 from ensemblenet.operations.fusion import ALL, FIRST, SHARED, Dimensions, Program, Value, behind_heads, fuse_along
 from ensemblenet.operations.pointwise import couple_pointwise
 from ensemblenet.operations.registry import AlongOperation, Operation, register
@@ -97,7 +97,7 @@ class Gate(Operation):
         return fuse_along(program, node, _GATE) if node.op != "call_module" else fuse_layer_along(program, node, F.glu)
 
 
-_ANY: Dimensions = {"sort": ((1, "dim", None),), "normalize": ((2, "dim", 1),), "tensor_split": ((2, "dim", 0),)}
+_ANY: Dimensions = {"sort": ((1, "dim", None),), "tensor_split": ((2, "dim", 0),)}
 
 
 @register(*_ANY)
@@ -105,3 +105,17 @@ class AlongUnknown(AlongOperation):
     """What works along a dimension, and keeps the sizes of all that it touches."""
 
     dimensions: ClassVar[Dimensions] = _ANY
+
+
+_NORMALIZE: Dimensions = {"normalize": ((2, "dim", 1),)}
+
+
+@register(*_NORMALIZE)
+class Normalize(AlongOperation):
+    """`F.normalize`: vectors of length one."""
+
+    dimensions: ClassVar[Dimensions] = _NORMALIZE
+
+    def couple_whole(self, sizes: Sizes, node: fx.Node, layer: None) -> Axes:
+        sizes.set(node, list(sizes.value(argument(node, 0, "input"))))
+        return []

@@ -21,8 +21,8 @@ class Operation:
     """What is known of an operation; a class of its own overrides what it knows better.
 
     Each method speaks of one of the names that the class is registered for: layers of a type (`narrow`, `reset`,
-    `couple_inside`, `tie`), functions and methods in a graph (`renumber`), ATen operators (`couple`, `work`); `fuse`
-    serves layers and functions. Without a method, a conversion keeps the sizes around the operation, and fused heads
+    `tie`), functions and methods in a graph (`renumber`), ATen operators (`couple`, `work`); `fuse` and `couple_whole`
+    serve layers and functions. Without a method, a conversion keeps the sizes around the operation, and fused heads
     run it by `torch.vmap` or one head after another: that costs width or time, never correctness.
 
     Attributes:
@@ -68,9 +68,21 @@ class Operation:
         """The axes whose sizes multiply to an ATen call's MACs; none if they stay."""
         return []
 
-    def couple_inside(self, sizes: Sizes, event: Event) -> bool:
-        """Do what `couple` does for an ATen call inside a layer of this type; True if it has been done."""
-        return False
+    def couple_whole(self, sizes: Sizes, node: fx.Node, layer: Any) -> Axes | None:
+        """Do what `couple` and `work` do, for all ATen calls of a layer or of a function at once.
+
+        Args:
+            sizes: the equations.
+            node: the call.
+            layer: what it calls; None for a function or a method.
+
+        Returns:
+            The axes whose sizes multiply to its MACs; None if its ATen calls speak for themselves.
+
+        Raises:
+            NotImplementedError: nothing is known of this call, so it keeps the sizes of all that it touches.
+        """
+        return None
 
     def tie(self, sizes: Sizes, node: fx.Node, layer: Any) -> None:
         """State what a layer of this type asks of its sizes beyond what its ATen calls do."""
@@ -150,7 +162,7 @@ def operation_of(kind: type[nn.Module], but: Operation | None = None) -> Operati
 
     Example:
         >>> type(operation_of(nn.GRU)).__name__, operation_of(nn.ModuleList).is_whole
-        ('GRU', False)
+        ('Recurrent', False)
     """
     return _registered(kind, but)[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -40,18 +41,62 @@ __all__ = ["Concatenation", "Reshape", "Split", "Unflatten"]
 
 
 class _OfShape(Operation):
-    """Functions whose arguments are a shape."""
+    """Functions whose arguments are a shape, behind those of other kinds."""
+
+    num_others = 1
 
     def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
         (axes,) = narrowed.outputs(node)
+        self.renumber_shape(narrowed, axes, copy)
+
+    def renumber_shape(self, narrowed: Narrowed, axes: Axes, copy: fx.Node) -> None:
+        """Put new sizes in the place of a shape."""
         for key in ("shape", "size"):
             if isinstance(copy.kwargs.get(key), (tuple, list)):
                 copy.update_kwarg(key, new_sizes(narrowed, axes, copy.kwargs[key], copy))  # type: ignore[arg-type]
                 return
-        if isinstance(copy.args[1], (tuple, list)):
-            copy.update_arg(1, new_sizes(narrowed, axes, copy.args[1], copy))
-        elif not hasattr(copy.args[1], "is_floating_point"):
-            copy.args = (copy.args[0], *new_sizes(narrowed, axes, copy.args[1:], copy))
+        others, given = copy.args[: self.num_others], copy.args[self.num_others :]
+        if given and isinstance(given[0], (tuple, list)):
+            copy.args = (*others, new_sizes(narrowed, axes, given[0], copy), *given[1:])
+        elif given and not hasattr(given[0], "is_floating_point"):
+            copy.args = (*others, *new_sizes(narrowed, axes, given, copy))
+
+    def given_axes(self, sizes: Sizes, node: fx.Node, shape: Sequence[int]) -> Axes:
+        """The axes of a shape in a call: free where the code writes a number, else what the code reads it from."""
+        given = node.kwargs.get("size") or node.kwargs.get("shape") or node.args[self.num_others :]
+        if isinstance(given, tuple) and given and isinstance(given[0], (tuple, list)):
+            (given, *_) = given
+        if not isinstance(given, (tuple, list)) or len(given) != len(shape):
+            return [kept(size) for size in shape]
+        return [_given_axis(sizes, number, size) for number, size in zip(given, shape, strict=True)]
+
+
+def _given_axis(sizes: Sizes, given: Any, size: int) -> Axis:
+    if not isinstance(given, fx.Node):
+        return free(size)
+    if given.target == "size" and isinstance(source := given.args[0], fx.Node) and len(given.args) == 2:
+        return sizes.value(source)[given.args[1]]  # type: ignore[index]
+    return kept(size)
+
+
+class _New(_OfShape):
+    def couple(self, sizes: Sizes, event: Event) -> None:
+        """A tensor that the network makes; what is made inside of another function keeps its sizes."""
+        if name_of(event.node) != event.name:
+            raise NotImplementedError
+        sizes.set(event.out, self.given_axes(sizes, event.node, event.out.shape))
+
+
+@register("zeros", "ones", "empty", "full", "rand", "randn")
+class New(_New):
+    """New tensors of a shape."""
+
+    num_others = 0
+
+
+@register("new_zeros", "new_ones", "new_empty", "new_full")
+class NewLike(_New):
+    """New tensors of a shape, and of the dtype and device of another."""
 
 
 def _given_sizes(program: Program, node: fx.Node) -> list[Any] | None:
@@ -219,29 +264,20 @@ class Expand(_OfShape):
     def couple(self, sizes: Sizes, event: Event) -> None:
         """What sizes of one become is free only where the network's code writes a number."""
         shape = event.out.shape
-        before = sizes.axes(event.args[0])
-        before = [kept(1)] * (len(shape) - len(before)) + before
-        literal = _literal_sizes(event.node, shape)
-        sizes.set(
-            event.out,
-            [
-                old if old.size == size else free(size) if is_literal else kept(size)
-                for old, size, is_literal in zip(before, shape, literal, strict=True)
-            ],
-        )
+        before = _with_ones(sizes.axes(event.args[0]), len(shape))
+        new = [kept(size) for size in shape]
+        if name_of(event.node) == "expand":
+            new = self.given_axes(sizes, event.node, shape)
+        elif name_of(event.node) == "expand_as":
+            new = sizes.value(argument(event.node, 1, "other"))
+        sizes.set(event.out, [old if old.size == axis.size else axis for old, axis in zip(before, new, strict=True)])
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         return _fuse_repeat(program, node, -1)
 
 
-def _literal_sizes(node: fx.Node, shape: Sequence[int]) -> list[bool]:
-    """For a call of `expand`, which of its sizes are plain numbers in the graph."""
-    if node.op != "call_method" or node.target != "expand":
-        return [False] * len(shape)
-    sizes = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    if len(sizes) != len(shape):
-        return [False] * len(shape)
-    return [isinstance(size, int) for size in sizes]
+def _with_ones(axes: Axes, rank: int) -> Axes:
+    return [kept(1)] * (rank - len(axes)) + axes
 
 
 def _fuse_repeat(program: Program, node: fx.Node, of_heads: int) -> Value | None:
@@ -256,34 +292,31 @@ def _fuse_repeat(program: Program, node: fx.Node, of_heads: int) -> Value | None
 
 
 @register("repeat")
-class Repeat(Operation):
-    """Each dimension a number of times."""
+class Repeat(_OfShape):
+    """Each dimension a number of times; a size of one becomes that number, as in `expand`."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
-        before = sizes.axes(event.args[0])
-        times = list(event.args[1])
-        before = [kept(1)] * (len(times) - len(before)) + before
-        sizes.set(event.out, [multiplied([kept(n), axis]) for n, axis in zip(times, before, strict=True)])
+        times = event.args[1]
+        before = _with_ones(sizes.axes(event.args[0]), len(times))
+        new = self.given_axes(sizes, event.node, times)
+        axes = [
+            given if axis.size == 1 else multiplied([kept(n), axis])
+            for n, given, axis in zip(times, new, before, strict=True)
+        ]
+        sizes.set(event.out, axes)
+
+    def renumber(self, narrowed: Narrowed, node: fx.Node, copy: fx.Node) -> None:
+        (after,) = narrowed.outputs(node)
+        before = _with_ones(narrowed.axes(node.all_input_nodes[0]), len(after))
+        times = [new if old.size == 1 else kept(new.size // old.size) for old, new in zip(before, after, strict=True)]
+        self.renumber_shape(narrowed, times, copy)
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
         return _fuse_repeat(program, node, 1)
 
 
-class _Joined(Operation):
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        tensors, dim = arguments_of(node, tensors=None, dim=0)
-        if program.is_shared(node):
-            return program.same(node, SHARED)
-        rank = len(program.shape(node))
-        folded = any(program.value(tensor).layout is FOLDED for tensor in tensors)
-        parts = [program.first(tensor) for tensor in tensors]
-        if folded and dim % rank == 1 and name_of(node) != "stack":
-            return Value(program.call(concatenate_channels, parts), FOLDED)
-        return Value(program.call(node.target, parts, behind_heads(dim)), FIRST)  # type: ignore[arg-type]
-
-
 @register("cat", "concat", "concatenate")
-class Concatenation(_Joined):
+class Concatenation(Operation):
     """Tensors side by side along a dimension."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
@@ -297,9 +330,27 @@ class Concatenation(_Joined):
         axes[dim] = concatenated(part[dim] for part in parts)
         sizes.set(event.out, axes)
 
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        tensors, dim = arguments_of(node, tensors=None, dim=0)
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        rank = len(program.shape(node))
+        # an empty vector is passed over whatever the others are, but has its say in the dtype; it stays a vector
+        skipped = [tensor for tensor in tensors if program.shape(tensor) == (0,) and rank > 1]
+        parts = [_of_first_head(program, part) if part in skipped else program.first(part) for part in tensors]
+        folded = any(program.value(tensor).layout is FOLDED for tensor in tensors)
+        if folded and dim % rank == 1 and not skipped:
+            return Value(program.call(concatenate_channels, parts), FOLDED)
+        return Value(program.call(node.target, parts, behind_heads(dim)), FIRST)  # type: ignore[arg-type]
+
+
+def _of_first_head(program: Program, tensor: fx.Node) -> fx.Node:
+    value = program.value(tensor)
+    return value.node if value.layout is SHARED else program.call(operator.getitem, program.first(tensor), 0)
+
 
 @register("stack")
-class Stacking(_Joined):
+class Stacking(Operation):
     """Tensors along a new dimension."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
@@ -312,6 +363,13 @@ class Stacking(_Joined):
         axes = list(parts[0])
         axes.insert(dim % (len(axes) + 1), kept(len(parts)))
         sizes.set(event.out, axes)
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        tensors, dim = arguments_of(node, tensors=None, dim=0)
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        parts = [program.first(tensor) for tensor in tensors]
+        return Value(program.call(node.target, parts, behind_heads(dim)), FIRST)  # type: ignore[arg-type]
 
 
 @register("chunk", "unsafe_split", "unsafe_chunk")

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ensemblenet.cost import Cost
 from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import LoadError
-from ensemblenet.inputs import call
 from ensemblenet.evaluation.findings import FEWEST, Example, Findings, early_stopping, reliability
 from ensemblenet.evaluation.scoring import Scores, Seen, Split, observe
+from ensemblenet.inputs import call
 from ensemblenet.metrics.diversity import same_class
 from ensemblenet.metrics.scores import SCORES, TASKS, meanings
 from ensemblenet.reports.class_names import readable_names

@@ -13,14 +13,15 @@ A layer stays whole, called but not opened, if it is PyTorch's own or its operat
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ensemblenet.conversion.trace.attributes import Attributes, keeping_state
+from ensemblenet.conversion.trace.chance import CHANCE, keeping_values, place_of_draw
+from ensemblenet.conversion.trace.check import check_training
 from ensemblenet.conversion.trace.graph import (
     BY_HAND,
     GraphRunner,
@@ -33,10 +34,20 @@ from ensemblenet.conversion.trace.graph import (
 from ensemblenet.conversion.trace.modes import BY_MODE, ByMode, merge_modes
 from ensemblenet.conversion.trace.outputs import Output, describe, pick
 from ensemblenet.conversion.trace.recorder import Recorder
+from ensemblenet.conversion.trace.refusals import (
+    KEEP_WHOLE,
+    copy_base,
+    refuse_assigned_buffer,
+    refuse_parameter_hooks,
+    refuse_uncomputed,
+)
 from ensemblenet.conversion.trace.trials import differs, examples, try_sizes
+from ensemblenet.conversion.trace.watch import keep_contexts, without_fast_path
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
+from ensemblenet.operations.contexts import always_in_evaluation
+from ensemblenet.operations.parametrised import refuse_pruned
 
 __all__ = [
     "BY_HAND",
@@ -49,6 +60,7 @@ __all__ = [
     "TensorRef",
     "Trace",
     "Trial",
+    "check_training",
     "depends_on_input",
     "differs",
     "examples",
@@ -76,27 +88,30 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
         >>> [node.target for node in traced.graph.nodes]
         ['input', '0', '1', '2', 'output']
     """
-    try:
-        module = copy.deepcopy(base)
-    except Exception as error:
-        raise ConversionError(f"The base cannot be copied: {type(error).__name__}: {error}. {BY_HAND}") from error
+    refuse_parameter_hooks(base)
+    refuse_pruned(base)
+    module, computed = copy_base(base)
     if isinstance(example_inputs, Mapping):
         example_inputs = _in_order(base, example_inputs)
     is_known = inputs is not None
     inputs = inputs or Inputs.of(example_inputs)
     tensors = [tensor.detach() for tensor in tensors_in(example_inputs)]
     if num_examples(tensors) == 1:  # with two examples, sizes that follow the batch tell themselves from sizes of one
-        _record(module, inputs, tensors, set(), training=True)
+        _record(module, inputs, tensors, set(), computed, training=True)
     few = examples(inputs, tensors, 2) if inputs.is_batched else tensors
     leaves: set[type[nn.Module]] = set()
     tried: set[str] = set()
     notes: list[str] = []
     while True:
-        evaluation = _record(module, inputs, few, leaves, training=False)
+        evaluation = _record(module, inputs, few, leaves, computed, training=False)
         outputs = pick(evaluation.returned, output)
         if any(tensor not in evaluation.nodes for tensor in outputs):
             raise ConversionError(f"The base's output does not come from its input. {BY_HAND}")
-        training = _record(module, inputs, few, leaves, training=True)
+        training = _record(module, inputs, few, leaves, computed, training=True)
+        assigned = evaluation.assigned or training.assigned
+        if assigned is not None:  # a graph assigns nothing, the module's own code does
+            leaves.add(type(module.get_submodule(assigned)))
+            continue
         evaluation.finish(outputs)
         if type(training.returned) is not type(evaluation.returned):
             notes = [f"The base returns {describe(training.returned)} in training mode; only its prediction is kept."]
@@ -114,7 +129,16 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
             leaves.add(type(module.get_submodule(owner)))
         tried.add(owner)  # the first time may have been the filling of a cache
     module.add_module(BY_MODE, ByMode())  # only now: a Sequential would call it
+    notes += dict.fromkeys(evaluation.notes + training.notes)
     traced = evaluation.trace(module, inputs, few, notes)
+    for name in training.in_evaluation:
+        always_in_evaluation(module.get_submodule(name))
+    mixed = keep_contexts(module, traced.graph)
+    if mixed is not None:
+        raise ConversionError(
+            f"{mixed.meta['line']} calls a layer in another context (no_grad, autocast) than elsewhere, and a layer "
+            f"has only one; detach() can take the place of no_grad. {BY_HAND}"
+        )
     _try(traced, base, tensors, output, is_known)
     return traced
 
@@ -128,11 +152,12 @@ def _in_order(base: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
 def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, is_known: bool) -> None:
     """Compare the graph with the base, at the sizes of the examples and at others."""
     module = traced.module.eval()
-    with keeping_state(module, tensors[0]):
+    with keeping_state(module, tensors[0]), without_fast_path():
         if is_known:
             try_sizes(traced, tensors, None)
             return
-        twin = copy.deepcopy(base).eval()  # the traced copy has caches of the run, which may hold its sizes
+        check_training(traced, base, output)
+        twin = copy_base(base)[0].eval()  # the traced copy has caches of the run, which may hold its sizes
 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             return pick(call(twin, traced.inputs.build(tensors)), output)
@@ -151,16 +176,52 @@ def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, 
                 f"to the next? {BY_HAND}"
             )
         try_sizes(traced, tensors, run)
+    with torch.no_grad():
+        if differs(expected, tuple(run(traced.tensors))):
+            traced.notes.append(
+                "In evaluation mode PyTorch's fast path of nn.TransformerEncoder gives other values than in training, "
+                "such as zeros at padding; the model gives in both modes what the base gives in training."
+            )
 
 
 def _record(
-    module: nn.Module, inputs: Inputs, tensors: list[Tensor], leaves: set[type[nn.Module]], *, training: bool
+    module: nn.Module,
+    inputs: Inputs,
+    tensors: list[Tensor],
+    leaves: set[type[nn.Module]],
+    computed: dict[int, str],
+    *,
+    training: bool,
 ) -> Recorder:
-    """Run the module once under all observers."""
-    recorder = Recorder(module, leaves, tensors[0].device)
+    """Run the module once under all observers, and leave its attributes as they were."""
     module.train(training)
+    attributes = Attributes(module)
+
+    def run(left_behind: dict[int, str]) -> Recorder:
+        recorder = Recorder(module, leaves, tensors[0].device)
+        recorder.left_behind = left_behind
+        _run(recorder, inputs, tensors, training)
+        return recorder
+
+    recorder = run({})
+    if recorder.chance.drew:
+        _refuse_draws(Recorder(module, leaves, tensors[0].device), inputs, tensors, training)
+    assigned = attributes.assigned(recorder)
+    for one in assigned:
+        if one.is_buffer:
+            refuse_assigned_buffer(module, one.module, one.attribute)
+            recorder.assigned = one.module
+    if assigned and recorder.assigned is None:
+        run({id(one.tensor): str(one) for one in assigned})  # it objects if that is read
+    refuse_uncomputed(module, computed)
+    attributes.restore(recorder)
+    return recorder
+
+
+def _run(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bool) -> None:
+    """Run a recorder; with gradients on, to see where the network turns them off."""
     mode = "training" if training else "evaluation"
-    with torch.no_grad(), keeping_state(module, tensors[0]):
+    with torch.enable_grad(), keeping_values(recorder.root, tensors[0]):
         try:
             recorder.run(inputs, tensors)
         except ConversionError:
@@ -174,16 +235,12 @@ def _record(
                 f"The base's forward pass in {mode} mode, on an input of shape {shapes}, failed in "
                 f"{recorder.where(error)}: {type(error).__name__}: {error}.{hint}"
             ) from error
-    return recorder
 
 
-@contextmanager
-def keeping_state(module: nn.Module, x: Tensor) -> Iterator[None]:
-    """Restore buffers and the random state after a run in training mode."""
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
-    with torch.no_grad():
-        for buffer, value in before:  # into the old tensors: a new one in their place is a cache that the run filled
-            buffer.copy_(value)
+def _refuse_draws(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bool) -> None:
+    """Run once more to find where the network draws numbers of Python or NumPy."""
+    run = lambda: _run(recorder, inputs, tensors, training)  # noqa: E731
+    place = place_of_draw(run, recorder.chance, lambda: recorder.paused, recorder.label)
+    raise ConversionError(
+        f"{place} draws random numbers in Python or NumPy, which a graph would freeze. {CHANCE} {KEEP_WHOLE}"
+    )

@@ -67,6 +67,11 @@ class Trace:
         return macs
 
     @cached_property
+    def names(self) -> dict[int, str]:
+        """By the ids of parameters and buffers, the one name that each has in events, however many layers share it."""
+        return {id(tensor): name for name, tensor in (*self.module.named_parameters(), *self.module.named_buffers())}
+
+    @cached_property
     def parameters(self) -> dict[fx.Node, dict[str, nn.Parameter]]:
         """The parameters that each node reads, by their names in the base."""
         found: dict[fx.Node, dict[str, nn.Parameter]] = {}
@@ -74,7 +79,7 @@ class Trace:
             name = str(node.target)
             if node.op == "call_module":
                 layer = self.module.get_submodule(name)
-                found[node] = {f"{name}.{key}": parameter for key, parameter in layer.named_parameters()}
+                found[node] = {self.names[id(parameter)]: parameter for parameter in layer.parameters()}
             elif node.op == "get_attr" and isinstance(tensor := self.tensor(name), nn.Parameter):
                 found[node] = {name: tensor}
         return found

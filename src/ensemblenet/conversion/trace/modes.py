@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -55,6 +56,12 @@ def _merge_nodes(left: fx.Node, right: fx.Node, twins: dict[fx.Node, fx.Node]) -
     """Pair two nodes, merging the arguments of the right one into the left one."""
     if (left.op, left.target) != (right.op, right.target):
         raise _MismatchError
+    context = right.meta.get("context")
+    # without gradients in evaluation mode alone, nothing is trained otherwise: as if the caller had turned them off
+    if left.meta.get("context") not in (context, context and replace(context, gradients=False)):
+        raise _MismatchError
+    if context is not None:
+        left.meta["context"] = context
 
     def merge(a: Any, b: Any) -> Any:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):

@@ -7,8 +7,10 @@ stands in the graph as it was, so what it was read from must keep its size.
 
 from __future__ import annotations
 
+import dis
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -44,6 +46,13 @@ class _Traced:
 
 class TracedInt(_Traced, int):
     """A size, or an integer made of sizes."""
+
+    def __hash__(self) -> int:
+        # A table finds a size like any integer. A call that hashes its arguments is a cache's (`lru_cache`, as in
+        # einops): it must not give back what was made of another number, of this run or of an earlier one.
+        caller = sys._getframe(1)
+        is_call = dis.opname[caller.f_code.co_code[caller.f_lasti]].startswith(("CALL", "PRECALL"))
+        return id(self) if is_call else hash(_plain(self))
 
 
 class TracedFloat(_Traced, float):
