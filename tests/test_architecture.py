@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "data": {"errors"},
     "recipe": {"errors", "functional", "inputs", "cost", "models", "operations"},
     "ensemble": {"functional", "cost", "recipe"},
-    "operations": set(),
+    "operations": {"errors"},
     "conversion": {"errors", "functional", "inputs", "cost", "ensemble", "recipe", "operations", "models"},
     "heads": {"errors", "functional", "inputs", "timing", "ensemble", "operations"},
     "deploy": {"errors", "inputs", "cost", "ensemble", "conversion", "heads", "storage", "timing", "metrics"},

@@ -21,3 +21,17 @@ def test_a_step_trains_in_training_mode_only_and_draws_nothing_for_good() -> Non
     step(model.train(), x)()
     assert model[0].weight.grad is not None
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
+def test_every_step_casts_the_weights_anew() -> None:
+    """One autocast around many steps keeps what it has cast; where each step has its own, each step casts."""
+    model, x = nn.Linear(8, 4, bias=False).eval(), torch.ones(2, 8)
+    outputs: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, args, out: outputs.append(out))
+    for training in (True, False):
+        run = step(model.train(training), x)
+        with torch.autocast("cpu", torch.bfloat16):
+            for value in (1.0, 2.0):
+                model.weight.data.fill_(value)
+                run()
+    assert [out[0, 0].item() for out in outputs] == [8.0, 16.0, 8.0, 16.0]

@@ -147,9 +147,8 @@ class Inputs:
             raise ConversionError(f"example_inputs must have the shape (N, ...) with N > 0, got {shapes or 'none'}.")
         specs = tuple(InputSpec.of(tensor, tensor.ndim > 0 and len(tensor) == size) for tensor in found)
         if unknown := {spec.dtype for spec in specs}.difference(DTYPES):
-            raise ConversionError(
-                f"example_inputs are of {', '.join(unknown)}; a conversion takes {', '.join(DTYPES)}."
-            )
+            kinds = ", ".join(f"torch.{dtype}" for dtype in sorted(unknown))
+            raise ConversionError(f"example_inputs are of {kinds}; a conversion takes {', '.join(DTYPES)}.")
         return cls(specs, tree)
 
     @property

@@ -90,8 +90,8 @@ def _autocast_of_another_device(net: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "forward",
     [
-        _statistic, _frozen_backbone, _set_grad_enabled, _by_mode, _decorated, _inference_mode, _enabled_again, _autocast,
-        _all_in_autocast, _nested_autocast, _autocast_of_another_device,
+        _statistic, _frozen_backbone, _set_grad_enabled, _by_mode, _decorated, _inference_mode, _enabled_again,
+        _autocast, _all_in_autocast, _nested_autocast, _autocast_of_another_device,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("split_at", ["input", "first"])

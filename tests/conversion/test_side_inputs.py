@@ -268,7 +268,7 @@ def test_divisions_by_a_width_follow_the_width() -> None:
             return self.last(h / h.norm(dim=1, keepdim=True) * root)
 
     for plain in (False, True):
-        model = convert(Normalised(plain), torch.randn(4, 8), 1, 0.5, split_at="input").eval()
+        model = convert(Normalised(plain), torch.randn(4, 8), 1, 1.0 if plain else 0.5, split_at="input").eval()
         norms: list[Tensor] = []
         model.heads[0].get_submodule("last").register_forward_pre_hook(lambda _, args, n=norms: n.append(args[0]))
         model(torch.randn(64, 8))

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,15 +152,3 @@ def test_the_failing_module_and_the_users_line_are_named() -> None:
 
     with pytest.raises(ConversionError, match=r"failed in block \(Broken\) at test_trace.py:\d+: RuntimeError: .*mat1"):
         trace(Outer(), torch.randn(2, 4))
-
-
-def test_a_conversion_leaves_the_compiler_as_it_is() -> None:
-    # in a process of its own: PyTorch loads its compiler once, and may do so within a conversion
-    code = """
-import torch, ensemblenet
-from torch import nn
-model = ensemblenet.convert(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)), torch.randn(4, 8))
-torch.compile(model, backend="eager", fullgraph=True)(torch.randn(4, 8))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr

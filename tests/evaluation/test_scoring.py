@@ -26,6 +26,7 @@ from ensemblenet.inputs import Inputs
 from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.storage.restore import Restored, data_module, restore
+from ensemblenet.storage.specs import changed_data
 from ensemblenet.training.fit import fit
 
 DATA = {"num_train": 60, "num_val": 40, "num_test": 50, "batch_size": 20}
@@ -138,6 +139,12 @@ def test_a_folder_has_a_short_option(saved: Path) -> None:
         options = ["--data.num_val=7", *folder]
         data = chosen_data(restore(saved), None, options, class_path="ensemblenet.data.ParquetImages")
         assert (str(data.folder), data.num_val) == ("elsewhere", 7)  # pyright: ignore
+
+
+def test_features_keep_their_order() -> None:
+    features = {"rgb": 16, "audio": 8}  # in which they stand side by side
+    spec = {"class_path": "ensemblenet.data.YouTube8M", "init_args": {"folder": "x", "features": features}}
+    assert list(changed_data(spec, ["--data.batch_size=8"])["init_args"]["features"]) == ["rgb", "audio"]
 
 
 def test_another_class_leaves_the_arguments_of_the_runs_own_behind(run: Path) -> None:

@@ -569,6 +569,16 @@ def test_a_training_step_under_autocast() -> None:
     assert F.cosine_similarity(*gradients, dim=0) > 0.98
 
 
+def test_fusing_under_autocast_leaves_nothing_in_its_cache() -> None:
+    model = EnsembleNet(nn.Conv2d(3, 8, 3), [nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten()) for _ in range(2)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fuse(model, IMAGES)
+        outputs = model(IMAGES)
+    assert type(outputs) is torch.Tensor
+    outputs.float().square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_channels_last() -> None:
     torch.manual_seed(0)
     model = convert(LongSkip(), IMAGES, 3).eval()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -12,7 +13,7 @@ from torch import nn
 
 from ensemblenet.cli.options import add_base, base_of, command_parser, positive_integer
 from ensemblenet.conversion.convert import convert
-from ensemblenet.heads import fuse, tune
+from ensemblenet.heads import capture, fuse, tune
 from ensemblenet.inputs import InputSpec
 from ensemblenet.timing import measure, step
 
@@ -46,7 +47,11 @@ def benchmark(arguments: Sequence[str]) -> None:
     batch = InputSpec.of(x).random(options.batch_size).to(options.device)
     table = Table(title=f"{options.model}, {options.num_heads} heads, {torch.get_num_threads()} threads")
     table.add_column("")
-    names = [*models, *(f"{name}, compiled" for name in models if options.compile)]
+    names = [
+        *models,
+        *(f"{name}, graph" for name in models if batch.is_cuda),
+        *(f"{name}, compiled" for name in models if options.compile),
+    ]
     for name in names:
         table.add_column(f"{name}\nms", justify="right")
     for title, inputs, training in (
@@ -55,7 +60,11 @@ def benchmark(arguments: Sequence[str]) -> None:
         (f"training step of {len(batch)}", batch, True),
     ):
         tune(fused.train(training), inputs)
-        steps = {name: step(model.train(training), inputs) for name, model in models.items()}
+        steps: dict[str, Callable[[], object]] = {
+            name: step(model.train(training), inputs) for name, model in models.items()
+        }
+        if batch.is_cuda and not training:
+            steps |= {f"{name}, graph": partial(capture(model, inputs), inputs) for name, model in models.items()}
         if options.compile:
             torch.compiler.reset()
             for name, model in models.items():
@@ -63,9 +72,11 @@ def benchmark(arguments: Sequence[str]) -> None:
                 twin.compile()
                 steps[f"{name}, compiled"] = step(twin, inputs)
         seconds = measure(steps, options.repeats)
-        cells = (f"{1000 * seconds[name]:.1f} ({seconds[name] / seconds['base']:.2f}x)" for name in names)
-        table.add_row(title, *cells)
+        cells = {name: f"{1000 * own:.1f} ({own / seconds['base']:.2f}x)" for name, own in seconds.items()}
+        table.add_row(title, *(cells.get(name, "") for name in names))
     console = Console()
     console.print(table)
     note = f"medians of {options.repeats}, taken in turns; in brackets: against the base. fit chooses by itself."
+    if batch.is_cuda:
+        note += " graph: a prediction by ensemblenet.heads.capture."
     console.print(note, style="dim", highlight=False)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from ensemblenet.conversion.equations import Equations
 from ensemblenet.conversion.initialise import Initialiser
+from ensemblenet.conversion.parametrised import restart_power_iterations
 from ensemblenet.conversion.split import Cut, head_graph, sizes_read, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, GraphRunner, NodeError, Trace, Trial, refs
 from ensemblenet.cost import Cost
@@ -20,7 +21,6 @@ from ensemblenet.errors import ConversionError
 from ensemblenet.operations import LayerSizes, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, settle
 from ensemblenet.operations.coupling import name_of
-from ensemblenet.operations.parametrised import restart_power_iterations
 from ensemblenet.recipe import HeadShape
 
 __all__ = ["HeadDesign", "build_head", "build_trunk", "check_head", "design_head"]

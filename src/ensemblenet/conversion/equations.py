@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from ensemblenet.conversion.parametrised import singular_vectors
 from ensemblenet.conversion.trace import Event, TensorRef, Trace, refs
 from ensemblenet.operations import Operation, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, unify
 from ensemblenet.operations.coupling import name_of
 from ensemblenet.operations.deprecated import Rule, rule
-from ensemblenet.operations.parametrised import singular_vectors
 
 __all__ = ["Equations", "Rule", "rule"]
 

@@ -169,13 +169,14 @@ def preferred(points: Sequence[SplitPoint], share: float = STEM) -> list[SplitPo
         (['a', 'b.c', 'd'], 'd')
     """
 
+    from_the_end = points[::-1]
     depth = min((point.name.count(".") for point in points if point.name != "input"), default=0)
 
     def key(point: SplitPoint) -> tuple[int, int, float]:
         inside = 0 if point.name == "input" else point.name.count(".") - depth
         return _distance(point, share), inside, abs(point.macs_share - share)
 
-    return sorted(points[::-1], key=key)
+    return sorted(from_the_end, key=key)
 
 
 def _distance(point: SplitPoint, share: float) -> int:

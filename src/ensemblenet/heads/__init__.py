@@ -1,6 +1,7 @@
 """Run the K heads of a model as one network."""
 
 from ensemblenet._moved import renamed
+from ensemblenet.heads.capture import capture
 from ensemblenet.heads.choice import Choice, HeadsMode, choose, current_mode, tune
 from ensemblenet.heads.fused import FusedEnsembleNet, fuse, unfuse
 from ensemblenet.heads.program import Program
@@ -13,6 +14,7 @@ __all__ = [
     "HeadsMode",
     "Program",
     "Value",
+    "capture",
     "choose",
     "current_mode",
     "fuse",

@@ -208,13 +208,20 @@ def _fakes(given: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Set evaluation mode for a while, so that nothing in a module changes."""
+    """Set evaluation mode for a while, so that nothing in a module changes.
+
+    The caller may be under autocast, which keeps the weights that it has cast for later calls. What a probe casts must
+    not stay there: fake tensors, and casts without a gradient.
+    """
     training = [part for part in module.modules() if part.training]
+    caches = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     for part in training:
         part.training = False
     try:
         yield
     finally:
+        torch.set_autocast_cache_enabled(caches)
         for part in training:
             part.training = True
 

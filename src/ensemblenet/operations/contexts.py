@@ -48,11 +48,11 @@ class Context:
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function in this context."""
         managers: list[AbstractContextManager[Any]] = [] if self.gradients else [torch.no_grad()]
-        for device_type, *rest in self.autocasts:
+        for device_type, dtype, enabled, cache_enabled in self.autocasts:
             if device_type is None:
                 leaves = tree_leaves((args, kwargs))
                 device_type = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
-            managers.append(torch.autocast(device_type, *rest))
+            managers.append(torch.autocast(device_type, dtype, enabled, cache_enabled))
         return _run(managers, function, args, kwargs)
 
 
@@ -111,7 +111,7 @@ def in_context(layer: _Layer, context: Context) -> _Layer:
         >>> layer(torch.ones(1, 2)).requires_grad, isinstance(layer, nn.Linear)
         (False, True)
     """
-    layer.__class__ = _class_in_context(type(layer), context)
+    layer.__class__ = _class_in_context(type(layer), context)  # type: ignore[assignment]
     return layer
 
 
@@ -130,7 +130,7 @@ def always_in_evaluation(layer: _Layer) -> _Layer:
         >>> always_in_evaluation(nn.BatchNorm1d(3)).train().training
         False
     """
-    layer.__class__ = _class_in_evaluation(type(layer))
+    layer.__class__ = _class_in_evaluation(type(layer))  # type: ignore[assignment]
     return layer.eval()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ensemblenet.operations.registry import Operation, register
 __all__ = ["Convolution", "FusedConvolution"]
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_FEW = 2**18  # numbers of a gradient that are few for a GPU, as measured on an H200
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
@@ -184,6 +185,7 @@ class FusedConvolution(nn.Module):
         if layer.padding_mode != "zeros":
             self.pads, self.settings["padding"] = list(layer._reversed_padding_repeated_twice), 0
         self.can_separate = not shared
+        self.is_product = not shared and layer.groups == 1 and self.pads is None and _is_pointwise(layer)
         self.separate = {True: False, False: False}  # whether heads run one by one, with gradients and without
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -191,6 +193,8 @@ class FusedConvolution(nn.Module):
         if self.pads is not None:
             x = F.pad(x, self.pads, mode=self.pad_mode)
         if not self.separate[torch.is_grad_enabled()]:
+            if self.is_product and _suits_products(x):
+                return pointwise_products(x, weight, bias, self.settings["stride"])
             bias = None if bias is None else bias.flatten()
             return self.function(x, weight.flatten(0, 1), bias, groups=self.groups, **self.settings)
         biases = [None] * self.num_heads if bias is None else bias.unbind()
@@ -201,3 +205,86 @@ class FusedConvolution(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for `repr`."""
         return f"groups={self.groups}, separate={self.separate}"
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    """Whether a convolution looks at one position alone."""
+    padding = layer.padding if isinstance(layer.padding, tuple) else ()  # "same" and "valid" pad nothing here
+    return all(size == 1 for size in layer.kernel_size) and not any(padding)
+
+
+def _suits_products(x: Tensor) -> bool:
+    """Whether batched products were measured to be faster than grouped convolutions: docs/heads.md.
+
+    In float32, convolutions use TF32 and products, unless they are told to, do not.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return x.is_cuda and dtype in (torch.bfloat16, torch.float16) and x.movedim(1, -1).is_contiguous()
+
+
+def pointwise_products(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
+    """The pointwise convolutions of K heads as one batched product.
+
+    Args:
+        x: shape (N, K·C, *), channels last in memory.
+        weight: shape (K, O, C, 1...).
+        bias: shape (K, O).
+        stride: of every dimension of *.
+
+    Returns:
+        Shape (N, K·O, *), channels last in memory.
+    """
+    if any(step > 1 for step in stride):
+        kept = x[(..., *(slice(None, None, step) for step in stride))]
+        x = kept.movedim(1, -1).contiguous().movedim(-1, 1)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    weight = weight.flatten(2)
+    if torch.compiler.is_compiling():  # a compiler does not see through the views that are written to
+        rows = torch.bmm(_rows(x, len(weight)), weight.mT)  # (K, N·*, O)
+        out = rows.transpose(0, 1).reshape(len(x), *x.shape[2:], -1).movedim(-1, 1)
+    else:
+        out = _Products.apply(x, weight)
+    return out if bias is None else out + bias.to(out.dtype).reshape(-1, *(1,) * len(stride))  # pyright: ignore
+
+
+def _rows(x: Tensor, num_heads: int) -> Tensor:
+    """(N, K·C, *) to (K, N·*, C); no copy where channels lie last."""
+    return x.movedim(1, -1).reshape(-1, num_heads, x.shape[1] // num_heads).transpose(0, 1)
+
+
+class _Products(torch.autograd.Function):
+    """(N, K·C, *) by weights (K, O, C) to (N, K·O, *), without a copy: every head is read and written in its place."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        heads, width, _ = weight.shape
+        out = x.new_empty(len(x), *x.shape[2:], heads * width)
+        torch.bmm(_rows(x, heads), weight.mT, out=out.view(-1, heads, width).transpose(0, 1))
+        return out.movedim(-1, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        of_x = _Products.apply(grad, weight.mT) if ctx.needs_input_grad[0] else None
+        of_weight = _sums_of_products(grad, x, len(weight)) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight  # pyright: ignore[reportReturnType]
+
+
+def _sums_of_products(left: Tensor, right: Tensor, num_heads: int) -> Tensor:
+    """(N, K·O, *) and (N, K·C, *) to (K, O, C), summed over examples and positions: the gradient of weights.
+
+    Where few numbers come out of long sums, a batched product leaves most of a GPU idle. One product of all channels
+    with all, of which each head's own are kept, is several times as fast there.
+    """
+    a, b = _rows(left, num_heads), _rows(right, num_heads)
+    if left.shape[1] * b.shape[2] > _FEW:
+        return torch.bmm(a.mT, b)
+    every = torch.mm(a.transpose(0, 1).flatten(1).mT, b.transpose(0, 1).flatten(1))
+    return every.unflatten(0, (num_heads, -1)).unflatten(2, (num_heads, -1)).diagonal(0, 0, 2).movedim(-1, 0)

@@ -152,7 +152,9 @@ class Program(Protocol):
 
 
 def fold(x: Tensor) -> Tensor:
-    """(K, N, C, *) to (N, K·C, *); no copy where the memory lies so already."""
+    """(K, N, C, *) to (N, K·C, *); no copy where the memory lies so already. Channels that lie last there stay last."""
+    if x.ndim > 3 and x.stride(2) == 1:
+        return x.movedim((0, 2), (-2, -1)).flatten(-2).movedim(-1, 1)
     return x.transpose(0, 1).flatten(1, 2)
 
 

@@ -77,7 +77,7 @@ def changed_data(spec: Mapping[str, Any], options: Sequence[str]) -> dict[str, A
         20
     """
     parser = _parser(LightningDataModule, "data")
-    arguments = ["--data", yaml.safe_dump(dict(spec)), *with_data_folder(options)]
+    arguments = ["--data", yaml.safe_dump(dict(spec), sort_keys=False), *with_data_folder(options)]
     try:
         return parser.parse_args(arguments).as_dict()["data"]
     except ArgumentError as error:

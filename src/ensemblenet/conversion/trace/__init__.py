@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ensemblenet.conversion.parametrised import refuse_pruned
 from ensemblenet.conversion.trace.attributes import Attributes, keeping_state
 from ensemblenet.conversion.trace.chance import CHANCE, keeping_values, place_of_draw
 from ensemblenet.conversion.trace.check import check_training
@@ -47,7 +48,6 @@ from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
 from ensemblenet.operations.contexts import always_in_evaluation
-from ensemblenet.operations.parametrised import refuse_pruned
 
 __all__ = [
     "BY_HAND",
@@ -240,7 +240,7 @@ def _run(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bo
 def _refuse_draws(recorder: Recorder, inputs: Inputs, tensors: list[Tensor], training: bool) -> None:
     """Run once more to find where the network draws numbers of Python or NumPy."""
     run = lambda: _run(recorder, inputs, tensors, training)  # noqa: E731
-    place = place_of_draw(run, recorder.chance, lambda: recorder.paused, recorder.label)
+    place = place_of_draw(run, recorder.chance, lambda: recorder.paused, recorder.where)
     raise ConversionError(
         f"{place} draws random numbers in Python or NumPy, which a graph would freeze. {CHANCE} {KEEP_WHOLE}"
     )

@@ -36,8 +36,12 @@ class HostRandomness:
         self._sources = [
             random, np.random, *(value for value in owned if isinstance(value, (random.Random, *_OF_NUMPY)))
         ]  # fmt: skip
-        self._expected = self.state()
+        self._expected = self.marks()
         self.drew = False
+
+    def marks(self) -> list[int]:
+        """A number for each source, another one once it has been drawn from."""
+        return [_mark(source) for source in self._sources]
 
     def state(self) -> list[Any]:
         """What every source would draw next."""
@@ -47,12 +51,11 @@ class HostRandomness:
         """Go back to a state."""
         for source, value in zip(self._sources, state, strict=True):
             _restore(source, value)
-        self._expected = state
 
     def look(self) -> None:
         """Notice whether numbers were drawn since the last look."""
-        now = self.state()
-        self.drew = self.drew or not _same(now, self._expected)
+        now = self.marks()
+        self.drew = self.drew or now != self._expected
         self._expected = now
 
     @contextmanager
@@ -60,7 +63,7 @@ class HostRandomness:
         """Around code that may draw what it wants."""
         self.look()
         yield
-        self._expected = self.state()
+        self._expected = self.marks()
 
 
 _OF_NUMPY = (np.random.Generator, np.random.RandomState)
@@ -81,15 +84,15 @@ def _restore(source: Any, state: Any) -> None:
         source.setstate(state)
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return all(_same(value, b[key]) for key, value in a.items())
-    return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+def _mark(source: Any) -> int:
+    state = _state(source)
+    if source is random or isinstance(source, random.Random):
+        return hash(state)
+    return hash(state[1].tobytes() + state[2].to_bytes(4)) if isinstance(state, tuple) else hash(repr(state))
 
 
-_OWN = (str(Path(random.__file__)), str(Path(np.__file__).parent))
+# whose lines are not the network's own
+_OTHERS = (random.__file__, *(str(Path(file).parent) for file in (np.__file__, torch.__file__, __file__)))
 
 
 @contextmanager
@@ -108,7 +111,7 @@ def keeping_values(module: nn.Module, x: Tensor) -> Iterator[None]:
 
 
 def place_of_draw(
-    run: Callable[[], Any], chance: HostRandomness, is_kept: Callable[[], bool], label: Callable[[], str]
+    run: Callable[[], Any], chance: HostRandomness, is_kept: Callable[[], bool], where: Callable[[FrameType], str]
 ) -> str:
     """Run a network line by line; the module and the line that first draw a number.
 
@@ -116,25 +119,22 @@ def place_of_draw(
         run: runs it.
         chance: its sources.
         is_kept: whether the code that runs now belongs to a layer that is kept whole.
-        label: the module that runs now.
+        where: says in words where a frame is.
     """
-    last: list[tuple[str, int]] = [("", 0)]
-    found: list[str] = []
-    states = [chance.state()]
+    last, found = [""], []
+    marks = [chance.marks()]
 
     def watch(frame: FrameType, event: str, arg: Any) -> Any:
-        file = frame.f_code.co_filename
-        if found or file.startswith(_OWN):
-            return None if found else watch
-        now = chance.state()
-        if not _same(now, states[0]):
-            states[0] = now
+        if found or frame.f_code.co_filename.startswith(_OTHERS):
+            return None
+        now = chance.marks()
+        if now != marks[0]:
+            marks[0] = now
             if not is_kept():
-                file, line = last[0]
-                found.append(f"{label()} at {Path(file).name}:{line}")
-        if event == "return" and frame.f_back is not None:
-            frame = frame.f_back
-        last[0] = frame.f_code.co_filename, frame.f_lineno
+                found.append(last[0])
+        back = frame.f_back if event == "return" else frame
+        if back is not None and not back.f_code.co_filename.startswith(_OTHERS):
+            last[0] = where(back)
         return watch
 
     before = sys.gettrace()

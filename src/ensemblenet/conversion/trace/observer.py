@@ -182,7 +182,7 @@ def _has_dynamic_shape(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call's result has as many entries as its inputs' values say, or is a plain number."""
     if func is torch.ops.aten.index.Tensor:
         masks = (torch.bool, torch.uint8)
-        return any(index is not None and index.dtype in masks for index in args[1])
+        return any(isinstance(index, Tensor) and index.dtype in masks for index in args[1])
     if func is torch.ops.aten.repeat_interleave.Tensor:
         return kwargs.get("output_size") is None
     return func is torch.ops.aten._local_scalar_dense.default or torch.Tag.dynamic_output_shape in func.tags

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any
 
 import numpy as np
@@ -370,9 +370,9 @@ class Recorder(TorchFunctionMode):
         module = type(self.root.get_submodule(name)).__name__
         return f"{name} ({module})" if name else module
 
-    def where(self, error: Exception | None = None) -> str:
-        """The module that runs or has failed, and the user's line in it."""
-        line = _user_line(error)
+    def where(self, place: Exception | FrameType | None = None) -> str:
+        """The module that runs or has failed, and the user's line in it: of an error, of a frame, or of now."""
+        line = _user_line(place or sys._getframe(1))
         return f"{self.label()} at {line}" if line else self.label()
 
 
@@ -442,12 +442,12 @@ _NOT_THE_USERS = (
 _LIBRARIES = ("site-packages", "dist-packages")
 
 
-def _user_line(error: Exception | None) -> str | None:
+def _user_line(place: Exception | FrameType) -> str | None:
     """The innermost line of the user's own code, else of another library's than PyTorch and this, as "file:line"."""
-    if error is not None:
-        frames = list(traceback.walk_tb(error.__traceback__))[::-1]
+    if isinstance(place, Exception):
+        frames = list(traceback.walk_tb(place.__traceback__))[::-1]
     else:
-        frames = list(traceback.walk_stack(sys._getframe(1)))
+        frames = list(traceback.walk_stack(place))
         run = (index for index, (frame, _) in enumerate(frames) if frame.f_code is Recorder.run.__code__)
         frames = frames[: next(run, None)]  # who called for the conversion is no part of the network
     lines = [

@@ -86,7 +86,7 @@ def without_fast_path() -> Iterator[None]:
 @contextmanager
 def watching(recorder: Recorder) -> Iterator[None]:
     """Tell a recorder of what torch functions do not show, and put all back afterwards."""
-    # a run may load it, and its tables of the built-in functions must hold the true ones: else nothing compiles after
+    # it notes Python's own functions when PyTorch first needs it: not those that stand in for them here
     importlib.import_module("torch._dynamo")
     with ExitStack() as stack:
         stack.enter_context(without_fast_path())
@@ -101,9 +101,8 @@ def watching(recorder: Recorder) -> Iterator[None]:
 def _replacements(recorder: Recorder) -> list[tuple[Any, str, Callable[..., Any]]]:
     """What takes the place of which attribute."""
     enter, leave, length = autocast.__enter__, autocast.__exit__, builtins.len
-    is_tracing, is_autocast, call_scripted = (
-        torch.jit.is_tracing, torch.is_autocast_enabled, torch._C.ScriptFunction.__call__,
-    )  # fmt: skip
+    is_tracing: Callable[[], bool] = getattr(torch.jit, "is_tracing")  # noqa: B009 (a name that is not exported)
+    is_autocast, call_scripted = torch.is_autocast_enabled, torch._C.ScriptFunction.__call__
 
     def entered(self: autocast) -> Any:
         recorder.contexts.autocasts.append(self)
