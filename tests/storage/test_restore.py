@@ -50,7 +50,7 @@ def test_a_run_restores_what_it_tested(tmp_path: Path, conversion: dict[str, Any
     with torch.inference_mode():
         wrong = (restored.network(x).argmax(1) != y).float().mean()
     assert 100 * wrong.item() == pytest.approx(row["error_mean"], abs=1e-3)
-    assert (restored.task, restored.input_shape, restored.num_classes()) == ("multiclass", (40,), 10)
+    assert (restored.task, restored.inputs.shape, restored.num_classes()) == ("multiclass", (40,), 10)
     assert restored.classes == list("0123456789")
     assert not restored.network.training
 

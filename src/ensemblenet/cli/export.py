@@ -18,7 +18,6 @@ from ensemblenet.deploy.export import export as export_model
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError
 from ensemblenet.heads import fuse
-from ensemblenet.inputs import InputSpec
 from ensemblenet.models.sources import create
 from ensemblenet.storage.restore import restore
 
@@ -54,7 +53,7 @@ def export(arguments: Sequence[str]) -> Path:
             network.to(options.device),
             options.output,
             options.format,
-            example_inputs=InputSpec(restored.input_shape).zeros(),
+            example_inputs=None if isinstance(network, EnsembleNet) else restored.inputs.zeros(),
             head=options.head,
             first=options.first,
             batch_size=options.batch_size,
