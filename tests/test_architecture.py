@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "operations": set(),
     "conversion": {"errors", "functional", "inputs", "cost", "ensemble", "recipe", "operations", "models"},
     "heads": {"errors", "functional", "timing", "ensemble", "operations"},
-    "deploy": {"errors", "cost", "ensemble", "conversion", "heads", "storage", "timing", "metrics"},
+    "deploy": {"errors", "inputs", "cost", "ensemble", "conversion", "heads", "storage", "timing", "metrics"},
     "testing": {"storage", "conversion", "cost", "ensemble", "recipe"},
     "storage": {"errors", "functional", "inputs", "cost", "models", "recipe", "ensemble", "conversion", "data"},
     "training": {

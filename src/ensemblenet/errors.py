@@ -12,6 +12,7 @@ __all__ = [
     "LoadError",
     "MissingExtraError",
     "TrainingError",
+    "first_line",
 ]
 
 
@@ -57,3 +58,13 @@ class BusyError(TrainingError):
 
 class MissingExtraError(EnsembleNetError, ImportError):
     """A library that a part of the package needs is not installed; the message says how to install it."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, for a message of one line.
+
+    Example:
+        >>> first_line(ValueError("no such thing\\nbecause of ...")), first_line(KeyError())
+        ('no such thing', 'KeyError')
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

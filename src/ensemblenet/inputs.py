@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["DTYPES", "InputSpec"]
 
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64")
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "bool"),
+    *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,27 @@ class InputSpec:
         """The specification of a batch, (N, *)."""
         return cls(tuple(batch.shape[1:]), str(batch.dtype).removeprefix("torch."))
 
-    def zeros(self, size: int = 1, like: Tensor | None = None) -> Tensor:
+    def zeros(self, size: int = 1, like: nn.Module | None = None) -> Tensor:
         """A batch of zeros, (size, *).
 
         Args:
             size: N.
-            like: a parameter of the network, whose device and floating-point dtype the batch gets.
+            like: a network, whose device and floating-point precision the batch gets.
         """
-        dtype = getattr(torch, self.dtype)
-        if like is not None and dtype.is_floating_point:
-            dtype = like.dtype
-        return torch.zeros(size, *self.shape, dtype=dtype, device=None if like is None else like.device)
+        dtype, device = getattr(torch, self.dtype), None
+        for parameter in [] if like is None else like.parameters():
+            if parameter.is_floating_point() or parameter.is_complex():
+                precision, device = parameter.dtype.to_real(), parameter.device
+                if dtype.is_floating_point:
+                    dtype = precision
+                elif dtype.is_complex:
+                    dtype = torch.promote_types(precision, torch.complex64)
+                break
+        return torch.zeros(size, *self.shape, dtype=dtype, device=device)
 
     def random(self, size: int = 2) -> Tensor:
-        """A batch of numbers in [0, 1), (size, *), the same every time; zeros where inputs are integers."""
-        values = torch.rand((size, *self.shape), generator=torch.Generator().manual_seed(0))
-        return values.to(getattr(torch, self.dtype))
+        """A batch of numbers in [0, 1), (size, *), the same every time; integers are zeros, flags are tossed."""
+        dtype = getattr(torch, self.dtype)
+        drawn = torch.complex64 if dtype.is_complex else torch.float32
+        values = torch.rand((size, *self.shape), generator=torch.Generator().manual_seed(0), dtype=drawn)
+        return values < 0.5 if dtype == torch.bool else values.to(dtype)

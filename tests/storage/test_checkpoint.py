@@ -9,9 +9,12 @@ import timm
 import torch
 from networks import LongSkip, perceptron
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from ensemblenet import EnsembleNet, LoadError, convert, load, save
+from ensemblenet import EnsembleNet, LoadError, convert, fuse, load, save
+from ensemblenet.deploy.export import Format, export
+from ensemblenet.errors import ExportError
+from ensemblenet.inputs import DTYPES
 from ensemblenet.models import CifarResNet, MNIST1DNet
 
 X = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
@@ -199,3 +202,37 @@ def test_in_inference_mode(tmp_path: Path) -> None:
         again = load(save(model, tmp_path / "saved"), base)
         assert torch.equal(again(x), model(x))
     again.train()(x).sum().backward()
+
+
+class AnyNumbers(nn.Module):
+    """Takes inputs of every dtype, as networks with a normalisation or a table of their own do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.view_as_real(x).sum(-1) if x.is_complex() else x
+        return self.b(self.a(x.float() / 255).relu())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inputs_of_every_dtype(dtype: str, tmp_path: Path) -> None:
+    x = (torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) * 2).to(getattr(torch, dtype))
+    model = convert(AnyNumbers(), x, 2, 1.5).eval()
+    again = load(save(model, tmp_path / "model"), AnyNumbers())
+    assert again.recipe == model.recipe
+    assert torch.equal(again(x), model(x))
+    torch.testing.assert_close(fuse(model)(x), model(x))
+    if x.is_complex():
+        with pytest.raises(ExportError, match=f"ONNX files take no inputs of torch.{dtype.replace('128', '64')}"):
+            export(model, tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "format"), [("uint8", "onnx"), ("bool", "onnx"), ("int32", "onnx"), ("complex64", "torch")]
+)
+def test_inputs_of_other_dtypes_are_exported(dtype: str, format: Format, tmp_path: Path) -> None:
+    x = torch.ones(4, 8).to(getattr(torch, dtype))
+    path = tmp_path / f"model.{'onnx' if format == 'onnx' else 'pt2'}"
+    assert export(convert(AnyNumbers(), x, 2, 1.5), path, format).difference < 1e-4

@@ -17,7 +17,7 @@ from ensemblenet.cost import Budget, Cost, count_parameters
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError
 from ensemblenet.functional import Combine, Task
-from ensemblenet.inputs import InputSpec
+from ensemblenet.inputs import DTYPES, InputSpec
 from ensemblenet.models.sources import find_source
 from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe
 
@@ -53,7 +53,8 @@ def convert(
         seed: the source of all chance; the same seed gives the same model.
         init: "fresh" draws all weights anew, at the scale of the base's own, so give it a base that has not been
             trained; "inherit" keeps the base's weights in the trunk and gives each head its own choice of the base's
-            channels.
+            channels. Frozen parameters (`requires_grad` is False) stay frozen: those that would be drawn anew or
+            narrowed are refused.
         combine: how evaluation turns K outputs into one, see [`ensemblenet.functional.combine_heads`][].
         task: what the outputs mean; only `combine="probabilities"` depends on it.
         min_width: the least share of its channels that a head may keep, so that no more of the base is given up than
@@ -102,6 +103,9 @@ def convert_as(
         3
     """
     x = _check_inputs(base, example_inputs)
+    trains = [parameter.requires_grad for parameter in base.parameters()]
+    if trains and not any(trains):
+        raise ConversionError("The base has nothing to train: unfreeze what heads shall learn, requires_grad_(True).")
     traced = trace(base, x)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
@@ -123,7 +127,9 @@ def convert_as(
         combine=wanted.combine,
         task=task,
     )
-    model = _assemble(design, recipe, base_cost)
+    lost: set[str] = set()
+    model = _assemble(design, recipe, base_cost, lost)
+    _refuse_lost(lost, recipe)
     _check_training_step(model, x)
     if wanted.init == "fresh" and _looks_trained(base):
         note = "The base has been trained, and fresh heads would begin at the scale of its trained weights; "
@@ -207,7 +213,15 @@ def _check_inputs(base: nn.Module, example_inputs: Tensor | tuple[Tensor]) -> Te
     (x,) = inputs
     if x.ndim < 2 or len(x) == 0:
         raise ConversionError(f"example_inputs must have the shape (N, ...) with N > 0, got {tuple(x.shape)}.")
+    dtype = InputSpec.of(x).dtype
+    if dtype not in DTYPES:
+        raise ConversionError(f"example_inputs are of {x.dtype}; a conversion takes {', '.join(DTYPES)}.")
     devices = {tensor.device for tensor in (*base.parameters(), *base.buffers())}
+    if any(device.type == "meta" for device in devices):
+        raise ConversionError(
+            'The base is on the device "meta" and has no values: base.to_empty(device="cpu") makes room for them; then '
+            "initialise or load them."
+        )
     if devices and devices != {x.device}:
         names = ", ".join(sorted(map(str, devices)))
         raise ConversionError(f"example_inputs are on {x.device} and the base is on {names}; move them to one device.")
@@ -246,11 +260,14 @@ def _features(design: HeadDesign) -> Tensor:
         return fx.GraphModule(traced.module, graph).eval()(traced.input)
 
 
-def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost) -> EnsembleNet:
-    """Build the trunk and the heads."""
+def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost, lost: set[str] | None = None) -> EnsembleNet:
+    """Build the trunk and the heads; `lost` takes up which frozen parameters do not keep the base's values."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    heads = [build_head(design, recipe.head, Initialiser(recipe.init, generator))[0] for _ in range(recipe.num_heads)]
-    trunk = build_trunk(design.trace, design.cut, Initialiser(recipe.init, generator))
+    initialisers = [Initialiser(recipe.init, generator) for _ in range(recipe.num_heads + 1)]
+    heads = [build_head(design, recipe.head, initialiser)[0] for initialiser in initialisers[1:]]
+    trunk = build_trunk(design.trace, design.cut, initialisers[0])
+    if lost is not None:
+        lost.update(*(initialiser.lost for initialiser in initialisers))
     return EnsembleNet(
         trunk,
         heads,
@@ -260,6 +277,24 @@ def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost) -> EnsembleNe
         trunk_cost=design.cut.trunk_cost,
         head_cost=design.cost(recipe.head),
         base_cost=base_cost,
+    )
+
+
+def _refuse_lost(lost: set[str], recipe: Recipe) -> None:
+    """Refuse to freeze for good what is not the base's any more."""
+    if not lost:
+        return
+    first, count = ", ".join(sorted(lost)[:3]), len(lost)
+    names = f"{first} and {count - 3} more" if count > 3 else first
+    if recipe.init == "fresh":
+        raise ConversionError(
+            f"The base has {count} frozen parameters (requires_grad is False), which would be drawn anew and never "
+            f'trained: {names}. Pass init="inherit", or unfreeze them with requires_grad_(True).'
+        )
+    raise ConversionError(
+        f"Heads of width {recipe.head.width:.2g} would keep a part of {count} frozen parameters (requires_grad is "
+        f"False) and never train it: {names}. Split behind them (split_at), allow heads of full width (budget), or "
+        "unfreeze them with requires_grad_(True)."
     )
 
 

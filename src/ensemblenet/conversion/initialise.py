@@ -32,18 +32,25 @@ class Initialiser:
     Args:
         init: `"fresh"` or `"inherit"`.
         generator: the source of chance, on the CPU.
+
+    Attributes:
+        lost: names of frozen weights and biases that were drawn anew or cut, which no training would mend.
     """
 
     def __init__(self, init: Init, generator: torch.Generator) -> None:
         self.init: Init = init
         self.generator = generator
+        self.lost: set[str] = set()
         self._choices: dict[Axis, list[int]] = {}
 
     def tensor(self, name: str, base: Tensor, axes: list[Axis], size_of: SizeOf, equations: Equations) -> Tensor:
         """A new parameter or buffer in the place of the base's."""
         fan_in = equations.contracted.get(name)
-        if self.init == "fresh" and (fan_in is not None or name in equations.biases):
-            shape = [axis.value(size_of) for axis in axes]
+        shape = [axis.value(size_of) for axis in axes]
+        is_learned = fan_in is not None or name in equations.biases
+        if is_learned and _is_frozen(base) and (self.init == "fresh" or shape != list(base.shape)):
+            self.lost.add(name)
+        if self.init == "fresh" and is_learned:
             shrunk = math.prod(axis.size / axis.value(size_of) for axis in fan_in or [])
             new = self._redraw(base, shape, math.sqrt(shrunk) if fan_in else 1.0)
         else:
@@ -67,8 +74,10 @@ class Initialiser:
         """Reset what new weights do not: running statistics, and recurrent layers, which draw their own weights."""
         if self.init != "fresh":
             return
+        frozen = {name: own.detach().clone() for name, own in part.named_parameters() if _is_frozen(own)}
         for layer in part.modules():
             operation_of(type(layer)).reset(layer, self.generator)
+        self.lost |= {name for name, before in frozen.items() if not torch.equal(part.get_parameter(name), before)}
 
     def _redraw(self, base: Tensor, shape: list[int], scale: float) -> Tensor:
         """Entries drawn with replacement from the base's, times a scale; a constant stays as it is."""
@@ -89,3 +98,7 @@ class Initialiser:
             order = torch.randperm(unknown.size, generator=self.generator)
             self._choices[unknown] = order[: size_of(unknown)].sort().values.tolist()
         return self._choices[unknown]
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad

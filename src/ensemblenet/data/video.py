@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemblenet.errors import DataError
+from ensemblenet.errors import DataError, first_line
 
 __all__ = ["ClipSampling", "Decoder", "Short", "TorchcodecVideo", "Video", "reader"]
 
@@ -184,7 +184,7 @@ class TorchcodecVideo(Video):
             self._decoder: Any = _torchcodec()(self.path, stream_index=self._stream.index, num_ffmpeg_threads=1)
         except (RuntimeError, ValueError) as error:
             self.close()
-            raise DataError(f"{self.path} is damaged: {_first_line(error)}") from error
+            raise DataError(f"{self.path} is damaged: {first_line(error)}") from error
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         """Decode some frames; see [`Video.frames`][]."""
@@ -193,7 +193,7 @@ class TorchcodecVideo(Video):
         try:
             pictures = self._decoder.get_frames_at(list(map(int, indices))).data
         except (RuntimeError, IndexError, ValueError) as error:
-            raise DataError(f"{self.path} is damaged: {_first_line(error)}") from error
+            raise DataError(f"{self.path} is damaged: {first_line(error)}") from error
         *_, height, width = pictures.shape
         return resize(pictures, list(_resized(height, width, self.short_side)), antialias=True)
 
@@ -309,10 +309,6 @@ def _torchcodec() -> Any:
     except (ImportError, RuntimeError) as error:  # the latter where it finds no FFmpeg
         raise DataError(
             "decoder=torchcodec needs the package torchcodec, made for this PyTorch, and FFmpeg's libraries: "
-            f"pip install torchcodec; decoder=pyav needs neither. {_first_line(error)}"
+            f"pip install torchcodec; decoder=pyav needs neither. {first_line(error)}"
         ) from error
     return VideoDecoder
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

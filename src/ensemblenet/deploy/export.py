@@ -22,8 +22,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import ExportError
+from ensemblenet.errors import ExportError, first_line
 from ensemblenet.heads import FusedEnsembleNet, fuse
+from ensemblenet.inputs import InputSpec
 from ensemblenet.storage.checkpoint import load, save
 from ensemblenet.timing import measure
 
@@ -172,22 +173,20 @@ def _part(model: nn.Module, head: int | None, first: int | None) -> nn.Module:
 
 def _inputs(network: nn.Module, example: Tensor | None, size: int) -> Tensor:
     """Random inputs (N, *) of the model's shape, dtype and device."""
-    parameter = next(network.parameters(), torch.zeros(0))
-    if example is None:
-        recipe = network.recipe if isinstance(network, EnsembleNet) else None
-        if recipe is None:
-            raise ExportError("The model does not know the shape of its inputs: pass example_inputs.")
-        example = recipe.inputs.zeros()
-    dtype = parameter.dtype if example.is_floating_point() else example.dtype
-    return _random_like(torch.empty_like(example, dtype=dtype, device=parameter.device), size, seed=0)
+    if example is not None:
+        spec = InputSpec.of(example)
+    elif isinstance(network, EnsembleNet) and network.recipe is not None:
+        spec = network.recipe.inputs
+    else:
+        raise ExportError("The model does not know the shape of its inputs: pass example_inputs.")
+    return _random_like(spec.zeros(like=network), size, seed=0)
 
 
 def _random_like(x: Tensor, size: int, seed: int) -> Tensor:
     """Other inputs of the same kind: normal, or 0 and 1 for integers, which every embedding knows."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (size, *x.shape[1:])
-    values = torch.randn(shape, generator=generator)
-    return (values if x.is_floating_point() else values > 0).to(x)
+    drawn = torch.complex64 if x.is_complex() else torch.float32
+    values = torch.randn((size, *x.shape[1:]), generator=torch.Generator().manual_seed(seed), dtype=drawn)
+    return (values if x.is_floating_point() or x.is_complex() else values > 0).to(x)
 
 
 def _describe(network: nn.Module, x: Tensor, description: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -218,7 +217,7 @@ def _write(
         program = torch.export.export(network, (x,), dynamic_shapes=dynamic)
     except Exception as error:  # whatever keeps a network from being traced
         advice = "" if batch_size else "; if it works for one size only, fix the batch size"
-        raise ExportError(f"torch.export cannot write the model{advice}: {_first_line(error)}") from error
+        raise ExportError(f"torch.export cannot write the model{advice}: {first_line(error)}") from error
     _forget_sources(program)
     if format == "onnx":
         return _write_onnx(program, x, path, batch_size, description)
@@ -247,6 +246,8 @@ def _write_onnx(
 ) -> Predict:
     if x.dtype == torch.bfloat16:
         raise ExportError("NumPy has no bfloat16 to check an ONNX file with: export model.float().")
+    if x.is_complex():
+        raise ExportError(f"ONNX files take no inputs of {x.dtype}: write format 'torch' or 'aot'.")
     try:
         *_, runtime = map(importlib.import_module, _PACKAGES)
     except ImportError as error:
@@ -265,7 +266,7 @@ def _write_onnx(
         onnx.model.metadata_props.update({key: json.dumps(value) for key, value in description.items()})
         onnx.save(path, external_data=False)
     except Exception as error:  # an operator that ONNX lacks, or more than the 2 GB that one file can hold
-        raise ExportError(f"torch.onnx cannot write the model: {_first_line(error)}") from error
+        raise ExportError(f"torch.onnx cannot write the model: {first_line(error)}") from error
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -281,7 +282,7 @@ def _write_aot(program: ExportedProgram, path: Path, description: dict[str, Any]
         )
     except Exception as error:  # no compiler, or one that fails
         raise ExportError(
-            f"AOTInductor cannot compile the model; it needs a C++ compiler such as g++: {_first_line(error)}"
+            f"AOTInductor cannot compile the model; it needs a C++ compiler such as g++: {first_line(error)}"
         ) from error
     return torch._inductor.aoti_load_package(str(path))
 
@@ -325,7 +326,3 @@ def _time(predict: Predict, network: nn.Module, x: Tensor) -> tuple[float, float
 
 def _run(predict: Predict, x: Tensor) -> None:
     predict(x)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

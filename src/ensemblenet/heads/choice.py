@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import FusionError
-from ensemblenet.heads.fused import FusedEnsembleNet, fuse, unfuse
+from ensemblenet.errors import FusionError, first_line
+from ensemblenet.heads.fused import FusedEnsembleNet, evaluating, fuse, unfuse
 from ensemblenet.operations.convolution import FusedConvolution
 from ensemblenet.timing import cuda_devices, measure, step
 
@@ -61,7 +62,8 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
         The model, with the very trunk and heads, and the choice.
 
     Raises:
-        FusionError: heads of unlike structure were to be fused.
+        FusionError: heads were to be fused that cannot be, or that do not give what looped ones give. "auto" takes
+            looped heads then, and warns.
 
     Example:
         >>> from torch import nn
@@ -75,21 +77,26 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
         model = unfuse(model)
         model.checkpoint_activations = heads == "checkpointed"
         return model, Choice("looped", "there is one head") if heads == "auto" else Choice(heads, "as asked")
-    try:
-        fused = fuse(model, x)
-    except FusionError as error:
-        if heads != "auto":
-            raise
-        return model, Choice("looped", str(error))
     trial = copy.deepcopy(unfuse(model))  # a step changes statistics
-    fused_trial = fuse(trial, x)
-    separate = tuple(sorted(tune(fused_trial, x)))
+    step(trial, x)()  # what fails here is no matter of how heads run
+    try:
+        fused, fused_trial = fuse(model, x), fuse(trial, x)
+        with torch.random.fork_rng(cuda_devices(x)):
+            _compare(fused_trial, trial, x)
+        separate = tuple(sorted(tune(fused_trial, x)))
+        steps = {"looped": step(trial, x), "fused": step(fused_trial, x)}
+        seconds = measure(steps, _TURNS, _SECONDS) if heads == "auto" else {}
+    except Exception as error:  # whatever it is, looped heads have just run
+        reason = str(error) if isinstance(error, FusionError) else f"Fused heads fail: {first_line(error)}"
+        if heads != "auto":
+            raise FusionError(reason) from error
+        warnings.warn(f"The heads run looped. {reason}", stacklevel=2)
+        return unfuse(model), Choice("looped", reason)
     fused.separate(separate, model.training)
     if heads != "auto":
         if heads == "compiled":
             fused.compile()
         return fused, Choice(heads, "as asked", separate=separate)
-    seconds = measure({"looped": step(trial, x), "fused": step(fused_trial, x)}, _TURNS, _SECONDS)
     reason = (
         f"a {'training step' if model.training else 'prediction'} of {len(x)} examples took "
         f"{1000 * seconds['fused']:.1f} ms fused and {1000 * seconds['looped']:.1f} ms looped"
@@ -97,6 +104,42 @@ def choose(model: EnsembleNet, x: Tensor, heads: HeadsMode = "auto") -> tuple[En
     if seconds["looped"] < seconds["fused"]:
         return unfuse(model), Choice("looped", reason, seconds)
     return fused, Choice("fused", reason, seconds, separate)
+
+
+def _compare(fused: EnsembleNet, looped: EnsembleNet, x: Tensor) -> None:
+    """See that fused heads give what looped ones give, in evaluation and, in training mode, in training too.
+
+    What two runs of looped heads do not agree on is left to chance. The bound lies far above rounding.
+
+    Raises:
+        FusionError: what differs, and by how much.
+    """
+    for mode in (evaluating, nullcontext) if looped.training else (nullcontext,):
+        runs = []
+        for model in (looped, looped, fused):  # one after another, so that each draws other random numbers
+            with mode(model):
+                runs.append(_results(model, x))
+        for name, first in runs[0].items():
+            scale = first.abs().max().clamp(min=1e-6)
+            again, got = (((run[name] - first).abs().max() / scale).item() for run in runs[1:])
+            most = torch.finfo(first.dtype).eps ** 0.25
+            if again <= most and not got <= most:  # also for NaN
+                raise FusionError(f"Fused heads differ from looped ones: their {name} by {got:.2g} of the largest.")
+
+
+def _results(model: EnsembleNet, x: Tensor) -> dict[str, Tensor]:
+    """The outputs and, of a step in training mode, all gradients in one vector; in the precision of the weights."""
+    training = model.training
+    with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(training):
+        outputs = model(x, per_head=True)
+    if not training:
+        return {"outputs": outputs}
+    model.zero_grad(set_to_none=True)
+    outputs.float().square().mean().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in trained]
+    flat = [(torch.view_as_real(grad) if grad.is_complex() else grad).flatten() for grad in grads]
+    return {"outputs": outputs.detach(), "gradients": torch.cat(flat)}
 
 
 def current_mode(heads: HeadsMode) -> HeadsMode:

@@ -18,7 +18,7 @@ from ensemblenet.heads.stacks import Stack
 from ensemblenet.operations import fusing_operation
 from ensemblenet.operations.convolution import FusedConvolution
 
-__all__ = ["FusedEnsembleNet", "fuse", "unfuse"]
+__all__ = ["FusedEnsembleNet", "evaluating", "fuse", "unfuse"]
 
 
 def fuse(model: EnsembleNet, example_inputs: Tensor | None = None) -> FusedEnsembleNet:
@@ -56,9 +56,9 @@ def fuse(model: EnsembleNet, example_inputs: Tensor | None = None) -> FusedEnsem
     fused.graph_of_head = _common_graph(list(model.heads))
     x = example_inputs
     if x is None and model.recipe is not None:
-        x = model.recipe.inputs.zeros(2, like=next(model.parameters(), torch.zeros(0)))
+        x = model.recipe.inputs.zeros(2, like=model)
     if x is not None:
-        with _probing(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             fused.prepare(model.trunk(x))
     return fused
 
@@ -194,7 +194,7 @@ def _examples(head: nn.Module, graph: fx.Graph, features: Tensor) -> dict[fx.Nod
             return head.get_submodule(target)(*args, **kwargs)  # "" is the head itself
 
     x = _fake(features)
-    with _probing(head), x.fake_mode, torch.no_grad():
+    with evaluating(head), x.fake_mode, torch.no_grad():
         Keeping(head, graph=graph).run(x)
     return examples
 
@@ -204,7 +204,7 @@ def _fake(tensor: Tensor) -> FakeTensor:
 
 
 @contextmanager
-def _probing(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Set evaluation mode for a while, so that nothing in a module changes.
 
     The caller may be under autocast, which keeps the weights that it has cast for later calls. What a probe casts must

@@ -92,7 +92,7 @@ class Program:
         if value is not None:
             return value
         has_state = layer is not None and next(chain(layer.parameters(), layer.buffers()), None) is not None
-        if self.is_shared(node) and not has_state:
+        if self.is_shared(node) and not has_state and node.target != "":  # a whole head may leave something to chance
             return self.same(node, SHARED)
         return self._map(node) or self._loop(node)
 
@@ -205,10 +205,12 @@ class Program:
         if not names and not any(stacked):
             return None
         mapped = Mapped(function, template, stacked, names)
-        values = [self._example(argument, own) for argument, own in zip(inputs, stacked, strict=True)]
         try:
-            with self._mode, torch.no_grad():
-                got = mapped(*values, *(torch.stack([tensor] * self.num_heads) for tensor in tensors))
+            with self._mode, torch.enable_grad():  # inside of vmap, PyTorch may choose what has no gradient
+                values = [self._example(self._examples[x], own) for x, own in zip(inputs, stacked, strict=True)]
+                got = mapped(*values, *(self._example(tensor, True) for tensor in tensors))
+                if isinstance(got, Tensor) and got.requires_grad:
+                    got.backward(torch.ones_like(got))
         except Exception:  # whatever it is: the loop can do it
             return None
         if not isinstance(got, Tensor) or tuple(got.shape) != (self.num_heads, *self.shape(node)):
@@ -234,12 +236,16 @@ class Program:
     def _inputs(self, inputs: list[fx.Node], stacked: list[bool]) -> list[Any]:
         return [self.first(node) if own else self.value(node).node for node, own in zip(inputs, stacked, strict=True)]
 
-    def _example(self, node: fx.Node, own: bool) -> Any:
-        with self._mode:
-            return tree_map(
-                lambda leaf: torch.stack([leaf] * self.num_heads) if own and isinstance(leaf, Tensor) else leaf,
-                self._examples[node],
-            )
+    def _example(self, example: Any, own: bool) -> Any:
+        """What all heads have of a value, its tensors with gradients where they can have some."""
+
+        def of_all(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            leaf = leaf.detach().requires_grad_(leaf.is_floating_point() or leaf.is_complex())
+            return torch.stack([leaf] * self.num_heads) if own else leaf.clone()
+
+        return tree_map(of_all, example)
 
 
 class _Constant(nn.Module):

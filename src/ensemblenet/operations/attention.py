@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ensemblenet.operations.axes import free, multiplied, unify
 from ensemblenet.operations.coupling import Axes, Event, LayerSizes, Sizes
-from ensemblenet.operations.fusion import FIRST, Program, Value, arguments_of
+from ensemblenet.operations.fusion import FIRST, SHARED, Program, Value, aligned_value, arguments_of, fold, unfold
 from ensemblenet.operations.linear import linear
 from ensemblenet.operations.registry import Operation, register
 
@@ -45,15 +48,52 @@ class AttentionFunction(Operation):
     """`F.scaled_dot_product_attention`."""
 
     def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        """Heads are more examples, where there is no mask."""
-        arguments = arguments_of(node, query=None, key=None, value=None)
-        batches = {program.shape(argument)[:-2] for argument in arguments}
-        if len(node.args) > 3 or node.kwargs.get("attn_mask") is not None or len(batches) > 1 or batches == {()}:
+        query, key, value, mask, dropout, *options = arguments_of(
+            node, query=None, key=None, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+            enable_gqa=False,
+        )  # fmt: skip
+        rank, *others = {len(program.shape(tensor)) for tensor in (query, key, value)}
+        if others or len(program.shape(mask)) > rank:
             return None
-        queries, *others = (program.method("flatten", program.first(argument), 0, 1) for argument in arguments)
-        rest = {key: program.value(v).node for key, v in node.kwargs.items() if key not in ("query", "key", "value")}
-        out = program.call(F.scaled_dot_product_attention, queries, *others, **rest)
-        return Value(program.method("unflatten", out, 0, (program.num_heads, -1)), FIRST)
+        if program.is_shared(node) and dropout == 0.0:
+            return program.same(node, SHARED)
+        mask = None if mask is None else aligned_value(program, mask, rank)
+        tensors = [program.first(tensor) for tensor in (query, key, value)]
+        return Value(
+            program.call(attention, *tensors, mask, *(program.value(o).node for o in (dropout, *options))), FIRST
+        )
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """Queries (K, *, L, D), keys (K, *, S, D) and values (K, *, S, E) to (K, *, L, E).
+
+    The mask is one that all heads have, or (K, *, L, S) with as many dimensions as the queries. The fast kernels want
+    four dimensions: without a mask, heads of the model are more examples, which copies nothing; with one they are more
+    attention heads, so that what examples share of the mask is not copied for each.
+    """
+    attend, parts = F.scaled_dot_product_attention, (query, key, value)
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    if query.ndim != 5 or len({part.shape[1] for part in parts}) > 1:
+        return attend(query, key, value, mask, dropout, **options)
+    num_heads = len(query)
+    if mask is None:
+        query, key, value = (part.flatten(0, 1) for part in parts)
+        return attend(query, key, value, mask, dropout, **options).unflatten(0, (num_heads, -1))
+    if mask.ndim == query.ndim:
+        mask = fold(mask.expand(-1, -1, query.shape[2], -1, -1))
+    elif mask.ndim > 2 and mask.shape[-3] > 1:
+        mask = torch.cat([mask] * num_heads, -3)
+    query, key, value = map(fold, parts)
+    return unfold(attend(query, key, value, mask, dropout, **options), num_heads)
 
 
 @register(nn.MultiheadAttention)

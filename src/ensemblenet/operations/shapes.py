@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -269,21 +270,8 @@ class Repeat(Operation):
         return _fuse_repeat(program, node, 1)
 
 
-class _Joined(Operation):
-    def fuse(self, program: Program, node: fx.Node) -> Value | None:
-        tensors, dim = arguments_of(node, tensors=None, dim=0)
-        if program.is_shared(node):
-            return program.same(node, SHARED)
-        rank = len(program.shape(node))
-        folded = any(program.value(tensor).layout is FOLDED for tensor in tensors)
-        parts = [program.first(tensor) for tensor in tensors]
-        if folded and dim % rank == 1 and name_of(node) != "stack":
-            return Value(program.call(concatenate_channels, parts), FOLDED)
-        return Value(program.call(node.target, parts, behind_heads(dim)), FIRST)  # type: ignore[arg-type]
-
-
 @register("cat", "concat", "concatenate")
-class Concatenation(_Joined):
+class Concatenation(Operation):
     """Tensors side by side along a dimension."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
@@ -297,9 +285,27 @@ class Concatenation(_Joined):
         axes[dim] = concatenated(part[dim] for part in parts)
         sizes.set(event.out, axes)
 
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        tensors, dim = arguments_of(node, tensors=None, dim=0)
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        rank = len(program.shape(node))
+        # an empty vector is passed over whatever the others are, but has its say in the dtype; it stays a vector
+        skipped = [tensor for tensor in tensors if program.shape(tensor) == (0,) and rank > 1]
+        parts = [_of_first_head(program, part) if part in skipped else program.first(part) for part in tensors]
+        folded = any(program.value(tensor).layout is FOLDED for tensor in tensors)
+        if folded and dim % rank == 1 and not skipped:
+            return Value(program.call(concatenate_channels, parts), FOLDED)
+        return Value(program.call(node.target, parts, behind_heads(dim)), FIRST)  # type: ignore[arg-type]
+
+
+def _of_first_head(program: Program, tensor: fx.Node) -> fx.Node:
+    value = program.value(tensor)
+    return value.node if value.layout is SHARED else program.call(operator.getitem, program.first(tensor), 0)
+
 
 @register("stack")
-class Stacking(_Joined):
+class Stacking(Operation):
     """Tensors along a new dimension."""
 
     def couple(self, sizes: Sizes, event: Event) -> None:
@@ -312,6 +318,13 @@ class Stacking(_Joined):
         axes = list(parts[0])
         axes.insert(dim % (len(axes) + 1), kept(len(parts)))
         sizes.set(event.out, axes)
+
+    def fuse(self, program: Program, node: fx.Node) -> Value | None:
+        tensors, dim = arguments_of(node, tensors=None, dim=0)
+        if program.is_shared(node):
+            return program.same(node, SHARED)
+        parts = [program.first(tensor) for tensor in tensors]
+        return Value(program.call(node.target, parts, behind_heads(dim)), FIRST)  # type: ignore[arg-type]
 
 
 @register("chunk", "unsafe_split", "unsafe_chunk")
