@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from torch import fx
 
@@ -62,7 +63,7 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
     """The widest heads at one split point that the limit allows.
 
     Channels are rounded to multiples of 8; where that would leave more than a tenth of the budget unused, to
-    smaller ones.
+    smaller ones, and where that is so again, attention heads and groups become narrower rather than fewer.
     """
 
     def cost(shape: HeadShape) -> Cost:
@@ -72,11 +73,11 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
         return cost.parameters <= limit.parameters and cost.macs <= limit.macs * (1 + 1e-9)
 
     best: Plan | None = None
-    for multiple in _MULTIPLES:
-        width = _widest(lambda width, m=multiple: fits(cost(HeadShape(width, m))))
+    for blocks, multiple in product(design.blocks(), _MULTIPLES):
+        width = _widest(lambda width, m=multiple, b=blocks: fits(cost(HeadShape(width, m, blocks=b))))
         if width is None:
             continue
-        shape = HeadShape(width, multiple, design.pinned)
+        shape = HeadShape(width, multiple, design.pinned, blocks)
         total = cost(shape)
         plan = Plan(design.cut.point, total, shape)
         used = max(total.share_of(limit))
