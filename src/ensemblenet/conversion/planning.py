@@ -35,6 +35,7 @@ class Plan:
         split: the split point.
         cost: what the whole model would cost; the least possible, if the plan does not fit.
         head: the shape of every head; None if no width fits the budget.
+        keepers: if none fits, what keeps the width of its layers, in words; first what keeps most parameters.
 
     Example:
         >>> import torch, ensemblenet
@@ -47,6 +48,7 @@ class Plan:
     split: SplitPoint
     cost: Cost
     head: HeadShape | None
+    keepers: tuple[str, ...] = ()
 
     @property
     def width(self) -> float | None:
@@ -85,7 +87,7 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
             best = plan
         if width == 1 or used >= _BUDGET_USED:
             break
-    return best or Plan(design.cut.point, cost(HeadShape(0.0, 1)), None)
+    return best or Plan(design.cut.point, cost(HeadShape(0.0, 1)), None, tuple(design.keepers()))
 
 
 def _widest(fits: Callable[[float], bool]) -> float | None:
@@ -203,7 +205,8 @@ def _no_fit(plan: Plan, wanted: Conversion, base: Cost, where: str) -> BudgetErr
             f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
         )
     parameters, macs = plan.cost.share_of(base)
+    causes = f" What keeps its width there: {', '.join(plan.keepers[:3])}." if plan.keepers else ""
     return BudgetError(
         f"{heads} heads do not fit {allowed} {where}. The least possible is {parameters:.3f} of the parameters and "
-        f"{macs:.3f} of the MACs (at {plan.split.name!r}); use fewer heads or a larger budget."
+        f"{macs:.3f} of the MACs (at {plan.split.name!r}); use fewer heads or a larger budget.{causes}"
     )
