@@ -14,7 +14,7 @@ from ensemblenet.cost import Budget
 from ensemblenet.errors import ConversionError, LoadError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import DTYPES, Inputs, InputSpec
-from ensemblenet.models.sources import BaseSource
+from ensemblenet.models.sources import BaseSource, is_plain
 
 if TYPE_CHECKING:
     from ensemblenet.operations.axes import Axis
@@ -186,7 +186,7 @@ class Recipe:
             _check_fields(InputSpec, spec, "recipe's input")
         for name, expected, value, is_valid in _checks(data):
             if not is_valid:
-                raise LoadError(f"The recipe's {name} must be {expected}, got {value!r}.")
+                raise LoadError(f"The recipe's {name} must be {expected}, got {repr(value)[:200]}.")
         data["base"] = data["base"] and BaseSource(**data["base"])
         specs = [InputSpec(**{k: _tuples(v) for k, v in spec.items()}) for spec in data["inputs"]["tensors"]]
         data["inputs"] = Inputs(tuple(specs), data["inputs"]["tree"])
@@ -231,7 +231,7 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
     base, inputs, head, output = data["base"], data["inputs"], data["head"], data["output"]
     width, pinned = head["width"], head["pinned"]
     found = [
-        ("base", "a factory, a name and arguments", base, base is None or _is_plain(base)),
+        ("base", "a factory, a name and plain arguments", base, base is None or is_plain(base)),
         ("tree of inputs", "lists and dictionaries of the tensors' numbers", inputs["tree"], _is_tree(inputs)),
         ("output", "a name, a position or a list of them", output, _is_output(output)),
         ("width", "a number in (0, 1]", width, isinstance(width, (int, float)) and 0 < width <= 1),
@@ -285,11 +285,3 @@ def _is_tree(inputs: dict[str, Any]) -> bool:
 
     visit(inputs["tree"])
     return bool(found) and found == list(range(len(inputs["tensors"])))
-
-
-def _is_plain(base: dict[str, Any]) -> bool:
-    arguments = base["arguments"]
-    values = arguments.values() if isinstance(arguments, dict) else [None]
-    numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
-    strings = isinstance(base["factory"], str) and isinstance(base["name"], str)
-    return strings and all(isinstance(number, (int, float, bool)) for number in numbers)

@@ -79,8 +79,8 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None, *, tr
     Args:
         directory: what [`ensemblenet.save`][] wrote; or its address on the Hugging Face Hub, `hf://owner/name`, from
             which only safetensors and JSON are fetched.
-        base: a fresh instance of the base; not needed where the recipe names a known factory: timm, torchvision or
-            `ensemblenet.models`.
+        base: a fresh instance of the base; not needed where the recipe names a known factory: timm, torchvision,
+            transformers or `ensemblenet.models`.
         trust: make also a base that the recipe names as `module.path:callable`, which imports and runs that code.
 
     Raises:
