@@ -33,14 +33,14 @@ class Batches(LightningDataModule):
     def __init__(self, kind: str = "dictionary", count: int = 3) -> None:
         super().__init__()
         if kind == "graph":
-            self.batches: list[Any] = [(graph_batch(), torch.arange(10) % 4)] * count
+            self.batches: list[Any] = [(graph_batch(), torch.arange(10) % 3)] * count
         else:
             labels = torch.arange(6) % 3
             named = text_batch(6)
             self.batches = [{**named, "labels": labels} if kind == "dictionary" else (named, labels)] * count
 
     def train_dataloader(self) -> Any:
-        return self.batches
+        return torch.utils.data.DataLoader(self.batches, batch_size=None)  # pyright: ignore
 
     val_dataloader = test_dataloader = train_dataloader
 
@@ -125,9 +125,7 @@ def test_spare_capacity_and_studies_take_dictionaries() -> None:
     base, batch = Text().eval(), data.batches[0]
     expected = loss(base(batch["ids"], batch["mask"]), batch["labels"]).item()
     assert spare_capacity(base, data.batches, data.batches).train_loss == pytest.approx(expected)
-    task = codistilled(source.convert(Setup(num_heads=2, budget=1.5)), 2.0, "multiclass")
-    loader = torch.utils.data.DataLoader(data.batches, batch_size=None)
-    data.train_dataloader = lambda: loader
+    task = codistilled(source.convert(Setup(Conversion(budget=1.5))), 2.0, "multiclass")
     train(task, data, Optimization(lr=0.01), epochs=15, seed=0)
     outputs, prediction = task.eval()(ids=batch["ids"], mask=batch["mask"])
     assert outputs.shape == (2, 6, 3)
