@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +25,7 @@ __all__ = ["Conversion", "HeadShape", "Init", "Recipe"]
 __getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.sources.find_source"})
 
 Init = Literal["fresh", "inherit"]
+Blocks = Literal["fewer", "narrower"]
 FORMAT = 3
 
 
@@ -71,6 +73,8 @@ class HeadShape:
         width: the share of its channels that each layer keeps.
         multiple: large channel counts are rounded to it, smaller ones to smaller powers of two.
         pinned: names of graph nodes that keep the base's sizes, because they fail with smaller ones.
+        blocks: whether blocks of channels (groups, attention heads) become fewer or narrower; few become narrower
+            either way.
 
     Example:
         >>> from ensemblenet.operations.axes import free
@@ -81,12 +85,15 @@ class HeadShape:
     width: float
     multiple: int = 8
     pinned: tuple[str, ...] = ()
+    blocks: Blocks = "fewer"
 
     def size(self, axis: Axis) -> int:
         """The new size of a free axis of the base."""
-        if self.width >= 1:
+        if self.width >= 1 or axis.role == ("instead" if self.blocks == "fewer" else "count"):
             return axis.size
         step = max(self.multiple // axis.block, 1)
+        if self.blocks == "narrower" and axis.role is not None:
+            step = math.gcd(8, axis.size)  # the width of an attention head stays what kernels like
         while step > 1 and axis.size < 8 * step:
             step //= 2
         return min(max(round(axis.size * self.width / step) * step, step), axis.size)
@@ -212,7 +219,8 @@ def _from_format_2(data: dict[str, Any]) -> dict[str, Any]:
     """Format 2 knew one input and one output, and fixed no sizes."""
     _check_fields(InputSpec, {"is_batched": True, "fixed": [], **data["inputs"]}, "recipe's inputs")
     tensor = {**data["inputs"], "is_batched": True, "fixed": []}
-    return {**data, "inputs": {"tensors": [tensor], "tree": 0}, "output": None, "format": FORMAT}
+    inputs, head = {"tensors": [tensor], "tree": 0}, {"blocks": "fewer", **data["head"]}
+    return {**data, "inputs": inputs, "head": head, "output": None, "format": FORMAT}
 
 
 def _tuples(value: Any) -> Any:
@@ -236,6 +244,7 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
         ("output", "a name, a position or a list of them", output, _is_output(output)),
         ("width", "a number in (0, 1]", width, isinstance(width, (int, float)) and 0 < width <= 1),
         ("multiple", "a positive integer", head["multiple"], _is_count(head["multiple"])),
+        ("blocks", f"one of {get_args(Blocks)}", head["blocks"], head["blocks"] in get_args(Blocks)),
         ("pinned", "a list of names", pinned, _is_list(pinned) and all(isinstance(name, str) for name in pinned)),
         ("split_at", "a name", data["split_at"], isinstance(data["split_at"], str)),
         ("seed", "an integer", data["seed"], isinstance(data["seed"], int)),

@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     heads.add_argument("--head", type=int, metavar="K", help="this head alone, counted from 0 (default: all heads)")
     heads.add_argument("--first", type=positive_integer, metavar="K", help="the first K heads")
     parser.add_argument("--fuse", action="store_true", help="run the heads as one, see docs/heads.md")
-    parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="fix it, and all other sizes (default: any size)")
+    parser.add_argument(
+        "--batch-size", type=positive_integer, metavar="N", help="fix it, and all other sizes (default: any size)"
+    )
     parser.add_argument("--device", default="cpu", help="what to write the file for, such as cuda (default: cpu)")
     parser.add_argument(
         "--base",
