@@ -92,6 +92,7 @@ def check_conversion(
 
 
 def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> tuple[float, float]:
+    x = next(iter(_other_sizes(x, 2)), x)  # as a conversion counts: what all examples share is paid by two of them
     base_cost = Cost(count_parameters(base), measure_cost(base, x).macs)
     measured = measure_cost(model, x)
     assert model.cost is not None
@@ -114,7 +115,7 @@ def _check_outputs(model: EnsembleNet, base: nn.Module, x: Tree) -> float | None
             assert torch.isfinite(outputs).all(), "outputs are not finite"
             mean = outputs.mean(0)
             assert torch.allclose(combined, mean, rtol=1e-4, atol=1e-6), "evaluation does not combine the heads"
-        for other in _other_sizes(x):
+        for other in _other_sizes(x, 1, 3):
             shapes = [output.shape for output in as_tuple(call(model, other))]
             wanted = [output.shape for output in pick(call(base, other), model.recipe.output)]
             assert shapes == wanted, f"for {num_examples(other)} examples, outputs have the shapes {shapes}"
@@ -125,10 +126,10 @@ def _check_outputs(model: EnsembleNet, base: nn.Module, x: Tree) -> float | None
     return heads[0].std().item() / spread if spread else None
 
 
-def _other_sizes(x: Tree) -> list[Tree]:
-    """The inputs with one example and with three, if all tensors have a row for each."""
+def _other_sizes(x: Tree, *sizes: int) -> list[Tree]:
+    """The inputs with other numbers of examples, if all tensors have a row for each."""
     inputs, tensors = Inputs.of(x), tensors_in(x)
-    return [inputs.build(examples(inputs, tensors, size)) for size in (1, 3)] if inputs.is_batched else []
+    return [inputs.build(examples(inputs, tensors, size)) for size in sizes] if inputs.is_batched else []
 
 
 def check_full_width(base: nn.Module, x: Tree, split_at: str, output: Output = None) -> None:
@@ -147,7 +148,7 @@ def check_full_width(base: nn.Module, x: Tree, split_at: str, output: Output = N
     # a layer that both parts call counts twice, so the budget is not one
     wanted = Conversion(1, 2.0, split_at, seed=0, init="inherit", output=output)
     whole = convert_as(wanted, base, x).eval()
-    for inputs in (x, *_other_sizes(x)):
+    for inputs in (x, *_other_sizes(x, 1, 3)):
         expected, got = pick(call(base.eval(), inputs), output), as_tuple(call(whole, inputs))
         for one, other in zip(expected, got, strict=True):
             error = (other - one).abs().max() / one.abs().max().clamp(min=1e-6)
@@ -159,7 +160,8 @@ def _check_same_gradients(
     base: nn.Module, whole: EnsembleNet, expected: Sequence[Tensor], got: Sequence[Tensor]
 ) -> None:
     """Compare the gradients of the outputs' squares; a layer that both parts have gets the sum of theirs."""
-    names = dict(base.named_parameters(remove_duplicate=False))
+    plain = getattr(base, "_orig_mod", base)
+    names = dict(plain.named_parameters(remove_duplicate=False))
     parts: dict[nn.Parameter, list[nn.Parameter]] = {}
     for name, part in whole.named_parameters():
         parts.setdefault(names[name.removeprefix("trunk.").removeprefix("heads.0.")], []).append(part)

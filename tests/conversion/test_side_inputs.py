@@ -256,6 +256,42 @@ def test_a_size_that_the_graph_cannot_follow_is_refused_by_the_model() -> None:
     assert model(torch.randn(5, 3, 8, 8)).shape == (5, 4)
 
 
+def test_a_loop_over_a_size_is_not_cut_short() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inward, self.cell, self.out = nn.Linear(6, 32), nn.GRUCell(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = x.new_zeros(x.shape[0], 32)
+            for t in range(x.shape[1]):
+                state = self.cell(self.inward(x[:, t]), state)
+            return self.out(state)
+
+    model = convert(Loop(), torch.randn(3, 5, 6), 1, 2.0, "input", init="inherit").eval()
+    for length in (3, 5, 9):
+        if length == 5:
+            assert model(torch.randn(2, length, 6)).shape == (2, 4)
+        else:
+            with pytest.raises(InputError, match=r"Input 'x' must have the shape \(any, 5, 6\)"):
+                model(torch.randn(2, length, 6))
+
+
+def test_dimensions_of_one_size_may_follow_together() -> None:
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.last((adjacency + torch.eye(x.shape[1])) @ self.first(x).relu()).sum(1)
+
+    base = Graphs()
+    model = convert(base, (torch.randn(3, 5, 6), torch.rand(3, 5, 5)), 1, 2.0, init="inherit").eval()
+    inputs = (torch.randn(2, 7, 6), torch.rand(2, 7, 7))
+    torch.testing.assert_close(model(*inputs), base(*inputs))
+
+
 def test_divisions_by_a_width_follow_the_width() -> None:
     class Normalised(nn.Module):
         def __init__(self, plain: bool) -> None:

@@ -88,6 +88,7 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
         >>> [node.target for node in traced.graph.nodes]
         ['input', '0', '1', '2', 'output']
     """
+    base = getattr(base, "_orig_mod", base)  # of torch.compile
     refuse_parameter_hooks(base)
     refuse_pruned(base)
     module, computed = copy_base(base)
@@ -192,6 +193,7 @@ def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, 
                 f"to the next? {BY_HAND}"
             )
         try_sizes(traced, tensors, run)
+    twin = copy_base(base)[0].eval()  # what ran at other sizes may remember them
     with torch.no_grad():
         if differs(expected, tuple(run(traced.tensors))):
             traced.notes.append(
