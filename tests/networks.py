@@ -174,3 +174,67 @@ ODD = {
     "1-d": (wave_net, (1, 40)),
     "perceptron": (perceptron, (20,)),
 }
+
+
+class Text(nn.Module):
+    """Attention over words with a mask; of any length up to 64."""
+
+    def __init__(self, dim: int = 32, layers: int = 2, classes: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, dim)
+        self.position = nn.Parameter(torch.randn(64, dim) * 0.02)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "norm": nn.LayerNorm(dim), "mix": nn.Linear(dim, dim)})
+            for _ in range(layers)
+        )
+        self.head = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, classes))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids) + self.position[: ids.shape[1]]
+        hidden = (1 - mask.to(x.dtype))[:, None] * -1e4
+        for layer in self.layers:
+            q, k, v = layer["qkv"](layer["norm"](x)).chunk(3, -1)
+            x = x + layer["mix"]((q @ k.transpose(1, 2) / 8 + hidden).softmax(-1) @ v)
+        shown = mask.to(x.dtype)[..., None]
+        return self.head((x * shown).sum(1) / shown.sum(1).clamp(min=1))
+
+
+class TwoAnswers(Text):
+    """Named outputs, of which two can be learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:  # pyright: ignore
+        logits = super().forward(ids, mask)
+        return {"logits": logits, "aux": self.aux(logits)}
+
+
+class Graph(nn.Module):
+    """Sums over neighbours: features of nodes, and edges that have no row for each of them."""
+
+    def __init__(self, dim: int = 48) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        source, target = edge_index
+        for layer in self.layers[:-1]:
+            x = layer(x)
+            x = F.relu(x + torch.zeros_like(x).index_add(0, target, x[source]) / 4)
+        return self.layers[-1](x)
+
+
+def text_batch(examples: int = 4, length: int = 12) -> dict[str, Tensor]:
+    """Words and a mask, the same every time."""
+    generator = torch.Generator().manual_seed(examples * length)
+    ids = torch.randint(50, (examples, length), generator=generator)
+    lengths = torch.randint(length // 2, length + 1, (examples, 1), generator=generator)
+    return {"ids": ids, "mask": (torch.arange(length) < lengths).long()}
+
+
+def graph_batch(nodes: int = 10, edges: int = 30) -> tuple[Tensor, Tensor]:
+    """Nodes and edges, the same every time."""
+    generator = torch.Generator().manual_seed(nodes * edges)
+    return torch.randn(nodes, 8, generator=generator), torch.randint(nodes, (2, edges), generator=generator)

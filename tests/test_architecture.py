@@ -47,6 +47,7 @@ MAY_IMPORT = {
     "training": {
         "errors",
         "functional",
+        "inputs",
         "cost",
         "recipe",
         "ensemble",
@@ -78,6 +79,7 @@ MAY_IMPORT = {
         "ensemble",
         "errors",
         "functional",
+        "inputs",
         "heads",
         "metrics",
         "reports",

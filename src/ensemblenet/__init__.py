@@ -27,6 +27,7 @@ _HOMES = {
     "EnsembleNetError": "errors",
     "ExportError": "errors",
     "FusionError": "errors",
+    "InputError": "errors",
     "LoadError": "errors",
     "Plan": "conversion.planning",
     "Recipe": "recipe",
@@ -58,6 +59,7 @@ __all__ = [
     "EnsembleNetError",
     "ExportError",
     "FusionError",
+    "InputError",
     "LoadError",
     "Plan",
     "Recipe",
@@ -96,6 +98,7 @@ if TYPE_CHECKING:
         EnsembleNetError,
         ExportError,
         FusionError,
+        InputError,
         LoadError,
         TrainingError,
     )

@@ -5,6 +5,7 @@ Shapes: N examples, * any further dimensions.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensemblenet.errors import ConversionError, InputError
+from ensemblenet.errors import ConversionError, DataError, InputError
 
-__all__ = ["DTYPES", "CheckSizes", "InputSpec", "Inputs", "call", "map_tensors", "num_examples", "tensors_in"]
+__all__ = [
+    "DTYPES",
+    "CheckSizes",
+    "InputSpec",
+    "Inputs",
+    "call",
+    "inputs_and_targets",
+    "map_tensors",
+    "num_examples",
+    "one_example",
+    "tensors_in",
+    "to_device",
+]
 
 DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "bool"),
@@ -38,6 +51,8 @@ class InputSpec:
         >>> spec = InputSpec.of(torch.zeros(4, 3, 8, 8))
         >>> spec.shape, spec.dtype, spec.zeros(2).shape
         ((3, 8, 8), 'float32', torch.Size([2, 3, 8, 8]))
+        >>> print(spec)
+        float32 (N, 3, 8, 8)
     """
 
     shape: tuple[int, ...]
@@ -72,6 +87,10 @@ class InputSpec:
                     dtype = torch.promote_types(precision, torch.complex64)
                 break
         return torch.zeros(self.whole(size), dtype=dtype, device=device)
+
+    def __str__(self) -> str:
+        sizes = (*(("N",) if self.is_batched else ()), *self.shape)
+        return f"{self.dtype} ({', '.join(map(str, sizes))})"
 
     def random(self, size: int = 2) -> Tensor:
         """A batch of numbers in [0, 1), (size, *), the same every time; integers are zeros, flags are tossed."""
@@ -158,6 +177,57 @@ class Inputs:
         """The dtype of the one tensor."""
         return self.only.dtype
 
+    def names(self, network: nn.Module) -> list[str]:
+        """What each tensor is called: by the network's argument, with the keys and positions inside that.
+
+        Example:
+            >>> Inputs.of((torch.zeros(4, 8), {"left": torch.zeros(4, 3)})).names(nn.Bilinear(8, 3, 2))
+            ['input1', 'input2_left']
+        """
+        found: list[str] = []
+
+        def visit(name: str, part: Any) -> None:
+            if isinstance(part, int):
+                found.append(name)
+                return
+            for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+                visit(f"{name}_{key}", value)
+
+        for name, part in self.arguments(network, range(len(self.tensors))).items():
+            visit(name, part)
+        return found
+
+    def arguments(self, network: nn.Module, values: Sequence[Any]) -> dict[str, Any]:
+        """The network's arguments by name, with values in the places of tensors; a lone tensor is "input".
+
+        Args:
+            network: whose signature names the arguments that are given by position.
+            values: one for each tensor.
+
+        Example:
+            >>> Inputs.of((torch.zeros(4, 8), torch.zeros(4, 3))).arguments(nn.Bilinear(8, 3, 2), "ab")
+            {'input1': 'a', 'input2': 'b'}
+        """
+        built = self.build(values)
+        if isinstance(self.tree, dict):
+            return built
+        if self.tree == 0:
+            return {"input": built}
+        forward = getattr(network, "trunk", network).forward
+        names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+        if len(names) < len(built):  # it takes any number
+            names = [f"input_{index}" for index in range(len(built))]
+        return dict(zip(names, built, strict=False))
+
+    def describe(self, network: nn.Module) -> str:
+        """In words, what a network takes.
+
+        Example:
+            >>> Inputs.of((torch.zeros(4, 8), torch.zeros(4, 3))).describe(nn.Bilinear(8, 3, 2))
+            'input1: float32 (N, 8); input2: float32 (N, 3)'
+        """
+        return "; ".join(f"{name}: {spec}" for name, spec in zip(self.names(network), self.tensors, strict=True))
+
     def build(self, tensors: Sequence[Any]) -> Tree:
         """The tree with values in the places of the tensors' numbers."""
 
@@ -200,6 +270,35 @@ def num_examples(inputs: Tree) -> int:
     return next(len(tensor) for tensor in tensors_in(inputs) if tensor.ndim)
 
 
+def one_example(inputs: Tree) -> Tree:
+    """The first example alone; the inputs as they are where a tensor of them serves all examples.
+
+    Example:
+        >>> one_example({"ids": torch.zeros(4, 12), "mask": torch.zeros(4, 12)})["mask"].shape
+        torch.Size([1, 12])
+    """
+    return map_tensors(lambda tensor: tensor[:1], inputs) if Inputs.of(inputs).is_batched else inputs
+
+
+def inputs_and_targets(batch: Any) -> tuple[Tree, Tensor]:
+    """The two parts of a batch: the first two of a tuple; of a dictionary, the targets are under "labels" or "label".
+
+    Raises:
+        DataError: a dictionary without targets.
+
+    Example:
+        >>> inputs_and_targets({"ids": torch.zeros(4, 12), "labels": torch.zeros(4)})[0].keys()
+        dict_keys(['ids'])
+    """
+    if not isinstance(batch, Mapping):
+        inputs, targets, *_ = batch
+        return inputs, targets
+    name = next((name for name in ("labels", "label") if name in batch), None)
+    if name is None:
+        raise DataError(f"A batch that is a dictionary must hold its targets as 'labels', got {list(batch)}.")
+    return {key: value for key, value in batch.items() if key != name}, batch[name]
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], inputs: Tree) -> Tree:
     """The tree with a function applied to each tensor.
 
@@ -214,7 +313,17 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Tree) -> Tree:
     return tuple(map_tensors(function, part) for part in inputs)
 
 
-def call(network: nn.Module, inputs: Tree, **options: Any) -> Any:
+def to_device(inputs: Tree, device: torch.device | str) -> Tree:
+    """The tree with its tensors on a device.
+
+    Example:
+        >>> to_device({"ids": torch.zeros(4, 12)}, "meta")["ids"].device
+        device(type='meta')
+    """
+    return map_tensors(lambda tensor: tensor.to(device), inputs)
+
+
+def call(network: Callable[..., Any], inputs: Tree, **options: Any) -> Any:
     """Call a network on its inputs: a tuple by position, a mapping by name.
 
     Example:

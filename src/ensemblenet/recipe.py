@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +15,7 @@ from ensemblenet.cost import Budget
 from ensemblenet.errors import ConversionError, LoadError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import DTYPES, Inputs, InputSpec
-from ensemblenet.models.sources import BaseSource
+from ensemblenet.models.sources import BaseSource, is_plain
 
 if TYPE_CHECKING:
     from ensemblenet.operations.axes import Axis
@@ -24,6 +25,7 @@ __all__ = ["Conversion", "HeadShape", "Init", "Recipe"]
 __getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.sources.find_source"})
 
 Init = Literal["fresh", "inherit"]
+Blocks = Literal["fewer", "narrower"]
 FORMAT = 3
 
 
@@ -71,6 +73,8 @@ class HeadShape:
         width: the share of its channels that each layer keeps.
         multiple: large channel counts are rounded to it, smaller ones to smaller powers of two.
         pinned: names of graph nodes that keep the base's sizes, because they fail with smaller ones.
+        blocks: whether blocks of channels (groups, attention heads) become fewer or narrower; few become narrower
+            either way.
 
     Example:
         >>> from ensemblenet.operations.axes import free
@@ -81,12 +85,15 @@ class HeadShape:
     width: float
     multiple: int = 8
     pinned: tuple[str, ...] = ()
+    blocks: Blocks = "fewer"
 
     def size(self, axis: Axis) -> int:
         """The new size of a free axis of the base."""
-        if self.width >= 1:
+        if self.width >= 1 or axis.role == ("instead" if self.blocks == "fewer" else "count"):
             return axis.size
         step = max(self.multiple // axis.block, 1)
+        if self.blocks == "narrower" and axis.role is not None:
+            step = math.gcd(8, axis.size)  # the width of an attention head stays what kernels like
         while step > 1 and axis.size < 8 * step:
             step //= 2
         return min(max(round(axis.size * self.width / step) * step, step), axis.size)
@@ -186,7 +193,7 @@ class Recipe:
             _check_fields(InputSpec, spec, "recipe's input")
         for name, expected, value, is_valid in _checks(data):
             if not is_valid:
-                raise LoadError(f"The recipe's {name} must be {expected}, got {value!r}.")
+                raise LoadError(f"The recipe's {name} must be {expected}, got {repr(value)[:200]}.")
         data["base"] = data["base"] and BaseSource(**data["base"])
         specs = [InputSpec(**{k: _tuples(v) for k, v in spec.items()}) for spec in data["inputs"]["tensors"]]
         data["inputs"] = Inputs(tuple(specs), data["inputs"]["tree"])
@@ -212,7 +219,8 @@ def _from_format_2(data: dict[str, Any]) -> dict[str, Any]:
     """Format 2 knew one input and one output, and fixed no sizes."""
     _check_fields(InputSpec, {"is_batched": True, "fixed": [], **data["inputs"]}, "recipe's inputs")
     tensor = {**data["inputs"], "is_batched": True, "fixed": []}
-    return {**data, "inputs": {"tensors": [tensor], "tree": 0}, "output": None, "format": FORMAT}
+    inputs, head = {"tensors": [tensor], "tree": 0}, {"blocks": "fewer", **data["head"]}
+    return {**data, "inputs": inputs, "head": head, "output": None, "format": FORMAT}
 
 
 def _tuples(value: Any) -> Any:
@@ -231,11 +239,12 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
     base, inputs, head, output = data["base"], data["inputs"], data["head"], data["output"]
     width, pinned = head["width"], head["pinned"]
     found = [
-        ("base", "a factory, a name and arguments", base, base is None or _is_plain(base)),
+        ("base", "a factory, a name and plain arguments", base, base is None or is_plain(base)),
         ("tree of inputs", "lists and dictionaries of the tensors' numbers", inputs["tree"], _is_tree(inputs)),
         ("output", "a name, a position or a list of them", output, _is_output(output)),
         ("width", "a number in (0, 1]", width, isinstance(width, (int, float)) and 0 < width <= 1),
         ("multiple", "a positive integer", head["multiple"], _is_count(head["multiple"])),
+        ("blocks", f"one of {get_args(Blocks)}", head["blocks"], head["blocks"] in get_args(Blocks)),
         ("pinned", "a list of names", pinned, _is_list(pinned) and all(isinstance(name, str) for name in pinned)),
         ("split_at", "a name", data["split_at"], isinstance(data["split_at"], str)),
         ("seed", "an integer", data["seed"], isinstance(data["seed"], int)),
@@ -285,11 +294,3 @@ def _is_tree(inputs: dict[str, Any]) -> bool:
 
     visit(inputs["tree"])
     return bool(found) and found == list(range(len(inputs["tensors"])))
-
-
-def _is_plain(base: dict[str, Any]) -> bool:
-    arguments = base["arguments"]
-    values = arguments.values() if isinstance(arguments, dict) else [None]
-    numbers = [number for value in values for number in (value if isinstance(value, list) else [value])]
-    strings = isinstance(base["factory"], str) and isinstance(base["name"], str)
-    return strings and all(isinstance(number, (int, float, bool)) for number in numbers)

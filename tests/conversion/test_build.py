@@ -389,6 +389,34 @@ def test_bilinear_layers_bags_and_products_with_vectors_are_narrowed() -> None:
     check_full_width(base, x, "input")
 
 
+@pytest.mark.parametrize("num_heads", [1, 2, 4, 8])
+def test_attention_uses_its_budget_however_many_heads_it_has(num_heads: int) -> None:
+    class Attention(nn.Module):
+        """A layer of PyTorch's and one by hand."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.qkv, self.last = nn.Linear(16, 256), nn.Linear(256, 768), nn.Linear(256, 5)
+            self.attention = nn.MultiheadAttention(256, num_heads, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            n, length, width = x.shape
+            x = x + self.attention(x, x, x, need_weights=False)[0]
+            parts = self.qkv(x).reshape(n, length, 3, num_heads, width // num_heads).permute(2, 0, 3, 1, 4)
+            x = x + F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(n, length, width)
+            return self.last(x.mean(1))
+
+    torch.manual_seed(0)
+    base, x = Attention(), torch.randn(2, 6, 16)
+    report = check_conversion(base, x, budget=0.9, split_at="input")
+    assert max(report.parameters_share, report.macs_share) > 0.75
+    head = convert(base, x, budget=0.9, split_at="input").heads[0]
+    layer = head.get_submodule("attention")
+    assert num_heads == 1 or layer.head_dim % 4 == 0
+    torch.testing.assert_close(fuse(convert(base, x, budget=0.9).eval())(x), convert(base, x, budget=0.9).eval()(x))
+
+
 def test_attention_whose_values_alone_are_narrowed_costs_what_it_runs() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemblenet import EnsembleNet, convert, fuse, load, save, split_points
+from ensemblenet.conversion.convert import rebuild
 from ensemblenet.conversion.split import find_cuts, head_graph, trunk_graph
 from ensemblenet.conversion.trace import trace
 from ensemblenet.ensemble import as_tuple
@@ -409,3 +410,45 @@ def test_the_automatic_split_is_the_same_for_a_wrapped_network_and_shares_rather
     assert wrapped is not None
     assert alone.split_at != "input"
     assert wrapped.split_at == f"net.net.{alone.split_at}"
+
+
+class Weighted(nn.Module):
+    """A graph network whose edges have weights: with as many edges as nodes, these too have N rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 64), nn.Linear(64, 4)
+
+    def forward(self, nodes: Tensor, edges: Tensor, weights: Tensor) -> Tensor:
+        h = self.first(nodes).relu()
+        return self.last(torch.zeros_like(h).index_add(0, edges[1], weights[:, None] * h[edges[0]]))
+
+
+@pytest.mark.parametrize("edges", [5, 6])
+def test_rows_that_are_no_examples_do_not_mislead(edges: int, tmp_path: Path) -> None:
+    def inputs(n: int) -> tuple[Tensor, ...]:
+        return torch.randn(n, 8), torch.tensor([[4] * edges, [0] * edges]), torch.rand(edges)
+
+    base = Weighted()
+    model = convert(base, inputs(5)).eval()
+    assert model(*inputs(5)).shape == (5, 4)
+    again = load(save(model, tmp_path / "model"), base)
+    x = inputs(5)
+    assert torch.equal(again(*x), model(*x))
+    if edges == 5:  # one cannot know which of the rows are nodes
+        with pytest.raises(InputError, match=r"'nodes' must have the shape \(5, 8\), got \(7, 8\)"):
+            model(*inputs(7))
+    else:
+        assert model(*inputs(7)).shape == (7, 4)
+
+
+def test_layers_that_could_not_be_narrowed_before_keep_the_sizes_that_were_saved() -> None:
+    base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    recipe = convert(base, torch.randn(4, 8), split_at="input").recipe
+    assert recipe is not None
+    new = rebuild(base, recipe).heads[0].state_dict()
+    assert new["2.weight"].shape < (64, 64)
+    sizes = {name: tuple(tensor.shape) for name, tensor in new.items()}
+    kept = {"2.weight": (64, 64), "2.bias": (64,), "0.weight": (64, 8), "0.bias": (64,), "4.weight": (3, 64)}
+    old = rebuild(base, recipe, sizes | kept).heads[0].state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in old.items()} == sizes | kept

@@ -28,6 +28,7 @@ from ensemblenet.data.loading import ResumableLoader
 from ensemblenet.data.module import DataModule
 from ensemblenet.data.parquet_images import Normalize, read_parquet_images
 from ensemblenet.errors import DataError
+from ensemblenet.inputs import Inputs
 from ensemblenet.storage.restore import Restored, data_module
 
 
@@ -311,7 +312,7 @@ def test_a_stored_configuration_of_version_0_1(tmp_path: Path) -> None:
         "seed": 3,
     }
     config = {"data": {"class_path": "ensemblenet.data.YouTube8M", "init_args": arguments}}
-    restored = Restored(torch.nn.Identity(), "multilabel", (RGB + AUDIO,), {}, config, tmp_path)
+    restored = Restored(torch.nn.Identity(), "multilabel", Inputs.of(torch.zeros(1, RGB + AUDIO)), {}, config, tmp_path)
     with pytest.warns(DeprecationWarning, match="on_damage is now on_broken"):
         data: Any = data_module(restored)
     assert (type(data), data.on_broken, data.seed) == (YouTube8M, "skip", 3)

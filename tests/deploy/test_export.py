@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from networks import Volume
+from networks import Graph, Text, TwoAnswers, Volume, graph_batch, text_batch
 from torch import nn
 
 import ensemblenet
@@ -194,6 +195,123 @@ def test_integer_inputs(tmp_path):
     torch.testing.assert_close(runs(path, x), model(x).detach())
 
 
+# -- several inputs
+
+
+def texts(path):
+    """Runs a file of a text model, which takes its inputs by name."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return lambda **batch: torch.from_numpy(session.run(None, {k: v.numpy() for k, v in batch.items()})[0])
+    return torch.export.load(path).module()
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.pt2"])
+@pytest.mark.parametrize("how", ["looped", "fused"])
+def test_named_inputs_of_any_length(tmp_path, name, how):
+    model = convert(Text(), text_batch(), split_at="add#2", budget=1.2).eval()
+    network = fuse(model) if how == "fused" else model
+    exported = export(network, tmp_path / name, "onnx" if name.endswith("onnx") else "torch")
+    assert exported.dynamic == {"ids": (0, 1), "mask": (0, 1)}
+    run = texts(exported.path)
+    for batch in (text_batch(1, 12), text_batch(5, 7), text_batch(3, 40)):
+        torch.testing.assert_close(run(**batch), model(**batch).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_file_says_of_named_inputs(tmp_path):
+    model = convert(Text(), text_batch(), budget=1.2)
+    read = onnx.load(export(model, tmp_path / "m.onnx").path)
+    sizes = {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in read.graph.input}
+    assert sizes == {"ids": ["batch", "ids_1"], "mask": ["batch", "ids_1"]}
+    described = {prop.key: json.loads(prop.value) for prop in read.metadata_props}
+    assert described["inputs"] == {name: {"dtype": "int64", "shape": [12]} for name in ("ids", "mask")}
+    assert "input_shape" not in described
+    fixed = onnx.load(export(model, tmp_path / "fixed.onnx", batch_size=3).path)
+    assert [[d.dim_value for d in i.type.tensor_type.shape.dim] for i in fixed.graph.input] == [[3, 12], [3, 12]]
+
+
+def test_a_graph_of_any_size(tmp_path):
+    model = convert(Graph(), graph_batch(), budget=1.2).eval()
+    exported = export(model, tmp_path / "m.onnx")
+    assert exported.dynamic == {"x": (0,), "edge_index": (1,)}  # the others were fixed by the conversion
+    session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
+    for x, edges in (graph_batch(5, 3), graph_batch(40, 90)):
+        [got] = session.run(None, {"x": x.numpy(), "edge_index": edges.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(x, edges).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_aot_package_takes_named_inputs(tmp_path):
+    model = convert(Text(), text_batch(), split_at="div", budget=2.0).eval()
+    package = torch._inductor.aoti_load_package(str(export(model, tmp_path / "m.pt2", "aot").path))
+    batch = text_batch(5, 9)
+    torch.testing.assert_close(package(**batch), model(**batch).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_several_outputs_have_the_names_of_the_conversion(tmp_path):
+    model = convert(TwoAnswers(), text_batch(), output=["logits", "aux"], budget=1.5).eval()
+    session = onnxruntime.InferenceSession(export(model, tmp_path / "m.onnx").path, providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits", "aux"]
+    batch = text_batch(3, 9)
+    got = [torch.from_numpy(part) for part in session.run(None, {k: v.numpy() for k, v in batch.items()})]
+    torch.testing.assert_close(tuple(got), tuple(part.detach() for part in model(**batch)), rtol=1e-4, atol=1e-5)
+
+
+class AnyLength(nn.Module):
+    """A network that PyTorch runs at any length, and torch.export at the one that it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 64), nn.Linear(64, 3)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids).sum(1) / len(list(ids.unbind(1))))
+
+
+def test_a_length_that_the_format_cannot_follow_stays_fixed(tmp_path):
+    known = convert(AnyLength(), torch.randint(10, (4, 12)), num_heads=1).recipe
+    inputs = replace(known.inputs, tensors=(replace(known.inputs.tensors[0], fixed=()),))
+    model = EnsembleNet(AnyLength(), [nn.Linear(3, 3)], recipe=replace(known, inputs=inputs)).eval()
+    exported = export(model, tmp_path / "m.onnx")
+    assert exported.dynamic == {"input": (0,)}
+    x = torch.randint(10, (5, 12))
+    torch.testing.assert_close(runs(exported.path, x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+class HidesAll(nn.Module):
+    """A mean over what a mask shows, which is not finite where it shows nothing."""
+
+    def forward(self, x, mask):
+        return (x * mask).sum(1) / mask.sum(1)
+
+
+def test_a_mask_shows_something_and_an_index_exists(tmp_path):
+    example = (torch.randn(4, 1, 3), torch.zeros(4, 1, 1, dtype=torch.bool))  # the user's own would not do
+    assert export(HidesAll(), tmp_path / "mask.pt2", "torch", example_inputs=example).difference == 0
+    gather = {"x": torch.randn(4, 1, 3), "index": torch.full((4, 1, 3), 5)}
+
+    class Gather(nn.Module):
+        def forward(self, x, index):
+            return x.gather(1, index)
+
+    assert export(Gather(), tmp_path / "index.pt2", "torch", example_inputs=gather).difference == 0
+
+
+class Picky(nn.Module):
+    """Takes the user's own inputs, and no random ones."""
+
+    def forward(self, kind, x):
+        if not torch.compiler.is_compiling() and not (kind == 7).all():
+            raise ValueError("the kind must be 7")
+        return x * kind
+
+
+def test_the_users_own_values_are_the_last_resort(tmp_path):
+    example = (torch.full((2, 1), 7), torch.randn(2, 3))
+    assert export(Picky(), tmp_path / "m.pt2", "torch", example_inputs=example).difference == 0
+    with pytest.raises(ExportError, match=r"The model fails on random inputs of shape .*: the kind must be 7$"):
+        export(Picky(), tmp_path / "n.pt2", "torch", example_inputs=(torch.full((2, 1), 6), torch.randn(2, 3)))
+
+
 def test_the_model_is_left_as_it_was(tmp_path, model):
     model = convert(MNIST1DNet(8), torch.randn(2, 40)).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -243,7 +361,7 @@ def test_a_file_that_lies_is_not_kept(tmp_path, model, monkeypatch):
 
     def wrong(*arguments):
         predict = real(*arguments)
-        return lambda x: predict(x) * (1 + 1e-3)
+        return lambda x: tuple(output * (1 + 1e-3) for output in predict(x))
 
     monkeypatch.setattr(deployment, "_write_onnx", wrong)
     with pytest.raises(ExportError, match=r"differs from PyTorch by 0.001 of the largest output.*Nothing was kept"):

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
+from networks import Text, text_batch
 from torch import nn
 
 import ensemblenet
@@ -287,3 +288,22 @@ def test_commands_take_an_address(hub, tmp_path, capsys):
     assert main(["test", "hf://someone/nothing", *data]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "hf://someone/nothing cannot be fetched" in line
+
+
+def test_a_model_of_several_inputs_goes_up_and_comes_back(hub):
+    model = convert(Text(), text_batch(), budget=1.5).eval()
+    address = push_to_hub(model, "someone/text")
+    again = load(address, Text())
+    assert torch.equal(again(**text_batch(5)), model(**text_batch(5)))
+    card = (hub / "someone" / "text" / "README.md").read_text()
+    assert "# from ids: int64 (N, 12); mask: int64 (N, 12) to logits (N, C)" in card
+    assert "pipeline_tag" not in card
+
+
+def test_timm_has_no_models_of_several_inputs(tmp_path):
+    saved = save(convert(Text(), text_batch(), budget=1.5), tmp_path / "saved")
+    with pytest.raises(
+        ensemblenet.EnsembleNetError, match=r"takes several inputs, .*; this needs a model of one tensor"
+    ):
+        register_timm("my_text", saved, Text())
+    assert not timm.is_model("my_text")

@@ -22,6 +22,7 @@ from ensemblenet.cli.test import test as run_test
 from ensemblenet.cli.validate import validate
 from ensemblenet.errors import EnsembleNetError, LoadError
 from ensemblenet.evaluation.scoring import chosen_data, score
+from ensemblenet.inputs import Inputs
 from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.storage.restore import Restored, data_module, restore
@@ -231,14 +232,14 @@ def test_data_of_another_number_of_classes_than_the_network_has_outputs(run: Pat
 
 
 def test_inputs_of_a_shape_that_the_network_cannot_take(tmp_path: Path) -> None:
-    restored = Restored(torch.nn.Linear(40, 10).eval(), "multiclass", (40,), {}, None, tmp_path)
+    restored = Restored(torch.nn.Linear(40, 10).eval(), "multiclass", Inputs.of(torch.zeros(1, 40)), {}, None, tmp_path)
     with pytest.raises(LoadError, match=r"inputs of shape \(10,\), .* was trained on \(40,\)"):
         score(restored, Examples(X[:, :10], Y), "test")
 
 
 def test_views_of_an_example_are_one_example(tmp_path: Path) -> None:
     network = torch.nn.Sequential(torch.nn.Linear(40, 10)).eval()
-    restored = Restored(network, "multiclass", (40,), {}, None, tmp_path)
+    restored = Restored(network, "multiclass", Inputs.of(torch.zeros(1, 40)), {}, None, tmp_path)
     views = torch.randn(20, 3, 40)
     [row] = score(restored, Examples(views, Y), "test")
     with torch.inference_mode():
@@ -250,7 +251,7 @@ def test_taggers_have_the_metrics_of_tagging(tmp_path: Path) -> None:
     model = ensemblenet.convert(
         ensemblenet.models.MLPTagger(12, 30, [64]), torch.randn(2, 12), task="multilabel"
     ).eval()
-    restored = Restored(model, "multilabel", (12,), {}, None, tmp_path)
+    restored = Restored(model, "multilabel", Inputs.of(torch.zeros(1, 12)), {}, None, tmp_path)
     x, y = torch.randn(40, 12), (torch.rand(40, 30) < 0.1).to(torch.int8)
     rows = score(restored, Examples(x, y), "test")
     assert [row["method"] for row in rows] == ["ensemble", "head 0", "head 1"]

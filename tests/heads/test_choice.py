@@ -88,25 +88,6 @@ def test_one_head_and_unlike_heads_run_looped(slow: set) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_what_is_measured_under_autocast_is_a_real_step(
-    slow: set, monkeypatch: pytest.MonkeyPatch, training: bool
-) -> None:
-    """Fusing looks at fake tensors; once their casts stayed in autocast's cache, and looped heads ran on them."""
-    seen: list[Tensor] = []
-    run = EnsembleNet._run_heads
-
-    def kept(self: EnsembleNet, features: Tensor) -> Tensor:
-        seen.append(run(self, features))
-        return seen[-1]
-
-    monkeypatch.setattr(EnsembleNet, "_run_heads", kept)
-    with torch.autocast("cpu", torch.bfloat16):
-        choose(model().train(training), IMAGES)
-    assert {type(outputs) for outputs in seen} == {Tensor}
-    assert {outputs.dtype for outputs in seen} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("training", [True, False])
 def test_convolutions_run_head_by_head_where_that_is_faster(slow: set, training: bool) -> None:
     network = model(3).train(training)
     fused = fuse(copy.deepcopy(network))

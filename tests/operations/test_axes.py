@@ -5,12 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemblenet.operations.axes import Axis, concatenated, free, kept, multiplied, settle, unify
+from ensemblenet.recipe import HeadShape
 
 factors = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
 
 def half(axis: Axis) -> int:
-    return max(axis.size // 2, 1)
+    """Half of every size; of blocks, half as many of the same width."""
+    return axis.size if axis.role == "instead" else max(axis.size // 2, 1)
 
 
 @given(factors, factors)
@@ -41,6 +43,24 @@ def test_attention_narrows_whole_heads_and_keeps_their_width() -> None:
     unify(inner, multiplied([free(12), free(64)]))
     settle([inner])
     assert inner.value(half) == 6 * 64
+
+
+def test_attention_heads_become_fewer_or_narrower() -> None:
+    inner, other = free(256), free(256)
+    heads, width = free(4), free(64)
+    unify(inner, multiplied([heads, width]))
+    unify(other, multiplied([kept(4), width]))  # the heads' width is met again, alone
+    settle([inner, other])
+    shapes = [HeadShape(0.6), HeadShape(0.6, blocks="narrower")]
+    assert [(heads.value(shape.size), width.value(shape.size)) for shape in shapes] == [(2, 64), (4, 40)]
+    assert [inner.value(shape.size) for shape in shapes] == [128, 160]
+
+
+def test_a_segment_that_stays_keeps_its_positions() -> None:
+    heads, width = free(8), free(16)
+    channels = concatenated([free(4), width])
+    settle([multiplied([heads, width]), channels])
+    assert channels.position(4 + 8, half) == 2 + 8
 
 
 def test_few_groups_narrow_their_width_instead() -> None:

@@ -51,7 +51,7 @@ def test_a_run_scores_videos_by_the_average_of_their_views(folder: Path, tmp_pat
     run = fit(arguments(folder, tmp_path))
     [row] = json.loads((run / "results.json").read_text())["rows"]
     restored = restore(run)
-    assert restored.input_shape == (3, 4, 16, 16)
+    assert restored.inputs.shape == (3, 4, 16, 16)
     assert restored.classes == sorted(f"action {number}" for number in range(21))
     assert restored.description["preprocessing"]["num_frames"] == 4
 

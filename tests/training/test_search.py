@@ -142,7 +142,7 @@ def test_a_run_trains_what_the_search_chose(config: Path, tmp_path: Path, capsys
     assert stored["model"]["conversion"] == chosen["conversion"]
     [row] = json.loads((folder / "results.json").read_text())["rows"]
     assert row["num_heads"] == (chosen["conversion"] or {"num_heads": 1})["num_heads"]
-    assert restore(folder).input_shape == (40,)
+    assert restore(folder).inputs.shape == (40,)
     assert list((tmp_path / "runs").iterdir()) == [folder]  # short runs lie within it
     assert not list((folder / "search").glob("*/results.json"))  # and read no test data
     assert f"Plan: {plan['chosen']}" in capsys.readouterr().out

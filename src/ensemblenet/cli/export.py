@@ -18,7 +18,6 @@ from ensemblenet.deploy.export import export as export_model
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError
 from ensemblenet.heads import fuse
-from ensemblenet.inputs import InputSpec
 from ensemblenet.models.sources import create
 from ensemblenet.storage.restore import restore
 
@@ -54,7 +53,7 @@ def export(arguments: Sequence[str]) -> Path:
             network.to(options.device),
             options.output,
             options.format,
-            example_inputs=InputSpec(restored.input_shape).zeros(),
+            example_inputs=None if isinstance(network, EnsembleNet) else restored.inputs.zeros(),
             head=options.head,
             first=options.first,
             batch_size=options.batch_size,
@@ -101,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     heads.add_argument("--head", type=int, metavar="K", help="this head alone, counted from 0 (default: all heads)")
     heads.add_argument("--first", type=positive_integer, metavar="K", help="the first K heads")
     parser.add_argument("--fuse", action="store_true", help="run the heads as one, see docs/heads.md")
-    parser.add_argument("--batch-size", type=positive_integer, metavar="N", help="fix it (default: any size)")
+    parser.add_argument(
+        "--batch-size", type=positive_integer, metavar="N", help="fix it, and all other sizes (default: any size)"
+    )
     parser.add_argument("--device", default="cpu", help="what to write the file for, such as cuda (default: cpu)")
     parser.add_argument(
         "--base",

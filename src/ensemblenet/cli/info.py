@@ -16,7 +16,7 @@ from ensemblenet.conversion.convert import plans
 from ensemblenet.cost import measure_cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError
-from ensemblenet.inputs import InputSpec
+from ensemblenet.inputs import inputs_and_targets, num_examples
 from ensemblenet.reports.tables import MACS_NOTE
 
 __all__ = ["info"]
@@ -90,14 +90,14 @@ def _trained(run: Path, trust: bool) -> tuple[nn.Module, Tensor, Capacity]:
     data.setup("fit")
     train, validation = (_some(loader) for loader in (data.train_dataloader(), data.val_dataloader()))
     capacity = spare_capacity(restored.network, train, validation, restored.task)
-    return restored.network, InputSpec(restored.input_shape).random(), capacity
+    return restored.network, restored.inputs.random(), capacity
 
 
-def _some(batches: Iterable[Sequence[Tensor]]) -> Iterator[Sequence[Tensor]]:
+def _some(batches: Iterable[Any]) -> Iterator[Any]:
     """Batches until there are examples enough for a mean loss."""
     left = _EXAMPLES
     for batch in batches:
         if left <= 0:
             return
         yield batch
-        left -= len(batch[0])
+        left -= num_examples(inputs_and_targets(batch)[0])

@@ -58,7 +58,7 @@ def predict(arguments: Sequence[str]) -> Path:
         _predict_split(restored, options, changes)
     elif changes or options.config or options.class_path:
         raise LoadError("--config and --data.KEY are for the data of a run; they do not go with --data.")
-    elif (reader := file_reader(restored.input_shape, restored.description)) is not None:
+    elif (reader := file_reader(restored.inputs.shape, restored.description)) is not None:
         _predict_files(restored, reader, options)
     else:
         write_submission(
@@ -91,7 +91,7 @@ def _predict_files(restored: Restored, reader: FileReader, options: argparse.Nam
     files = InputFiles(find_files(options.data, reader.suffixes), reader.read)
     batches = files.batches(options.batch_size, options.num_workers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network, ndim = restored.network.to(device), len(restored.input_shape) + 1
+    network, ndim = restored.network.to(device), len(restored.inputs.shape) + 1
     skipped: list[str] = []
     with PredictionFile(options.output, restored) as file:
         for paths, inputs, unreadable in track(batches, "Predicting", transient=True):

@@ -21,7 +21,7 @@ from ensemblenet.errors import ConversionError
 from ensemblenet.operations import LayerSizes, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, settle
 from ensemblenet.operations.coupling import name_of
-from ensemblenet.recipe import HeadShape
+from ensemblenet.recipe import Blocks, HeadShape
 
 __all__ = ["HeadDesign", "build_head", "build_trunk", "check_head", "design_head"]
 
@@ -57,6 +57,13 @@ class HeadDesign:
             return False
         axis = self.entry[self.projected]
         return axis.value(shape.size) != axis.size
+
+    def blocks(self) -> tuple[Blocks, ...]:
+        """In which ways its blocks of channels may narrow, the preferred first."""
+        roles = {unknown.role for axes in self.parameters.values() for axis in axes for unknown in axis.unknowns()}
+        if "count" in roles:
+            return ("fewer", "narrower")
+        return ("narrower",) if "inner" in roles else ("fewer",)
 
     def keepers(self) -> list[str]:
         """What keeps the width of its layers, in words, first what keeps most parameters."""

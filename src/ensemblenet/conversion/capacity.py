@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ensemblenet.conversion.trace import pick
 from ensemblenet.errors import ConversionError
 from ensemblenet.functional import Task, codistillation
+from ensemblenet.inputs import call, inputs_and_targets, to_device
 
 __all__ = ["Capacity", "spare_capacity"]
 
@@ -60,16 +63,16 @@ class Capacity:
 
 def spare_capacity(
     base: nn.Module,
-    train_batches: Iterable[Sequence[Tensor]],
-    validation_batches: Iterable[Sequence[Tensor]],
+    train_batches: Iterable[Any],
+    validation_batches: Iterable[Any],
     task: Task = "multiclass",
 ) -> Capacity:
     """Measure a trained base's loss in evaluation mode, on training examples and on others.
 
     Args:
         base: a trained network, from inputs (N, *) to outputs (N, C).
-        train_batches: inputs and targets as the base was trained with, augmentation included; some thousand examples
-            are enough.
+        train_batches: pairs of inputs and targets, or what else [`ensemblenet.inputs.inputs_and_targets`][] takes, as
+            the base was trained with, augmentation included; some thousand examples are enough.
         validation_batches: the same of examples that it was not trained with.
         task: what the outputs mean.
 
@@ -91,13 +94,14 @@ def spare_capacity(
 
 
 @torch.no_grad()
-def _loss(base: nn.Module, batches: Iterable[Sequence[Tensor]], task: Task) -> float:
+def _loss(base: nn.Module, batches: Iterable[Any], task: Task) -> float:
     device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
     total, examples = 0.0, 0
-    for x, y, *_ in batches:
-        outputs = base(x.to(device)).unsqueeze(0)  # of one head: (1, N, C)
-        total += codistillation(outputs, y.to(device), 1.0, task).item() * len(x)
-        examples += len(x)
+    for batch in batches:
+        x, y = inputs_and_targets(batch)
+        outputs = pick(call(base, to_device(x, device)), None)[0].unsqueeze(0)  # of one head: (1, N, C)
+        total += codistillation(outputs, y.to(device), 1.0, task).item() * len(y)
+        examples += len(y)
     if not examples:
         raise ConversionError("Spare capacity needs training and validation examples; there were none of one kind.")
     return total / examples

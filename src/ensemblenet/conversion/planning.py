@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from torch import fx
 
@@ -34,6 +35,7 @@ class Plan:
         split: the split point.
         cost: what the whole model would cost; the least possible, if the plan does not fit.
         head: the shape of every head; None if no width fits the budget.
+        keepers: if none fits, what keeps the width of its layers, in words; first what keeps most parameters.
 
     Example:
         >>> import torch, ensemblenet
@@ -46,6 +48,7 @@ class Plan:
     split: SplitPoint
     cost: Cost
     head: HeadShape | None
+    keepers: tuple[str, ...] = ()
 
     @property
     def width(self) -> float | None:
@@ -62,7 +65,7 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
     """The widest heads at one split point that the limit allows.
 
     Channels are rounded to multiples of 8; where that would leave more than a tenth of the budget unused, to
-    smaller ones.
+    smaller ones, and where that is so again, attention heads and groups become narrower rather than fewer.
     """
 
     def cost(shape: HeadShape) -> Cost:
@@ -72,11 +75,11 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
         return cost.parameters <= limit.parameters and cost.macs <= limit.macs * (1 + 1e-9)
 
     best: Plan | None = None
-    for multiple in _MULTIPLES:
-        width = _widest(lambda width, m=multiple: fits(cost(HeadShape(width, m))))
+    for blocks, multiple in product(design.blocks(), _MULTIPLES):
+        width = _widest(lambda width, m=multiple, b=blocks: fits(cost(HeadShape(width, m, blocks=b))))
         if width is None:
             continue
-        shape = HeadShape(width, multiple, design.pinned)
+        shape = HeadShape(width, multiple, design.pinned, blocks)
         total = cost(shape)
         plan = Plan(design.cut.point, total, shape)
         used = max(total.share_of(limit))
@@ -84,7 +87,7 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
             best = plan
         if width == 1 or used >= _BUDGET_USED:
             break
-    return best or Plan(design.cut.point, cost(HeadShape(0.0, 1)), None)
+    return best or Plan(design.cut.point, cost(HeadShape(0.0, 1)), None, tuple(design.keepers()))
 
 
 def _widest(fits: Callable[[float], bool]) -> float | None:
@@ -202,7 +205,8 @@ def _no_fit(plan: Plan, wanted: Conversion, base: Cost, where: str) -> BudgetErr
             f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
         )
     parameters, macs = plan.cost.share_of(base)
+    causes = f" What keeps its width there: {', '.join(plan.keepers[:3])}." if plan.keepers else ""
     return BudgetError(
         f"{heads} heads do not fit {allowed} {where}. The least possible is {parameters:.3f} of the parameters and "
-        f"{macs:.3f} of the MACs (at {plan.split.name!r}); use fewer heads or a larger budget."
+        f"{macs:.3f} of the MACs (at {plan.split.name!r}); use fewer heads or a larger budget.{causes}"
     )

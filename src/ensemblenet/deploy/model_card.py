@@ -125,7 +125,8 @@ def model_card(
         raise LoadError("The model was built by hand and cannot be loaded from the hub; make it with convert.")
     description, results = description or {}, results or {}
     name = repo_id.partition("/")[2]
-    pipeline = _PIPELINES.get(len(recipe.inputs.shape))
+    is_one = recipe.inputs.tree == 0
+    pipeline = _PIPELINES.get(len(recipe.inputs.shape)) if is_one else None
     data_class = ((config or {}).get("data") or {}).get("class_path") or "unknown"
     measured = _measured(results)
     evaluations = [
@@ -153,7 +154,7 @@ def model_card(
         model=model,
         source=recipe.base if recipe.base and recipe.base.factory != "module" else None,
         address=PREFIX + repo_id,
-        shape=["N", *recipe.inputs.shape],
+        inputs=recipe.inputs.only if is_one else recipe.inputs.describe(model),
         table=_table(model, results, base_results or {}),
         others=[
             f"{SCORES[score].heading} {f'in {SCORES[score].unit} ' * bool(SCORES[score].unit)}{value:.4g}"

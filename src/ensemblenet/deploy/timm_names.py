@@ -76,13 +76,16 @@ def register_timm(name: str, directory: str | os.PathLike[str], base: nn.Module 
 def _pretrained_config(model: EnsembleNet, description: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """What timm wants to know of a model."""
     assert model.recipe is not None
+    shape = model.recipe.inputs.shape  # refuses models of several inputs, which timm has none of
     with torch.no_grad():
         outputs = model(model.recipe.inputs.zeros())
+    if not isinstance(outputs, torch.Tensor):
+        raise LoadError(f"Models of timm give one output, and this one gives {len(outputs)}.")
     preprocessing = description.get("preprocessing") or {}
     known = {key: preprocessing[key] for key in _PREPROCESSING if preprocessing.get(key) is not None}
     return {
         "file": folder,
-        "input_size": model.recipe.inputs.shape,
+        "input_size": shape,
         "num_classes": outputs.shape[1],
         "label_names": description.get("classes"),
         **{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()},

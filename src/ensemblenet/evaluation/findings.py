@@ -47,7 +47,7 @@ class Example:
 
     Attributes:
         place: in the split.
-        inputs: as the network takes them.
+        inputs: as the network takes them; None where they are several tensors.
         labels: the true class or classes.
         heads: the best class of each head, and its probability.
         ensemble: the same of all together.
@@ -55,7 +55,7 @@ class Example:
     """
 
     place: int
-    inputs: Tensor
+    inputs: Tensor | None
     labels: list[int]
     heads: list[tuple[int, float]]
     ensemble: tuple[int, float]
@@ -92,11 +92,13 @@ class Findings:
         self._lists: list[tuple[Tensor, Tensor, Tensor]] = []
         self._positives: Tensor | int = 0
 
-    def update(self, inputs: Tensor, head_outputs: Tensor, target: Tensor, places: Sequence[int] | None = None) -> None:
+    def update(
+        self, inputs: Tensor | None, head_outputs: Tensor, target: Tensor, places: Sequence[int] | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
-            inputs: (N, *).
+            inputs: (N, *), to be shown; None where there is nothing to show.
             head_outputs: logits, (K, N, C).
             target: what the loss takes.
             places: of the examples in their split; None counts those seen so far.
@@ -152,14 +154,15 @@ class Findings:
         self._positives += (target > 0).sum(0)
 
     def _add_examples(
-        self, places: Sequence[int], inputs: Tensor, z: Tensor, target: Tensor, heads: Best, together: Best
+        self, places: Sequence[int], inputs: Tensor | None, z: Tensor, target: Tensor, heads: Best, together: Best
     ) -> None:
         divergence = divergence_from_ensemble(z, self.task, combine=self.combine)
         for n in divergence.topk(min(self.most, len(divergence))).indices.tolist():
             labels = [int(target[n])] if self.task == "multiclass" else (target[n] > 0).nonzero().flatten().tolist()
             said = list(zip(heads.classes[:, n].tolist(), heads.confidence[:, n].tolist(), strict=True))
             ensemble = (int(together.classes[-1, n]), float(together.confidence[-1, n]))
-            self.examples.append(Example(places[n], inputs[n].clone(), labels, said, ensemble, float(divergence[n])))
+            shown = None if inputs is None else inputs[n].clone()
+            self.examples.append(Example(places[n], shown, labels, said, ensemble, float(divergence[n])))
         self.examples = sorted(self.examples, key=lambda example: -example.divergence)[: self.most]
 
 

@@ -60,7 +60,9 @@ class PredictionFile:
 
     Example:
         >>> import tempfile
-        >>> restored = Restored(torch.nn.Linear(4, 2), "multiclass", (4,), {"classes": ["cat", "dog"]}, None, Path())
+        >>> from ensemblenet.inputs import Inputs
+        >>> inputs = Inputs.of(torch.zeros(1, 4))
+        >>> restored = Restored(torch.nn.Linear(4, 2), "multiclass", inputs, {"classes": ["cat", "dog"]}, None, Path())
         >>> path = Path(tempfile.mkdtemp(), "predictions.csv")
         >>> with PredictionFile(path, restored) as file:
         ...     file.write(["a.jpg"], torch.tensor([[[0.0, 0.0]], [[0.0, 8.0]]]))

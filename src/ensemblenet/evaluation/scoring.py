@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from ensemblenet.data import load_all
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.functional import Combine
-from ensemblenet.inputs import InputSpec
+from ensemblenet.inputs import Inputs, Tree, call, inputs_and_targets, map_tensors, num_examples
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.tagging import TaggingMetrics
 from ensemblenet.storage.restore import Describes, Restored, compare_classes, data_module
@@ -58,13 +58,13 @@ class Seen(NamedTuple):
 
     Attributes:
         places: of the N examples in their split.
-        inputs: (N, *), or V views of each, (N, V, *).
+        inputs: (N, *), or V views of each, (N, V, *); a tuple or a dictionary of tensors where there are several.
         outputs: the logits of every head, (K, N, C), float32.
         targets: what the loss takes.
     """
 
     places: list[int]
-    inputs: Tensor
+    inputs: Tree
     outputs: Tensor
     targets: Tensor
 
@@ -92,19 +92,18 @@ class View:
     cost: Cost
 
 
-def views(network: nn.Module, input_shape: Sequence[int]) -> list[View]:
+def views(network: nn.Module, example: Tree) -> list[View]:
     """The whole network, each of its heads alone, and its first heads together; a plain network is one view.
 
     Args:
         network: a base or a multi-headed model.
-        input_shape: of one example.
+        example: inputs for it.
 
     Example:
         >>> model = EnsembleNet(nn.Linear(8, 16), [nn.Linear(16, 3) for _ in range(3)])
-        >>> [(view.name, view.cost.macs) for view in views(model, (8,))]
+        >>> [(view.name, view.cost.macs) for view in views(model, torch.zeros(1, 8))]
         [('ensemble', 272.0), ('head 0', 176.0), ('head 1', 176.0), ('head 2', 176.0), ('first 2', 224.0)]
     """
-    example = InputSpec(tuple(input_shape)).zeros()
     if not isinstance(network, EnsembleNet):
         return [View("base", (0,), measure_cost(network, example))]
     several = tuple(range(network.num_heads))
@@ -116,11 +115,11 @@ def views(network: nn.Module, input_shape: Sequence[int]) -> list[View]:
     return [View(name, heads, trunk + len(heads) * head) for name, heads in chosen.items()]
 
 
-def _part_costs(network: EnsembleNet, example: Tensor) -> tuple[Cost, Cost]:
+def _part_costs(network: EnsembleNet, example: Tree) -> tuple[Cost, Cost]:
     if network.trunk_cost is not None and network.head_cost is not None:
         return network.trunk_cost, network.head_cost
     with torch.no_grad():
-        features = network.trunk(example)
+        features = call(network.trunk, example)
     return measure_cost(network.trunk, example), measure_cost(network.heads[0], features)
 
 
@@ -131,7 +130,7 @@ class Scores:
         restored: the network, and its task.
 
     Example:
-        >>> restored = Restored(nn.Linear(4, 3).eval(), "multiclass", (4,), {}, None, Path())
+        >>> restored = Restored(nn.Linear(4, 3).eval(), "multiclass", Inputs.of(torch.zeros(1, 4)), {}, None, Path())
         >>> scores = Scores(restored)
         >>> scores.update(torch.tensor([[[5.0, 0.0, 0.0]]]), torch.tensor([0]))
         >>> [row] = scores.rows()
@@ -143,7 +142,7 @@ class Scores:
         network = restored.network
         combine: Combine = network.combine if isinstance(network, EnsembleNet) else "logits"
         classes, kind = restored.num_classes(), _METRICS[restored.task]
-        self.views = views(network, restored.input_shape)
+        self.views = views(network, restored.inputs.zeros())
         self.metrics = [kind(classes, len(view.heads), combine=combine) for view in self.views]
 
     def update(self, head_outputs: Tensor, target: Tensor) -> None:
@@ -244,18 +243,19 @@ class _Observer(LightningModule):
     def _show(self, batch: Any, loader: Any) -> None:
         if batch is None:  # all of its examples were skipped
             return
-        x, y = batch
+        x, y = inputs_and_targets(batch)
         self._check_target(y)
         try:
-            z = seen_outputs(self.network, x, len(self.restored.input_shape) + 1, self.restored.task)
-        except RuntimeError as error:
-            if tuple(x.shape[-len(self.restored.input_shape) :]) == self.restored.input_shape:
+            z = seen_outputs(self.network, x, len(self.restored.inputs.tensors[0].shape) + 1, self.restored.task)
+        except (RuntimeError, TypeError) as error:
+            expected, got = ([spec.shape for spec in inputs.tensors] for inputs in (self.restored.inputs, Inputs.of(x)))
+            if len(got) == len(expected) and all(a[-len(b) :] == b for a, b in zip(got, expected, strict=True)):
                 raise
             raise LoadError(
-                f"The data has inputs of shape {tuple(x.shape[1:])}, {self.restored.folder} was trained on "
-                f"{self.restored.input_shape} and cannot take them: {error}"
+                f"The data has inputs of shape {_listed(got)}, {self.restored.folder} was trained on "
+                f"{_listed(expected)} and cannot take them: {error}"
             ) from error
-        self.saw(Seen(self._places(len(x), loader), x.cpu(), z.float().cpu(), y.cpu()))
+        self.saw(Seen(self._places(num_examples(x), loader), map_tensors(Tensor.cpu, x), z.float().cpu(), y.cpu()))
 
     def _places(self, number: int, loader: Any) -> list[int]:
         """The places of the next examples; those that the loader could not read and skipped are not among them."""
@@ -271,6 +271,10 @@ class _Observer(LightningModule):
             raise LoadError(f"The data has the label {int(y.max())}; {self.restored.folder} has {classes} classes.")
         if classes != self.num_classes:
             raise LoadError(f"The data has {classes} classes, {self.restored.folder} has {self.num_classes}.")
+
+
+def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 # -- what data

@@ -96,7 +96,7 @@ def _level(restored: Restored, sample_frames: bool) -> VideoLevel | FrameLevel:
 
 
 def _level_of_shape(restored: Restored, sample_frames: bool) -> VideoLevel | FrameLevel:
-    shape = restored.input_shape
+    shape = restored.inputs.shape
     frames = {} if len(shape) == 1 else {"num_frames": shape[0], "sample_frames": sample_frames}
     level = make_level("frame" if frames else "video", num_classes=restored.num_classes(), **frames)
     if level.input_shape != shape:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ensemblenet.errors import EnsembleNetError, LoadError
+from ensemblenet.errors import EnsembleNetError, LoadError, MissingExtraError
 from ensemblenet.extras import require
 
 __all__ = [
@@ -24,12 +26,23 @@ __all__ = [
     "default_input_shape",
     "find_source",
     "is_known",
+    "is_plain",
     "made_with",
     "source_named",
 ]
 
 _OWN = "ensemblenet.models"
-_OF_TIMM = ("num_classes", "in_chans", "img_size")  # what a recipe may pass to timm
+
+# the arguments of timm's networks that a stored source may have
+_TIMM_ARGUMENTS = (
+    *("num_classes", "in_chans", "img_size", "global_pool", "class_token", "no_embed_class", "dynamic_img_size"),
+    *("drop_rate", "drop_path_rate"),
+)
+# of transformers' configurations: what names people, places and tasks; what may be any text; what fetches more
+_ORIGIN = ("_name_or_path", "architectures", "task_specific_params", "transformers_version")
+_LABELS = ("id2label", "label2id")
+_FETCHING = ("auto_map", "backbone", "quantization_config", "use_pretrained_backbone")
+_STATES = ("training", "grad_checkpointing", "gradient_checkpointing")  # attributes that are no settings of a layer
 
 
 class ModelNameError(EnsembleNetError, ValueError):
@@ -201,9 +214,10 @@ class BaseSource:
     """Who makes a base.
 
     Attributes:
-        factory: "timm", "torchvision" or "ensemblenet"; or "module" for code of the model's author.
-        name: the model's name there; of "module", `module.path:callable`.
-        arguments: keyword arguments, plain numbers and lists.
+        factory: "timm", "torchvision", "transformers" or "ensemblenet"; or "module" for code of the model's author.
+        name: the model's name there; of "transformers", its class; of "module", `module.path:callable`.
+        arguments: keyword arguments, plain numbers, words and lists; of "transformers", `config` as plain data, and
+            `attn_implementation`.
 
     Example:
         >>> type(BaseSource("ensemblenet", "MNIST1DNet", {"width": 8}).build()).__name__
@@ -229,8 +243,9 @@ class BaseSource:
                 "trust=True (on the command line --trust); else pass base, a fresh instance."
             )
         makers = {
-            "timm": lambda: _from_timm(self.name, {k: v for k, v in self.arguments.items() if k in _OF_TIMM}, None),
+            "timm": self._build_timm,
             "torchvision": lambda: create(f"torchvision:{self.name}", options=self.arguments),
+            "transformers": self._build_transformers,
             "ensemblenet": self._build_own,
             "module": lambda: create(self.name, options=self.arguments),
         }
@@ -238,8 +253,23 @@ class BaseSource:
             raise LoadError(f"Unknown base factory {self.factory!r}: expected one of {sorted(makers)}.")
         try:
             return makers[self.factory]()
-        except (TypeError, ValueError, RuntimeError) as error:
+        except MissingExtraError:
+            raise
+        except Exception as error:  # a library of another version, or arguments that it does not take
             raise LoadError(f"The base {self.name!r} of {self.factory} cannot be built: {error}") from error
+
+    def _build_timm(self) -> nn.Module:
+        arguments = {key: value for key, value in self.arguments.items() if key in _TIMM_ARGUMENTS}
+        return _from_timm(self.name, arguments, None)
+
+    def _build_transformers(self) -> nn.Module:
+        import transformers  # slow to import, and only needed for its own networks
+
+        kind = getattr(transformers, self.name, None)
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            raise ModelNameError(f"transformers has no model {self.name!r}.")
+        config = kind.config_class.from_dict(self.arguments["config"])  # pyright: ignore[reportOptionalMemberAccess]
+        return kind._from_config(config, attn_implementation=self.arguments["attn_implementation"])
 
     def _build_own(self) -> nn.Module:
         if not is_known(f"{_OWN}:{self.name}"):
@@ -247,25 +277,117 @@ class BaseSource:
         return create(f"{_OWN}:{self.name}", options=self.arguments)
 
 
+def is_plain(source: Mapping[str, Any]) -> bool:
+    """Whether the fields of a stored source are such that building it runs nothing but the factory's own code.
+
+    Numbers are; a text must be a single word, neither an address nor a path, at a place where the factory looks words
+    up; labels of transformers' classes may be any text, for they are only shown.
+
+    Example:
+        >>> is_plain({"factory": "timm", "name": "resnet18", "arguments": {"num_classes": 10}})
+        True
+        >>> is_plain({"factory": "timm", "name": "resnet18", "arguments": {"checkpoint_path": "weights.bin"}})
+        False
+    """
+    factory, name, arguments = source["factory"], source["name"], source["arguments"]
+    if not (isinstance(factory, str) and isinstance(name, str) and isinstance(arguments, dict)):
+        return False
+    if factory == "transformers":
+        return set(arguments) == {"config", "attn_implementation"} and _is_plain_config(arguments)
+    return all(
+        isinstance(item, (int, float)) or (factory == "timm" and key == "global_pool" and _is_word(item))
+        for key, value in arguments.items()
+        for item in (value if isinstance(value, list) else [value])
+    )
+
+
+def _is_plain_config(value: Any) -> bool:
+    if isinstance(value, dict):
+        if any(value.get(key) for key in _FETCHING):
+            return False
+        return all(key in _LABELS or _is_plain_config(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain_config, value))
+    return value is None or isinstance(value, (int, float)) or _is_word(value)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.+-]*", value) is not None
+
+
 def find_source(base: nn.Module, input_shape: tuple[int, ...]) -> BaseSource | None:
-    """Where a base comes from, if a known factory makes one with the same layers; `input_shape` is of one example.
+    """Where a base comes from, if a known factory makes one that is the same in all but the values of its weights.
+
+    Args:
+        base: the network.
+        input_shape: of one example.
+
+    Returns:
+        The source, after building it once; None where none gives the same layers with the same settings.
 
     Example:
         >>> from ensemblenet.models import MNIST1DNet
         >>> find_source(MNIST1DNet(8), (40,))
         BaseSource(factory='ensemblenet', name='MNIST1DNet', arguments={'width': 8, 'num_classes': 10})
     """
-    candidates: list[BaseSource] = []
     module = type(base).__module__
+    candidates: Iterable[BaseSource] = ()
     if module.startswith("timm.") and getattr(base, "pretrained_cfg", None):
-        name = str(base.pretrained_cfg["architecture"])  # pyright: ignore[reportIndexIssue, reportArgumentType]
-        arguments: dict[str, Any] = {"num_classes": base.num_classes}
-        if input_shape[0] != 3:
-            arguments["in_chans"] = input_shape[0]
-        candidates += [BaseSource("timm", name, arguments | more) for more in ({}, {"img_size": [*input_shape[1:]]})]
+        candidates = _timm_candidates(base, input_shape)
+    elif module.startswith("transformers.models."):
+        candidates = [_transformers_source(base)]
     elif module.startswith(f"{_OWN}.") and isinstance(getattr(base, "arguments", None), dict):
-        candidates.append(BaseSource("ensemblenet", type(base).__name__, dict(base.arguments)))  # pyright: ignore[reportArgumentType, reportCallIssue]
-    return next((source for source in candidates if _makes(source, base)), None)
+        candidates = [BaseSource("ensemblenet", type(base).__name__, dict(base.arguments))]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    with torch.random.fork_rng([]):
+        return next((source for source in candidates if is_plain(asdict(source)) and _makes(source, base)), None)
+
+
+def _timm_candidates(base: nn.Module, input_shape: tuple[int, ...]) -> Iterator[BaseSource]:
+    """timm's networks do not keep the arguments that they were made with: what can be seen of them is tried."""
+    name = str(base.pretrained_cfg["architecture"])  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    arguments: dict[str, Any] = {"num_classes": base.num_classes}
+    if input_shape[0] != 3:
+        arguments["in_chans"] = input_shape[0]
+    yield BaseSource("timm", name, arguments)
+    of_input = {"img_size": [*input_shape[1:]]}
+    yield BaseSource("timm", name, arguments | of_input)
+    try:
+        default = _seen_arguments(BaseSource("timm", name, arguments).build())
+    except LoadError:
+        return
+    seen = {key: value for key, value in _seen_arguments(base).items() if value != default.get(key)}
+    yield BaseSource("timm", name, arguments | seen)
+    yield BaseSource("timm", name, arguments | of_input | seen)
+
+
+def _seen_arguments(network: nn.Module) -> dict[str, Any]:
+    """Arguments that a network of timm's shows in its attributes and layers."""
+    seen = {key: getattr(network, key) for key in _TIMM_ARGUMENTS if _is_setting(getattr(network, key, nn.Module))}
+    if (size := getattr(getattr(network, "patch_embed", None), "img_size", None)) is not None:
+        seen["img_size"] = [*size] if isinstance(size, tuple) else size
+    layer: Any
+    for layer in network.modules():
+        kind = type(layer).__name__
+        if kind == "SelectAdaptivePool2d":
+            seen["global_pool"] = layer.pool_type
+        elif kind == "DropPath":
+            seen["drop_path_rate"] = max(seen.get("drop_path_rate", 0.0), round(layer.drop_prob, 6))
+    if hasattr(network, "has_class_token"):
+        seen["class_token"] = network.has_class_token
+    return seen
+
+
+def _transformers_source(base: Any) -> BaseSource:
+    def without_origin(value: Any) -> Any:
+        if isinstance(value, list):
+            return [without_origin(item) for item in value]
+        if isinstance(value, dict):
+            return {key: without_origin(item) for key, item in value.items() if key not in _ORIGIN}
+        return value
+
+    config = without_origin(json.loads(base.config.to_json_string()))
+    how = {"config": config, "attn_implementation": base.config._attn_implementation}
+    return BaseSource("transformers", type(base).__name__, how)
 
 
 def source_named(name: str, num_classes: int | None = None) -> BaseSource:
@@ -281,10 +403,32 @@ def source_named(name: str, num_classes: int | None = None) -> BaseSource:
 
 
 def _makes(source: BaseSource, base: nn.Module) -> bool:
-    """Whether a source makes the same layers with the same shapes."""
+    """Whether a source makes the same layers with the same settings, shapes and dtypes."""
     try:
         made = source.build()
-    except LoadError:
+    except (LoadError, MissingExtraError):
         return False
-    shapes = [{name: tensor.shape for name, tensor in m.state_dict().items()} for m in (made, base)]
-    return shapes[0] == shapes[1] and repr(made) == repr(base)
+    if type(made) is not type(base) or repr(made) != repr(base) or _facts(made) != _facts(base):
+        return False
+    fixed = [{name: own for name, own in m.named_buffers() if name not in m.state_dict()} for m in (made, base)]
+    return all(torch.equal(own, fixed[1][name].to(own.device)) for name, own in fixed[0].items())
+
+
+def _facts(network: nn.Module) -> dict[str, Any]:
+    """The shapes and dtypes of all tensors of a network, and the settings of all of its layers."""
+    facts: dict[str, Any] = {
+        name: (tensor.shape, tensor.dtype)
+        for name, tensor in (*network.state_dict().items(), *network.named_parameters(), *network.named_buffers())
+    }
+    for path, layer in network.named_modules():
+        for name, value in vars(layer).items():
+            if _is_setting(value) and not name.startswith("_") and name not in _STATES:
+                facts[f"{path}:{name}"] = value
+        facts[f"{path}:attention"] = getattr(getattr(layer, "config", None), "_attn_implementation", None)
+    return facts
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_setting, value))
+    return value is None or isinstance(value, (int, float, str, torch.dtype, FunctionType, BuiltinFunctionType))

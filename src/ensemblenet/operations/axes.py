@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 __all__ = ["Axis", "concatenated", "free", "kept", "multiplied", "settle", "unify"]
 
@@ -23,6 +24,8 @@ class Axis:
         is_sum: whether `parts` add up rather than multiply.
         is_kept: whether an unknown must keep its size.
         cause: for an unknown that is kept, what asks for that, in words; None where nothing but the algebra does.
+        role: for an unknown of a product, when it narrows: "count" where blocks (groups, attention heads) become fewer,
+            "instead" where they become narrower, "inner" either way, being the width of few blocks; None otherwise.
         block: for an unknown that counts blocks (groups, attention heads), how many channels a block has.
 
     Example:
@@ -31,7 +34,7 @@ class Axis:
         (768, 384)
     """
 
-    __slots__ = ("_link", "block", "cause", "is_kept", "is_sum", "parts", "size")
+    __slots__ = ("_link", "block", "cause", "is_kept", "is_sum", "parts", "role", "size")
 
     def __init__(self, size: int, parts: tuple[Axis, ...] = (), *, is_sum: bool = False, is_kept: bool = False) -> None:
         self.size = size
@@ -39,6 +42,7 @@ class Axis:
         self.is_sum = is_sum
         self.is_kept = is_kept
         self.cause: str | None = None
+        self.role: Literal["count", "instead", "inner"] | None = None
         self.block = 1
         self._link: Axis | None = None
 
@@ -113,7 +117,7 @@ class Axis:
         """Where a position in the base lies after narrowing; None if it lies inside a part that is narrowed."""
         if offset == self.size:
             return self.value(size_of)
-        if offset == 0 or not self.is_free():
+        if offset == 0 or all(unknown.value(size_of) == unknown.size for unknown in self.unknowns()):
             return offset
         axis = self.root()
         if not axis.is_sum:
@@ -274,13 +278,14 @@ def _cut(large: Axis, first: int, second: int, *, is_sum: bool) -> tuple[Axis, A
 def settle(axes: Iterable[Axis]) -> None:
     """Leave every product one free factor, so that a width counts once in it.
 
-    The outermost factor of at least four stays free (groups, attention heads), else the largest.
+    The outermost factor of at least four stays free (groups, attention heads), else the largest. Where the former is
+    so, the largest of the others stays free too, to narrow instead: one or the other, by their roles.
 
     Example:
-        >>> axis = multiplied([free(12), free(64)])
-        >>> settle([axis])
-        >>> axis
-        (12? * 64)
+        >>> heads, width = free(12), free(64)
+        >>> settle([multiplied([heads, width])])
+        >>> heads.role, width.role
+        ('count', 'instead')
     """
     for axis in axes:
         _settle(axis.root())
@@ -292,12 +297,34 @@ def _settle(axis: Axis) -> None:
     if axis.is_sum:
         return
     factors = [factor for factor in _flat([axis], is_sum=False) if factor.is_free()]
-    if len(factors) > 1:
-        choice = next((factor for factor in factors if factor.size >= 4), None)
-        choice = choice or max(factors, key=lambda factor: factor.size)
-        for factor in factors:
-            if factor is not choice:
-                factor.keep()
+    instead = [factor for factor in factors if factor.role == "instead"]
+    others = [factor for factor in factors if factor.role != "instead"]
+    choice = None
+    if len(others) > 1:
+        choice = next((factor for factor in others if factor.size >= 4), None)
+        choice = choice or max(others, key=lambda factor: factor.size)
+        _choose(choice, others, has_instead=bool(instead))
+    elif others:
+        (choice,) = others
+    if choice is not None:
+        for factor in instead[0 if choice.role != "count" else 1 :]:
+            factor.role = None
+            factor.keep()
     for factor in factors:
         if factor.is_free() and not factor.parts:
             factor.block = max(factor.block, axis.size // factor.size)
+
+
+def _choose(choice: Axis, factors: list[Axis], *, has_instead: bool) -> None:
+    """Keep the other factors of a product, but for one inside of the chosen one, which may narrow in its place."""
+    position = factors.index(choice)
+    inside = max(factors[position + 1 :], key=lambda factor: factor.size, default=None)
+    others = {*factors} - {choice}
+    if not choice.parts and choice.role is None and inside is None:
+        choice.role = "inner"
+    can_choose = not choice.parts and choice.role in (None, "count") and not has_instead
+    if can_choose and inside is not None and not inside.parts and inside.role is None:
+        choice.role, inside.role = "count", "instead"
+        others -= {inside}
+    for factor in others:
+        factor.keep()

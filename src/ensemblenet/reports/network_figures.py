@@ -231,7 +231,7 @@ class Design:
     """The content of the picture of a multi-headed network.
 
     Args:
-        input_shape: the shape of one example.
+        input_shapes: of one example, by the inputs' names.
         split_shape: the shape of the trunk's output, which every head reads.
         output_shape: the shape of the prediction.
         split_at: the split point's name.
@@ -241,7 +241,7 @@ class Design:
         combine: how heads make one prediction, in words.
     """
 
-    input_shape: tuple[int, ...]
+    input_shapes: Mapping[str, tuple[int, ...]]
     split_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     split_at: str
@@ -264,7 +264,8 @@ def draw_design(design: Design, colour: str) -> Drawing:
     axes.set_ylim(height, 0)
     middle, ink = height / 2, mpl.rcParams["text.color"]
     _arrow(axes, (0.0, middle), (1.7, middle))
-    axes.text(1.65, middle - 0.08, f"input\n{_shape(design.input_shape)}", ha="right", va="bottom", **_SMALL)
+    inputs = "\n".join(f"{_cut(name, 12)}\n{_shape(shape)}" for name, shape in design.input_shapes.items())
+    axes.text(1.65, middle - 0.08, inputs, ha="right", va="bottom", **_SMALL)
     trunk = min(1.4, height - 0.2)
     text = "no trunk:\nheads read\nthe input" if design.trunk is None else f"trunk\n{design.trunk}"
     _box(axes, (1.8, middle - trunk / 2), (2.4, trunk), ink, text)

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import nn
+from torch import Tensor, nn
 
 from ensemblenet.cost import Cost
-from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import LoadError
 from ensemblenet.evaluation.findings import FEWEST, Example, Findings, early_stopping, reliability
 from ensemblenet.evaluation.scoring import Scores, Seen, Split, observe
-from ensemblenet.inputs import InputSpec
+from ensemblenet.inputs import call
 from ensemblenet.metrics.diversity import same_class
 from ensemblenet.metrics.scores import SCORES, TASKS, meanings
 from ensemblenet.reports.class_names import readable_names
@@ -97,7 +97,7 @@ def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split:
 
     def saw(seen: Seen) -> None:
         scores.update(seen.outputs, seen.targets)
-        inputs = glimpse(seen.inputs, len(restored.input_shape))
+        inputs = glimpse(seen.inputs, len(restored.inputs.shape)) if isinstance(seen.inputs, Tensor) else None
         findings.update(inputs, seen.outputs, seen.targets, seen.places)
 
     observe(restored, data, split, saw)
@@ -172,10 +172,10 @@ def _designs(runs: Sequence[_Run]) -> list[Figure | Cards]:
 
 def _design(network: EnsembleNet, restored: Restored) -> Design:
     with torch.inference_mode():
-        features = network.trunk(InputSpec(restored.input_shape).zeros())
-    trunk, head = network.trunk_cost, network.head_cost
+        features, *_ = as_tuple(call(network.trunk, restored.inputs.zeros()))
+    trunk, head, inputs = network.trunk_cost, network.head_cost, restored.inputs
     return Design(
-        restored.input_shape,
+        {name: spec.shape for name, spec in zip(inputs.names(network), inputs.tensors, strict=True)},
         tuple(features.shape[1:]),
         (restored.num_classes(),),
         network.recipe.split_at if network.recipe else "",
@@ -286,8 +286,9 @@ def _card(run: _Run, example: Example) -> Card:
     def text(best: tuple[int, float]) -> str:
         return f"{run.classes[best[0]]}, {100 * best[1]:.0f}\u00a0%"
 
+    preprocessing = run.restored.description.get("preprocessing")
     return Card(
-        thumbnail(example.inputs, run.restored.description.get("preprocessing"), run.looks.colour),
+        {} if example.inputs is None else thumbnail(example.inputs, preprocessing, run.looks.colour),
         ", ".join(run.classes[label] for label in example.labels) or "none",
         [
             f"ensemble: {text(example.ensemble)}",

@@ -79,8 +79,8 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None, *, tr
     Args:
         directory: what [`ensemblenet.save`][] wrote; or its address on the Hugging Face Hub, `hf://owner/name`, from
             which only safetensors and JSON are fetched.
-        base: a fresh instance of the base; not needed where the recipe names a known factory: timm, torchvision or
-            `ensemblenet.models`.
+        base: a fresh instance of the base; not needed where the recipe names a known factory: timm, torchvision,
+            transformers or `ensemblenet.models`.
         trust: make also a base that the recipe names as `module.path:callable`, which imports and runs that code.
 
     Raises:
@@ -109,7 +109,8 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None, *, tr
     if len(saved_heads) != recipe.num_heads:
         raise LoadError(f"The recipe has {recipe.num_heads} heads, the weights have {len(saved_heads)}.")
     try:
-        model = rebuild(base, recipe)
+        first = {name.removeprefix("heads.0."): shape for name, shape in shapes.items() if name.startswith("heads.0.")}
+        model = rebuild(base, recipe, first)
     except ConversionError as error:
         raise LoadError(f"The base does not fit the recipe in {folder}: {error}") from error
     _check_shapes(model, shapes, folder)

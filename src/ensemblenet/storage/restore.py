@@ -20,7 +20,7 @@ from ensemblenet.data.classes import KnownClasses, refuse_other_classes
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.functional import ClassifierTask
-from ensemblenet.inputs import InputSpec
+from ensemblenet.inputs import DTYPES, Inputs, InputSpec, call, tensors_in
 from ensemblenet.storage.atomic import atomic_folder, write_json
 from ensemblenet.storage.checkpoint import load, read_description, save
 from ensemblenet.storage.hub import PREFIX, local_folder
@@ -61,7 +61,7 @@ class Restored:
     Args:
         network: a base or a multi-headed model, on the CPU and in evaluation mode.
         task: what its targets are.
-        input_shape: of one example.
+        inputs: what the network takes.
         description: what the data module said of its data when the network was trained: `classes`, the names in the
             order of the outputs, and `preprocessing`, both where known.
         config: the run's configuration; None for a saved directory.
@@ -71,7 +71,7 @@ class Restored:
 
     network: nn.Module
     task: ClassifierTask
-    input_shape: tuple[int, ...]
+    inputs: Inputs
     description: Mapping[str, Any]
     config: Mapping[str, Any] | None
     folder: Path
@@ -90,13 +90,13 @@ class Restored:
     def num_classes(self) -> int:
         """C, by a forward pass of zeros."""
         with torch.inference_mode():
-            return self.network(InputSpec(self.input_shape).zeros()).shape[1]
+            return tensors_in(call(self.network, self.inputs.zeros()))[0].shape[1]
 
 
 def store(
     network: nn.Module,
     task: ClassifierTask,
-    input_shape: Sequence[int],
+    inputs: Inputs,
     description: Mapping[str, Any],
     folder: Path,
 ) -> None:
@@ -105,13 +105,13 @@ def store(
     Args:
         network: a base or a conversion of one; it is left in evaluation mode.
         task: what its targets are.
-        input_shape: of one example.
+        inputs: the one tensor that it takes.
         description: what [`Describes`][ensemblenet.storage.restore.Describes] gives of its data; empty where unknown.
         folder: the run's.
     """
     shutil.rmtree(folder / _MODEL, ignore_errors=True)
     network.eval()
-    description = {"task": task, "input_shape": list(input_shape), **description}
+    description = {"task": task, "input_shape": list(inputs.shape), "input_dtype": inputs.dtype, **description}
     if isinstance(network, EnsembleNet):
         save(network, folder / _MODEL, description)
         return
@@ -139,8 +139,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *,
     if address is not None or not (folder / CONFIG).is_file():  # none belongs on the hub
         network = load(folder, base, trust=trust)
         assert network.recipe is not None
-        described = {"task": network.task, "input_shape": network.recipe.inputs.shape} | read_description(folder)
-        return _restored(network, described, None, folder, address)
+        return _restored(network, {"task": network.task} | read_description(folder), None, folder, address)
     config = read_config(folder / CONFIG, trust)
     if not (folder / _MODEL).is_dir():
         raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
@@ -206,11 +205,20 @@ def _restored(
     network: nn.Module, described: Mapping[str, Any], config: Any, folder: Path, address: str | None
 ) -> Restored:
     try:
-        task, shape = described["task"], tuple(described["input_shape"])
+        task = described["task"]
+        inputs = network.recipe.inputs if isinstance(network, EnsembleNet) and network.recipe else _inputs(described)
     except (KeyError, TypeError) as error:
         raise LoadError(f"{folder}: {DESCRIPTION} does not name task and input_shape: {error}") from error
     _classes(described, folder)
-    return Restored(network.eval(), task, shape, described, config, folder, address)
+    return Restored(network.eval(), task, inputs, described, config, folder, address)
+
+
+def _inputs(described: Mapping[str, Any]) -> Inputs:
+    """What the base of a run takes; runs of older versions do not name its dtype."""
+    shape, dtype = tuple(described["input_shape"]), described.get("input_dtype", "float32")
+    if dtype not in DTYPES:
+        raise TypeError(f"there is no dtype {dtype!r}")
+    return Inputs((InputSpec(shape, dtype),))
 
 
 def _classes(described: Mapping[str, Any], folder: Path) -> list[str] | None:

@@ -16,6 +16,7 @@ from scipy.stats import ttest_rel
 from ensemblenet._moved import renamed
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
+from ensemblenet.inputs import inputs_and_targets, one_example, to_device
 from ensemblenet.metrics.scores import SCORES, in_row
 from ensemblenet.reports.comparison import PAGE, summary, write_comparison
 from ensemblenet.storage.atomic import atomic_path, write_json
@@ -156,10 +157,10 @@ def _costs(study: Study) -> dict[str, dict[str, Any]]:
     optimization = Optimization(study.optimizer)
     for trial in study.trials("tune", {name: [optimization] for name in study.candidates()}):
         data = trial.data_module()
-        x, y = (part.to(study.device) for part in next(iter(data.train_dataloader()))[:2])
+        x, y = to_device(inputs_and_targets(next(iter(data.train_dataloader()))), study.device)
         task = trial.task(x)
         costs[trial.name] = {
-            "cost": task.cost(x[:1]),
+            "cost": task.cost(one_example(x)),
             "training_only_parameters": task.training_only(),
             "memory_bytes": training_memory(task, x, y, optimization),
         }
@@ -173,7 +174,8 @@ def _milliseconds(tests: Sequence[Trial]) -> dict[str, float]:
     try:
         times = {}
         for name, trial in {trial.name: trial for trial in tests}.items():
-            x = next(iter(trial.data_module().train_dataloader()))[0].to(trial.device)
+            x, _ = inputs_and_targets(next(iter(trial.data_module().train_dataloader())))
+            x = to_device(x, trial.device)
             times |= measure({name: step(trial.task(x).eval(), x)}, _TIMINGS)
         return {name: 1000 * seconds for name, seconds in times.items()}
     finally:

@@ -13,6 +13,7 @@ from ensemblenet.conversion.convert import convert_as
 from ensemblenet.cost import Cost, measure_cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.functional import Task, codistillation, combine_heads
+from ensemblenet.inputs import Tree, call
 from ensemblenet.recipe import Conversion
 from ensemblenet.training.module import head_outputs
 
@@ -47,7 +48,7 @@ class Source:
 
     Args:
         make_base: returns a fresh base.
-        example: inputs of the base, shape (N, *) with N of at least 2.
+        example: inputs of the base, shape (N, *) with N of at least 2, or a tuple or a dictionary of tensors.
         seed: the seed of all weights.
 
     Example:
@@ -57,7 +58,7 @@ class Source:
     """
 
     make_base: Callable[[], nn.Module]
-    example: Tensor
+    example: Tree
     seed: int = 0
 
     def convert(self, setup: Setup, **options: Any) -> EnsembleNet:
@@ -83,7 +84,7 @@ class TrainingTask(nn.Module):
         students: the heads that the method would deploy alone; None means all.
 
     Shape:
-        - input: (N, *).
+        - input: whatever the network takes.
         - output: head outputs (K, N, C), and the prediction (N, C).
 
     Example:
@@ -98,20 +99,20 @@ class TrainingTask(nn.Module):
         self.objective = objective
         self.students = students
 
-    def loss(self, x: Tensor, target: Tensor, progress: float) -> Tensor:
+    def loss(self, x: Tree, target: Tensor, progress: float) -> Tensor:
         """The loss of a batch; `progress` is the share of all training steps that are done."""
         return self.objective(head_outputs(self.network, x), target, progress)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The outputs of all heads, and the prediction."""
-        outputs = head_outputs(self.network, x)
+        outputs = head_outputs(self.network, kwargs or args)
         return outputs, combine_heads(outputs)
 
     def training_only(self) -> int:
         """Parameters that prediction does not need."""
         return 0
 
-    def cost(self, example: Tensor) -> Cost:
+    def cost(self, example: Tree) -> Cost:
         """The cost of a prediction: parameters, and MACs for one example."""
         total = measure_cost(self, example)
         return Cost(total.parameters - self.training_only(), total.macs)
@@ -183,7 +184,7 @@ def pooled(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run_once(network: nn.Module, example: Tensor) -> None:
+def run_once(network: nn.Module, example: Tree) -> None:
     """A forward pass for its hooks, in evaluation mode; the network is left in training mode."""
-    network.eval()(example)
+    call(network.eval(), example)
     network.train()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ensemblenet._moved import renamed
 from ensemblenet.data import DataModule
 from ensemblenet.errors import LoadError, TrainingError
+from ensemblenet.inputs import Tree, call, inputs_and_targets, tensors_in, to_device
 from ensemblenet.storage.specs import instantiate, with_defaults
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS
@@ -85,17 +86,19 @@ class Trial:
             data.reseed(self.seed)
         return data
 
-    def task(self, example: Tensor) -> TrainingTask:
+    def task(self, example: Tree) -> TrainingTask:
         """The untrained network with its loss, for inputs like these, (N, *)."""
+        device = tensors_in(example)[0].device
 
         def make_base() -> nn.Module:
-            return instantiate(nn.Module, self.base).to(example.device)
+            return instantiate(nn.Module, self.base).to(device)
 
         made = METHODS[self.method].build(Source(make_base, example, self.seed), self.setup)
         # the layouts in which convolutions of images and of clips are fast
         for clips in (module for module in made.modules() if isinstance(module, nn.Conv3d)):
             clips.to(memory_format=torch.channels_last_3d)
-        return made.to(memory_format=torch.channels_last) if example.ndim == 4 else made
+        is_images = isinstance(example, Tensor) and example.ndim == 4
+        return made.to(memory_format=torch.channels_last) if is_images else made
 
 
 def trial_key(stored: Mapping[str, Any]) -> str:
@@ -152,7 +155,8 @@ def run_trial(trial: Trial) -> Outcome:
     """
     try:
         data = trial.data_module()
-        example = _inputs(next(iter(data.train_dataloader()))).to(trial.device)
+        example, _ = inputs_and_targets(next(iter(data.train_dataloader())))
+        example = to_device(example, trial.device)
         task = trial.task(example)
         effort = train(task, data, trial.optimization, trial.epochs, trial.seed, trial.precision)
         loader = data.val_dataloader() if trial.phase == "tune" else data.test_dataloader()
@@ -238,7 +242,7 @@ def train(
 
     Args:
         task: the network and its loss, on its device.
-        data: a data module whose training batches begin with inputs and targets.
+        data: a data module of batches as [`ensemblenet.inputs.inputs_and_targets`][] takes them.
         optimization: optimizer and learning rate; all modules of the method are trained by it.
         epochs: passes over the training examples.
         seed: every epoch starts from a seed made of this one.
@@ -264,7 +268,7 @@ def train(
             loader.sampler.set_epoch(epoch)
         total = torch.zeros((), device=device)
         for batch in loader:
-            x, y = _inputs(batch).to(device), _targets(batch).to(device)
+            x, y = to_device(inputs_and_targets(batch), device)
             with _autocast(device, precision):
                 loss = task.loss(x, y, step / steps)
             optimizer.zero_grad()
@@ -278,7 +282,7 @@ def train(
     return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu}
 
 
-def training_memory(task: TrainingTask, x: Tensor, target: Tensor, optimization: Optimization) -> int:
+def training_memory(task: TrainingTask, x: Tree, target: Tensor, optimization: Optimization) -> int:
     """The bytes that one training step holds: weights, gradients, optimizer state, and what backward needs.
 
     It is counted, not measured: allocators and temporary results come on top. The network is trained by one step.
@@ -328,11 +332,12 @@ def _measure(task: TrainingTask, loader: Iterable[Any], kind: Any, precision: Pr
     task.eval()
     measures: Measures | None = None
     for batch in loader:
+        x, y = inputs_and_targets(batch)
         with _autocast(device, precision):
-            outputs, prediction = task(_inputs(batch).to(device))
+            outputs, prediction = call(task, to_device(x, device))
         if measures is None:
             measures = Measures(outputs.shape[2], len(outputs), kind)
-        measures.update(outputs, prediction, _targets(batch))
+        measures.update(outputs, prediction, y)
     if measures is None:
         raise TrainingError("There are no examples to measure on.")
     values = measures.compute()
@@ -345,11 +350,3 @@ def _measure(task: TrainingTask, loader: Iterable[Any], kind: Any, precision: Pr
 def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """To be entered anew for every step: within one, autocast keeps the weights that it has cast."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _inputs(batch: Any) -> Tensor:
-    return batch[0]
-
-
-def _targets(batch: Any) -> Tensor:
-    return batch[1]

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ensemblenet.data.loading import seed_generators
+from ensemblenet.errors import TrainingError
+from ensemblenet.inputs import Inputs, inputs_and_targets, num_examples
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import DESCRIPTION, Describes, compare_classes, stored_classes
 from ensemblenet.training.module import Classifier
@@ -60,11 +62,21 @@ class EpochSeed(Callback):
 
 
 class ConvertFirst(Callback):
-    """Comes before all others, so that what they copy, freeze or average in their own setup is what will be trained."""
+    """Comes before all others, so that what they copy, freeze or average in their own setup is what will be trained.
+
+    Raises:
+        TrainingError: the data gives several inputs, which runs of the command line do not know how to store.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert the base, which Lightning would have done only after them."""
         pl_module.setup(stage)
+        if isinstance(pl_module, Classifier) and not isinstance(pl_module.example_inputs, Tensor):
+            inputs = Inputs.of(pl_module.example_inputs).describe(pl_module.network)
+            raise TrainingError(
+                f"`fit` trains networks of one tensor, and the data gives {inputs}: train it in Python, by Lightning's "
+                "Trainer with ensemblenet.training.module.Classifier or by a loop of your own."
+            )
 
 
 class Announce(Callback):
@@ -172,7 +184,7 @@ class Speed(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count a batch."""
-        self._steps.append((time.perf_counter(), len(batch[0]) * trainer.world_size))
+        self._steps.append((time.perf_counter(), num_examples(inputs_and_targets(batch)[0]) * trainer.world_size))
         every = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]  0: never
         if len(self._steps) > 1 and every and trainer.global_step % every == 0:
             values = {"speed/examples_per_second": self.rate, "speed/memory_gb": _memory(pl_module.device) / 1e9}

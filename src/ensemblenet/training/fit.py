@@ -19,6 +19,7 @@ from ensemblenet._moved import renamed
 from ensemblenet.cost import measure_cost
 from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
+from ensemblenet.inputs import Inputs, inputs_and_targets
 from ensemblenet.metrics.scores import TASKS
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
@@ -85,7 +86,7 @@ def _finished(cli: FitCLI) -> Path:
         print(f"A trial of {int(batches)} batch(es): it keeps no results.")
         return folder
     description = data.description() if isinstance(data, Describes) else {}
-    store(module.network, module.task, module.example_inputs.shape[1:], description, folder)
+    store(module.network, module.task, Inputs.of(module.example_inputs), description, folder)
     row = _row(cli, metrics)
     write_json(folder / RESULTS, {"rows": [row]})
     return folder
@@ -149,7 +150,7 @@ def _searched(cli: FitCLI) -> Candidate:
         raise TrainingError("--plan search shortens runs by epochs: give --trainer.max_epochs.")
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
-    inputs, *_ = next(iter(cli.datamodule.train_dataloader()))
+    inputs, _ = inputs_and_targets(next(iter(cli.datamodule.train_dataloader())))
     among = candidates(cli.model.network, inputs, cli.model.conversion or Conversion())
 
     def score(candidate: Candidate, length: int) -> float:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from ensemblenet.conversion.convert import convert_as
+from ensemblenet.conversion.trace import pick
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import ClassifierTask, divergence
 from ensemblenet.heads import Choice, HeadsMode, choose, current_mode, fuse, unfuse
+from ensemblenet.inputs import Tree, call, inputs_and_targets, one_example, tensors_in, to_device
 from ensemblenet.losses import CoDistillationLoss
 from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.scores import TASKS
@@ -34,7 +36,6 @@ from ensemblenet.training.optimization import (
 
 __all__ = ["Classifier", "Conversion", "head_outputs", "seen_outputs"]
 
-Batch = tuple[Tensor, Tensor]
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 
 
@@ -48,7 +49,8 @@ class Classifier(LightningModule):
 
     Args:
         base: a network from a batch of inputs to logits (N, C); it is converted for the shape of the first
-            training batch.
+            training batch. A batch is a pair of inputs and targets; inputs are a tensor, or a tuple or a dictionary
+            of tensors as the base takes them. Or it is a dictionary of named inputs with the targets as "labels".
         conversion: how to convert the base; None trains the base itself.
         codistillation_weight: lambda of [`ensemblenet.CoDistillationLoss`][].
         label_smoothing: in [0, 1); 1 would leave nothing of the labels.
@@ -114,15 +116,15 @@ class Classifier(LightningModule):
             return
         if not any(parameter.requires_grad for parameter in self.network.parameters()):
             raise TrainingError("Every parameter of the base is frozen (requires_grad is False): nothing would train.")
-        inputs, targets = next(iter(self.trainer.datamodule.train_dataloader()))  # pyright: ignore
+        inputs, targets = inputs_and_targets(next(iter(self.trainer.datamodule.train_dataloader())))  # pyright: ignore
         self._check_batch(inputs, targets)
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
         if self.conversion is not None:
             self.network = self._with_chosen_heads(convert_as(self.conversion, self.network, inputs, self.task), inputs)
-        self.example_inputs = inputs[:1]
+        self.example_inputs = one_example(inputs)
         with torch.no_grad():
-            num_classes = self.network.eval()(inputs[:1]).shape[1]
+            num_classes = head_outputs(self.network.eval(), self.example_inputs).shape[2]
         self.network.train()
         self._compare_classes(num_classes, targets)
         self.num_classes = num_classes
@@ -133,28 +135,30 @@ class Classifier(LightningModule):
                 num_classes, self.num_heads, combine=self.criterion.combine, prefix=f"{split}/"
             )
 
-    def _check_batch(self, inputs: Tensor, targets: Tensor) -> None:
+    def _check_batch(self, inputs: Tree, targets: Tensor) -> None:
         """Refuse settings that do not go with such a batch."""
+        ndim = inputs.ndim if isinstance(inputs, Tensor) else 0
         for setting, wanted, fits in (
-            ("channels_last", "images (N, C, H, W)", not self.channels_last or inputs.ndim == 4),
-            ("mixing", "images or videos", self.mixing is None or inputs.ndim >= 4),
+            ("channels_last", "images (N, C, H, W)", not self.channels_last or ndim == 4),
+            ("mixing", "images or videos", self.mixing is None or ndim >= 4),
             ("task multilabel", "targets (N, C)", self.task != "multilabel" or targets.ndim == 2),
         ):
             if not fits:
-                shapes = f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)}"
-                raise TrainingError(f"model.{setting} needs {wanted}; the data gives {shapes}.")
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))
+                given = f"inputs {shapes} and targets {tuple(targets.shape)}"
+                raise TrainingError(f"model.{setting} needs {wanted}; the data gives {given}.")
 
-    def _with_chosen_heads(self, network: EnsembleNet, inputs: Tensor) -> EnsembleNet:
+    def _with_chosen_heads(self, network: EnsembleNet, inputs: Tree) -> EnsembleNet:
         """The network with its heads run as asked, or as is faster on the device that will train it."""
         device = self.trainer.strategy.root_device
         with self.trainer.precision_plugin.forward_context():  # what is faster depends on the precision
-            network, choice = choose(network.to(device).train(), inputs.to(device), self._allowed_heads())
+            network, choice = choose(network.to(device).train(), to_device(inputs, device), self._allowed_heads())
         if self.heads == "auto" and self.trainer.world_size > 1:  # each process measured for itself
             choice = self.trainer.strategy.broadcast(choice)
             network = _with_heads(network, choice)
         rank_zero_info(f"The heads run {choice.heads}: {choice.reason}.")
         self.choice = choice
-        return network.to(inputs.device)
+        return network.to(tensors_in(inputs)[0].device)
 
     def _allowed_heads(self) -> HeadsMode:
         """Fused heads do not pass through the layers that Lightning exchanges for synchronised ones."""
@@ -168,7 +172,7 @@ class Classifier(LightningModule):
     def _memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.preserve_format
 
-    def _laid_out(self, x: Tensor) -> Tensor:
+    def _laid_out(self, x: Tree) -> Tree:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _compare_classes(self, num_classes: int, targets: Tensor) -> None:
@@ -195,17 +199,17 @@ class Classifier(LightningModule):
         self.choice = Choice(current_mode(heads), "as before", separate=tuple(separate))
         self.network = _with_heads(self.network, self.choice)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the network gives."""
-        return self.network(x)
+        return self.network(*args, **kwargs)
 
-    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """The loss of a batch.
 
         Raises:
             TrainingError: the loss is not finite.
         """
-        x, y = batch
+        x, y = inputs_and_targets(batch)
         if self.mix is not None:
             x, y = self.mix(x, y)
         if self.binary:
@@ -237,17 +241,17 @@ class Classifier(LightningModule):
             "look at that batch."
         )
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
+    def validation_step(self, batch: Any, batch_index: int) -> None:
         """Add a batch to the validation metrics."""
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Batch, batch_index: int) -> None:
+    def test_step(self, batch: Any, batch_index: int) -> None:
         """Add a batch to the test metrics."""
         self._evaluate("test", batch)
 
-    def _evaluate(self, split: str, batch: Batch) -> None:
-        x, y = batch
-        outputs = seen_outputs(self.network, self._laid_out(x), self.example_inputs.ndim, self.task)
+    def _evaluate(self, split: str, batch: Any) -> None:
+        x, y = inputs_and_targets(batch)
+        outputs = seen_outputs(self.network, self._laid_out(x), tensors_in(self.example_inputs)[0].ndim, self.task)
         self.metrics[split].update(outputs, y)  # pyright: ignore[reportCallIssue]
 
     def on_validation_epoch_end(self) -> None:
@@ -318,9 +322,21 @@ class Classifier(LightningModule):
             )
 
 
-def head_outputs(network: nn.Module, x: Tensor) -> Tensor:
-    """The logits of every head, (K, N, C), in either mode; a plain network counts as one head."""
-    return network(x, per_head=True) if isinstance(network, EnsembleNet) else network(x).unsqueeze(0)
+def head_outputs(network: nn.Module, x: Tree) -> Tensor:
+    """The logits of every head, (K, N, C), in either mode; a plain network counts as one head.
+
+    Raises:
+        TrainingError: heads give several outputs.
+    """
+    if not isinstance(network, EnsembleNet):
+        return pick(call(network, x), None)[0].unsqueeze(0)
+    outputs = call(network, x, per_head=True)
+    if isinstance(outputs, tuple):
+        raise TrainingError(
+            f"The heads give {len(outputs)} outputs, and this trains one: convert with output= the one to be learned, "
+            "or write a loop of your own that adds up their losses."
+        )
+    return outputs
 
 
 def _check(
@@ -345,7 +361,7 @@ def _with_heads(network: EnsembleNet, choice: Choice) -> EnsembleNet:
     return fused
 
 
-def seen_outputs(network: nn.Module, x: Tensor, ndim: int, task: ClassifierTask = "multiclass") -> Tensor:
+def seen_outputs(network: nn.Module, x: Tree, ndim: int, task: ClassifierTask = "multiclass") -> Tensor:
     """The logits of every head, also where a batch holds several views of each example.
 
     Each head's probabilities are averaged over the views, as is usual for videos (Simonyan and Zisserman 2014, arXiv
@@ -353,7 +369,7 @@ def seen_outputs(network: nn.Module, x: Tensor, ndim: int, task: ClassifierTask 
 
     Args:
         network: a base or a multi-headed model.
-        x: inputs, (N, *), or V views of each, (N, V, *).
+        x: inputs, (N, *), or V views of each, (N, V, *); several tensors are always one view.
         ndim: dimensions of a batch without views.
         task: what the outputs mean.
 
@@ -365,7 +381,7 @@ def seen_outputs(network: nn.Module, x: Tensor, ndim: int, task: ClassifierTask 
         >>> seen_outputs(nn.Identity(), views, ndim=2).softmax(-1)
         tensor([[[0.3096, 0.6904]]])
     """
-    if x.ndim == ndim:
+    if not isinstance(x, Tensor) or x.ndim == ndim:
         return head_outputs(network, x)
     outputs = torch.stack([head_outputs(network, view) for view in x.unbind(1)]).float()
     if task == "multilabel":

@@ -194,7 +194,7 @@ def _only_reads(node: fx.Node, func: Any) -> bool:
         return False
     if name_of(node) == "one_hot":  # it checks its input
         classes = node.args[1] if len(node.args) > 1 else node.kwargs.get("num_classes", -1)
-        return classes != -1
+        return not (isinstance(classes, int) and classes < 0)
     if name_of(node) not in ("getitem", "setitem"):
         return False
     bounds = tree_leaves(node.args[1], is_leaf=lambda part: isinstance(part, slice))

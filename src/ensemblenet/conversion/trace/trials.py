@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, Trial, arguments
 from ensemblenet.errors import ConversionError
-from ensemblenet.inputs import Inputs
+from ensemblenet.inputs import Inputs, InputSpec
 
 __all__ = ["differs", "examples", "try_sizes"]
 
@@ -107,10 +107,11 @@ def try_sizes(traced: Trace, tensors: list[Tensor], base: Base | None) -> None:
         for node, dim in sorted(batch_dims, key=operator.itemgetter(1)):
             node.meta.setdefault("batch_dims", []).append(dim)
     if base is not None:
-        specs = [
-            replace(spec, fixed=tuple(sorted(dim for tensor, dim in fixed if tensor == index)))
-            for index, spec in enumerate(traced.inputs.tensors)
-        ]
+        specs = []
+        for index, (spec, tensor) in enumerate(zip(traced.inputs.tensors, traced.tensors, strict=True)):
+            dims = tuple(sorted(dim for member, dim in fixed if member == index))
+            # a fixed number of examples is a size like any other
+            specs.append(replace(InputSpec.of(tensor, spec.is_batched and 0 not in dims), fixed=dims))
         traced.inputs = replace(traced.inputs, tensors=tuple(specs))
 
 

@@ -11,6 +11,7 @@ from ensemblenet.cost import count_parameters
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task, codistillation
+from ensemblenet.inputs import Tree, tensors_in
 from ensemblenet.study.methods.losses import RAMP, distillation, ramp_up, several_heads, temperature_of
 from ensemblenet.study.task import Method, TrainingTask, pooled, run_once
 
@@ -76,7 +77,7 @@ def okddip(
 class _Attentive(TrainingTask):
     """Projections of each peer's last features give the attention; prediction drops them."""
 
-    def __init__(self, network: EnsembleNet, example: Tensor, task: Task) -> None:
+    def __init__(self, network: EnsembleNet, example: Tree, task: Task) -> None:
         temperature = temperature_of(task)
 
         def objective(outputs: Tensor, target: Tensor, progress: float) -> Tensor:
@@ -93,9 +94,9 @@ class _Attentive(TrainingTask):
         run_once(network, example)
         if self._features[0].ndim != 2:
             raise TrainingError("OKDDip reads the input of a head's last linear or convolutional layer; it has none.")
-        size = self._features[0].shape[1]
+        size, device = self._features[0].shape[1], tensors_in(example)[0].device
         self.query, self.key = (
-            nn.Linear(size, max(1, size // _PROJECTION_SHARE), bias=False, device=example.device) for _ in range(2)
+            nn.Linear(size, max(1, size // _PROJECTION_SHARE), bias=False, device=device) for _ in range(2)
         )
 
     def _keep(self, k: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.functional import Task, codistillation
+from ensemblenet.inputs import Tree, tensors_in
 from ensemblenet.study.methods.losses import RAMP, distillation, full_precision, ramp_up, temperature_of
 from ensemblenet.study.task import Method, TrainingTask, pooled, run_once
 from ensemblenet.training.module import head_outputs
@@ -76,7 +79,7 @@ def gated_mean(head_outputs: Tensor, gate: Tensor) -> Tensor:
 class _Gated(TrainingTask):
     """A gate on the trunk's features weighs the heads, in training and in prediction."""
 
-    def __init__(self, network: EnsembleNet, example: Tensor, task: Task) -> None:
+    def __init__(self, network: EnsembleNet, example: Tree, task: Task) -> None:
         temperature = temperature_of(task)
 
         def objective(outputs: Tensor, target: Tensor, progress: float) -> Tensor:
@@ -90,17 +93,17 @@ class _Gated(TrainingTask):
         heads = network.num_heads
         self.gate = nn.Sequential(
             nn.Linear(self._features.shape[1], heads), nn.BatchNorm1d(heads), nn.ReLU(), nn.Softmax(1)
-        ).to(example.device)
+        ).to(tensors_in(example)[0].device)
 
-    def _keep(self, trunk: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._features = pooled(output)
+    def _keep(self, trunk: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        self._features = pooled(as_tuple(output)[0])
 
     def _weights(self) -> Tensor:
         """One for each head and example of the last batch, (K, N)."""
         return self.gate(self._features).T
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = head_outputs(self.network, x)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        outputs = head_outputs(self.network, kwargs or args)
         return outputs, gated_mean(outputs, self._weights())
 
 
