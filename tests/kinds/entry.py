@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,14 +86,14 @@ def check(entry: Entry, num_heads: int = 2, budget: float = 1.0) -> Finding:
     """Convert a network of the zoo, and compare what comes of it with the base."""
     start = time.perf_counter()
     try:
-        found = _check(entry, entry.make, num_heads, budget)
+        found = _check(entry, num_heads, budget)
     except ConversionError as error:
         found = {"verdict": "refused", "text": str(error)}
         if not LINE.search(str(error)):
             found["text"] = "names no line: " + found["text"]
         if entry.way is not None:
             try:
-                found |= {**_check(entry, entry.way, num_heads, budget), "verdict": "refused, with a way"}
+                found |= {**_check(replace(entry, make=entry.way), num_heads, budget), "verdict": "refused, with a way"}
             except Exception as error:
                 found["text"] += f" THE WAY FAILS: {type(error).__name__}: {error}"
     except AssertionError as error:
@@ -104,9 +104,9 @@ def check(entry: Entry, num_heads: int = 2, budget: float = 1.0) -> Finding:
     return Finding(**found, seconds=time.perf_counter() - start)
 
 
-def _check(entry: Entry, make: Callable[[], nn.Module], num_heads: int, budget: float) -> dict[str, Any]:
+def _check(entry: Entry, num_heads: int, budget: float) -> dict[str, Any]:
     torch.manual_seed(0)
-    base = make()
+    base = entry.make()
     torch.manual_seed(1)
     example = entry.inputs(4, entry.size)
     options = {"output": entry.output, **entry.options}
