@@ -162,26 +162,27 @@ def _check_same_gradients(
     """Compare the gradients of the outputs' squares; a layer that both parts have gets the sum of theirs."""
     plain = getattr(base, "_orig_mod", base)
     names = dict(plain.named_parameters(remove_duplicate=False))
-    parts: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, part in whole.named_parameters():
-        parts.setdefault(names[name.removeprefix("trunk.").removeprefix("heads.0.")], []).append(part)
-    for name, parameter in base.named_parameters():
-        if parameter in parts and parameter.requires_grad:
-            (one,), others = _gradients(expected, [parameter]), _gradients(got, parts[parameter])
-            found = [other for other in others if other is not None]
-            assert (one is None) == (not found), f"{name} has a gradient in one of base and model alone"
-            if one is not None:
-                error = (torch.stack(found).sum(0) - one).abs().max() / one.abs().max().clamp(min=1e-6)
-                assert error <= max(1e-3, 16 * torch.finfo(one.dtype).eps), (
-                    f"the gradient of {name} differs by {error:.2g}"
-                )
+    found: dict[nn.Parameter, list[Tensor]] = {}
+    for name, gradient in _gradients(got, whole).items():
+        found.setdefault(names[name.removeprefix("trunk.").removeprefix("heads.0.")], []).append(gradient)
+    expected_gradients = _gradients(expected, plain)
+    for name, parameter in plain.named_parameters():
+        one, others = expected_gradients.get(name), found.get(parameter)
+        assert (one is None) == (others is None), f"{name} has a gradient in one of base and model alone"
+        if one is not None and others is not None:
+            error = (torch.stack(others).sum(0) - one).abs().max() / one.abs().max().clamp(min=1e-6)
+            limit = max(1e-3, 16 * torch.finfo(one.dtype).eps)
+            assert error <= limit, f"the gradient of {name} differs by {error:.2g}"
 
 
-def _gradients(outputs: Sequence[Tensor], parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+def _gradients(outputs: Sequence[Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The gradients of the outputs' squares, by the names of the parameters that have one."""
     loss = torch.stack([output.float().square().sum() for output in outputs]).sum()
-    if not loss.requires_grad:
-        return (None,) * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if not loss.requires_grad or not trained:
+        return {}
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(trained, gradients, strict=True) if grad is not None}
 
 
 def _check_round_trips(model: EnsembleNet, base: nn.Module, x: Tree) -> None:

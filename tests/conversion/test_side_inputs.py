@@ -403,6 +403,26 @@ class Wrapper(nn.Module):
         return self.net(**inputs)
 
 
+def test_embeddings_are_shared_though_heads_would_be_a_little_wider_without() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.body = (
+                nn.Embedding(100, 32),
+                nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 32)),
+            )
+            self.out = nn.Linear(32, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = self.embed(ids)
+            return self.out((h + self.body(h)).mean(1))
+
+    base, tokens = Narrow(), torch.randint(0, 100, (4, 7))
+    unshared, shared = (convert(base, tokens, split_at=name).recipe.head.width for name in ("input", "embed"))  # type: ignore[union-attr]
+    assert 0.9 * unshared < shared < unshared
+    assert convert(base, tokens).recipe.split_at == "embed"  # type: ignore[union-attr]
+
+
 def test_the_automatic_split_is_the_same_for_a_wrapped_network_and_shares_rather_than_not() -> None:
     base, inputs = make("masked")
     alone, wrapped = (convert(net, inputs).recipe for net in (base, Wrapper(Wrapper(base))))
