@@ -181,7 +181,8 @@ def _gradients(outputs: Sequence[Tensor], network: nn.Module) -> dict[str, Tenso
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not loss.requires_grad or not trained:
         return {}
-    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    # the graph is kept: some bases hold a part of it from one call in evaluation mode to the next
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True, retain_graph=True)
     return {name: grad for name, grad in zip(trained, gradients, strict=True) if grad is not None}
 
 
