@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -236,7 +237,7 @@ def _looks_trained(base: nn.Module) -> bool:
 
 
 def _base_cost(base: nn.Module, traced: Trace) -> Cost:
-    return Cost(count_parameters(base), sum(traced.macs.values()))
+    return replace(traced.cost(traced.graph.nodes), parameters=count_parameters(base))
 
 
 def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node]) -> bool:
