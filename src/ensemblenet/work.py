@@ -46,7 +46,13 @@ class Traffic(NamedTuple):
     shared: tuple[Any, ...] = ()
 
 
-_MOVE_NOTHING = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# these return views that their schemas do not call so, or memory that nobody has written
+_MOVE_NOTHING = {
+    "_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk",
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
+}  # fmt: skip
+# their outputs behind the third are room for a backward pass, in a form of their own
+_RECURRENT = {"mkldnn_rnn_layer", "_cudnn_rnn"}
 
 
 def traffic_of(op: Any, inputs: list[Any], outputs: list[Any], is_example: Callable[[Any], bool]) -> Traffic:
@@ -60,8 +66,11 @@ def traffic_of(op: Any, inputs: list[Any], outputs: list[Any], is_example: Calla
     """
     returned = op._schema.returns
     is_view = bool(returned) and all(one.alias_info is not None and not one.alias_info.is_write for one in returned)
-    if is_view or op._schema.name.split("::")[-1] in _MOVE_NOTHING:
+    name = op._schema.name.split("::")[-1]
+    if is_view or torch.Tag.inplace_view in op.tags or name in _MOVE_NOTHING:
         return Traffic()
+    if name in _RECURRENT:
+        outputs = outputs[:3]
     read = tuple(tensor for tensor in inputs if is_example(tensor))
     if not read:
         return Traffic(shared=(*inputs, *outputs))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ensemblenet.conversion.equations import Equations
-from ensemblenet.conversion.trace import TensorRef
 from ensemblenet.cost import ROOFLINE, Cost
 from ensemblenet.operations.axes import Axis
 from ensemblenet.work import work_of
@@ -19,8 +18,8 @@ __all__ = ["HeadCost"]
 class HeadCost:
     """The cost of a head as a function of its sizes.
 
-    Every number is a sum of products of sizes. What the sizes are multiplied by is worked out once, so that a search
-    for the widest heads asks quickly.
+    Every number is a sum of terms: a factor times a product of sizes that can change. The terms are worked out once,
+    so that a search for the widest heads asks quickly.
 
     Args:
         equations: the solved sizes of the head.
@@ -29,39 +28,33 @@ class HeadCost:
     """
 
     def __init__(self, equations: Equations, parameters: Iterable[list[Axis]], num_examples: int) -> None:
-        self._axes: dict[Axis, int] = {}  # the axes that can change, and their places
-        self._products: dict[tuple[int, ...], int] = {}  # the same of their products
-        self._parameters = [self._product(axes) for axes in parameters]
-        terms: list[tuple[int, int, float]] = []  # where a term is added, its product and its factor
+        self._axes: dict[Axis, int] = {}  # axes that can change, and their places
+        self._products: dict[tuple[int, ...], int] = {}  # products of them, and theirs
+        self._parameters = [self._term(axes, math.prod(axis.size for axis in axes)) for axes in parameters]
+        terms: list[tuple[int, int, float]] = []  # the number that a term adds to, its product and its factor
         for place, (event, grows) in enumerate(equations.work):
             for number, factor, tensor in work_of(event.macs, event.traffic, num_examples, ROOFLINE.batch):
                 if tensor is None:
-                    product, _ = self._product(grows)
-                    whole = event.macs / math.prod(axis.size for axis in grows if axis.is_free())
+                    product, kept = self._term(grows, event.macs)
                 else:
-                    product, whole = self._product(_axes(equations, tensor))
-                terms.append((4 * place + number, product, factor * whole))
-        self._num_calls = len(equations.work)
-        self._places, self._of, self._factors = map(np.array, zip(*terms, strict=True)) if terms else [np.array([])] * 3
+                    axes = equations.inside.get(tensor.id) or equations.axes(tensor)
+                    product, kept = self._term(axes, math.prod(tensor.shape))
+                terms.append((4 * place + number, product, factor * kept))
+        self._length = 4 * len(equations.work)
+        self._numbers = np.array([number for number, _, _ in terms], dtype=int)
+        self._of = np.array([product for _, product, _ in terms], dtype=int)
+        self._factors = np.array([factor for _, _, factor in terms], dtype=float)
 
     def __call__(self, size_of: Callable[[Axis], int]) -> Cost:
         """The cost when `size_of` gives the size of every unknown."""
         sizes = [axis.value(size_of) for axis in self._axes]
-        products = [math.prod(sizes[place] for place in key) for key in self._products]
+        products = np.array([math.prod(sizes[place] for place in key) for key in self._products], dtype=float)
         parameters = sum(products[product] * kept for product, kept in self._parameters)
-        terms = self._factors * np.array(products, dtype=float)[self._of]
-        return ROOFLINE.cost(parameters, np.bincount(self._places, terms, minlength=4 * self._num_calls))
+        terms = self._factors * products[self._of]
+        return ROOFLINE.cost(round(parameters), np.bincount(self._numbers, terms, minlength=self._length))
 
-    def _product(self, axes: Iterable[Axis]) -> tuple[int, int]:
-        """The product of some axes: the place of the part that can change, and the rest as a number."""
-        free, kept = [], 1
-        for axis in axes:
-            if axis.is_free():
-                free.append(self._axes.setdefault(axis.root(), len(self._axes)))
-            else:
-                kept *= axis.size
-        return self._products.setdefault(tuple(sorted(free)), len(self._products)), kept
-
-
-def _axes(equations: Equations, tensor: TensorRef) -> list[Axis]:
-    return equations.axes(tensor)
+    def _term(self, axes: Iterable[Axis], whole: float) -> tuple[int, float]:
+        """What is `whole` in the base and grows with some axes: a product of sizes, by its place, and its factor."""
+        free = [axis.root() for axis in axes if axis.is_free()]
+        key = tuple(sorted(self._axes.setdefault(axis, len(self._axes)) for axis in free))
+        return self._products.setdefault(key, len(self._products)), whole / math.prod(axis.size for axis in free)
