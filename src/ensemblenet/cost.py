@@ -110,7 +110,7 @@ class Budget:
         for share in shares:
             if isinstance(budget, Budget) and share is None:
                 continue
-            if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < math.inf:
+            if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) < math.inf:
                 raise BudgetError(
                     f"budget must be a positive number (a share of the base's cost) or "
                     f"ensemblenet.Budget(parameters=, macs=, activations=, time=), got {share!r}."
@@ -169,30 +169,35 @@ class Roofline:
     """An accelerator that waits for its arithmetic or for its memory, whichever takes longer, operator by operator.
 
     The time of an operator is the larger of its FLOPs (two for a MAC) and what the accelerator could do while the
-    operator's tensors, inputs and outputs, pass through its memory. Operators that are no products take memory alone.
+    operator's tensors, inputs and outputs, pass through its memory; and the time to start it. Operators that are no
+    products take memory alone. docs/heads.md compares the estimate with measurements.
 
     S. Williams, A. Waterman, D. Patterson: "Roofline: an insightful visual performance model for multicore
     architectures", 2009.
 
     Attributes:
-        ridge: FLOPs that it does while one byte passes. An H100 has about 300 on paper for 16-bit numbers, and reaches
-            about two thirds of that.
+        ridge: FLOPs that it does while one byte passes. An H200 does 989 TFLOPs a second in bfloat16 and moves 4.8 TB.
         bytes: of an element.
-        batch: examples that one reading of the weights serves.
+        batch: examples that are worked on at once, for which weights are read and operators started once.
+        overhead: FLOPs that it could do while it starts one operator: 4 microseconds of an H200. One image alone took
+            4.3 to 8.0 microseconds for each operator, work included, in five networks replayed as CUDA graphs.
 
     Example:
-        >>> Roofline().time([(0.0, 1000.0, 0.0, 2.0), (0.0, 100.0, 0.0, 2.0)])
-        1800.0
+        >>> operators = [(0.0, 1000.0, 0.0, 2.0), (0.0, 100.0, 0.0, 2.0)]
+        >>> Roofline(overhead=0.0).time(operators), Roofline(overhead=128.0).time(operators)
+        (1800.0, 1802.0)
     """
 
     ridge: float = 200.0
     bytes: float = 2.0
     batch: int = 128
+    overhead: float = 4e9
 
     def time(self, operators: Any) -> float:
         """The estimate, in FLOPs, for operators (n, 4) as [`ensemblenet.work.work_of`][] counts them."""
         _, flops, _, moved = np.asarray(operators, dtype=float).reshape(-1, 4).T
-        return float(np.maximum(flops, self.ridge * self.bytes * moved).sum())
+        starts = int(np.count_nonzero(moved)) * self.overhead / self.batch  # views are no operators
+        return float(np.maximum(flops, self.ridge * self.bytes * moved).sum()) + starts
 
     def cost(self, parameters: int, operators: Any) -> Cost:
         """The cost of so many parameters and such operators."""

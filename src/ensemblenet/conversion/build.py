@@ -83,8 +83,10 @@ class HeadDesign:
         if self.projected is not None and self.is_projected(shape):
             read, written = self.entry[self.projected].size, self.entry[self.projected].value(shape.size)
             positions = math.prod(axis.size for dim, axis in enumerate(self.entry) if dim != self.projected)
-            weight, x, y = (TensorRef(-1, size, None) for size in ((read, written), (positions, read), (positions, written)))
-            call = sum_work(positions * read * written, Traffic((y,), (x,), (weight,)), self.trace.num_examples, ROOFLINE.batch)
+            shapes = ((positions, written), (positions, read), (read, written))
+            traffic = Traffic(*((TensorRef(-1, shape, None),) for shape in shapes))
+            macs = positions * read * written
+            call = sum_work(macs, traffic, self.trace.num_examples, ROOFLINE.batch)
             cost += ROOFLINE.cost(read * written, [call])
         return cost
 

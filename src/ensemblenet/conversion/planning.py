@@ -109,7 +109,13 @@ def _widest(fits: Callable[[float], bool]) -> float | None:
 
 
 def choose_plan(
-    trace: Trace, cuts: list[Cut], wanted: Conversion, base: Cost, combining: Cost, pinned: set[fx.Node], misfits: dict[str, Plan]
+    trace: Trace,
+    cuts: list[Cut],
+    wanted: Conversion,
+    base: Cost,
+    combining: Cost,
+    pinned: set[fx.Node],
+    misfits: dict[str, Plan],
 ) -> tuple[HeadDesign, Plan]:
     """The split point that the user names, or the one that the automatic rule chooses.
 
@@ -215,6 +221,6 @@ def _no_fit(plan: Plan, wanted: Conversion, base: Cost, where: str) -> BudgetErr
     least = Budget.of(wanted.budget).of_limited(plan.cost.share_of(base), ".3f")
     causes = f" What keeps its width there: {', '.join(plan.keepers[:3])}." if plan.keepers else ""
     return BudgetError(
-        f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use fewer "
-        f"heads or a larger budget.{causes}"
+        f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use "
+        f"fewer heads or a larger budget.{causes}"
     )
