@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields, replace
 from numbers import Real
 from typing import Any, NamedTuple
@@ -96,8 +96,8 @@ class Budget:
     time: float | None = None
 
     @classmethod
-    def of(cls, budget: float | Budget) -> Budget:
-        """A budget as a user gives it: one share for parameters and MACs, or one for each.
+    def of(cls, budget: float | Budget | Mapping[str, float | None]) -> Budget:
+        """A budget as a user gives it: one share for parameters and MACs, or one for each cost, perhaps by name.
 
         Raises:
             BudgetError: a share is not a positive number, or nothing is limited.
@@ -106,6 +106,8 @@ class Budget:
             >>> Budget.of(0.5)
             Budget(parameters=0.5, macs=0.5, activations=None, time=None)
         """
+        if isinstance(budget, Mapping):
+            budget = cls(**budget)
         shares = astuple(budget) if isinstance(budget, Budget) else (budget, budget)
         for share in shares:
             if isinstance(budget, Budget) and share is None:

@@ -125,8 +125,8 @@ def test_a_budget_for_each_cost() -> None:
 @pytest.mark.parametrize("limited", ["activations", "time"])
 def test_a_budget_of_activations_or_time_makes_heads_narrower(limited: str) -> None:
     layers = (nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU())
-    base, x = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(5)), torch.randn(2, 3, 96, 96)
-    base(x)
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
+    base, x = nn.Sequential(*layers, *pool), torch.randn(2, 3, 96, 96)
     wide = convert(base, x, split_at="input")
     narrow = convert(base, x, split_at="input", budget=Budget(None, None, **{limited: 1.2}))
     assert wide.base_cost is not None

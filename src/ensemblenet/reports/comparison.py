@@ -238,16 +238,14 @@ def _p(row: Row) -> str:
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
     study, rows, failed = results["study"], results["rows"], results["failed"]
-    tuning, budget = study["tuning"], study["budget"]
-    if isinstance(budget, dict):
-        budget = Budget(**budget)
+    tuning = study["tuning"]
     fixed = [row for row in rows if not row["trials"]]
     scores = [name for name in SCORES if f"{name}_mean" in rows[0] and name not in ("error", "head_error")]
     methods = "; ".join(f"{row['method']}: {row['summary']}" for row in rows)
     notes = [
         f"Every method was trained for {study['epochs']} epochs by {study['optimizer']} with the same schedule, "
         f"batches and augmentation; the last epoch counts. Conversions have {study['num_heads']} heads, cost at most "
-        f"{Budget.of(budget)}, and part at {study['split_at']!r}, unless a method "
+        f"{Budget.of(study['budget'])}, and part at {study['split_at']!r}, unless a method "
         "says otherwise."
     ]
     if len(fixed) < len(rows):

@@ -261,10 +261,17 @@ def study_of(settings: Mapping[str, Any]) -> Study:
         (0.01, 0.1)
     """
     known = {field.name for field in fields(Study)}
-    given = {key: value for key, value in settings.items() if key in known}
+    given = _with_budget({key: value for key, value in settings.items() if key in known})
     if given.get("methods"):
-        given["methods"] = [Variant(**item) if isinstance(item, Mapping) else item for item in given["methods"]]
+        methods = given["methods"]
+        given["methods"] = [Variant(**_with_budget(item)) if isinstance(item, Mapping) else item for item in methods]
     if "tuning" in given:
         ranges = {name: tuple(given["tuning"][name]) for name in ("lr", "weight_decay") if name in given["tuning"]}
         given["tuning"] = Tuning(**(given["tuning"] | ranges))
     return Study(**given)
+
+
+def _with_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose budget, if it is of several shares, is one."""
+    budget = settings.get("budget")
+    return {**settings, **({"budget": Budget.of(budget)} if isinstance(budget, Mapping) else {})}
