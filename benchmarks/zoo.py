@@ -1,7 +1,12 @@
-"""Convert a network of every timm family, and every classification network of torchvision; write docs/zoo.md.
+"""Convert networks of timm, torchvision and transformers, and networks by hand; write docs/zoo.md.
 
-    python benchmarks/zoo.py              # go on where the last run stopped
+    python benchmarks/zoo.py              # timm and torchvision: go on where the last run stopped; then the others
     python benchmarks/zoo.py --only vgg   # names that contain a string, afresh
+    python benchmarks/zoo.py --group by_hand
+
+Networks of transformers and by hand stand in tests/kinds, with inputs as their users give them and a check of its own:
+at full width outputs and gradients are the base's, at other sizes and other masks too. They are run afresh each time,
+with 2 heads at the whole of the base's cost.
 
 Of a timm family it is the smallest classification network. Each is checked against all promises of a conversion
 (`ensemblenet.testing.check_conversion`), for 2 heads at 0.9 of its cost and 4 heads at 1.0. What `convert` costs is
@@ -16,10 +21,12 @@ import ctypes
 import gc
 import json
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import timm
@@ -32,8 +39,14 @@ from ensemblenet import convert
 from ensemblenet.testing import check_conversion, check_full_width
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from kinds import BY_HAND, TRANSFORMERS, Finding  # noqa: E402
+from kinds import check as check_kind  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "zoo.jsonl"
 SMALLEST = RESULTS.with_name("zoo_timm_smallest.json")
+KINDS = {"transformers": TRANSFORMERS, "by_hand": BY_HAND}
 PAGE = ROOT / "docs" / "zoo.md"
 SETTINGS = ((2, 0.9), (4, 1.0))
 SIZES = {"inception": 299}  # its auxiliary classifier takes no less
@@ -210,22 +223,93 @@ def write_page(rows: list[dict]) -> None:
                 f"| {r['peak_mib'] / r['training_step_mib']:.2f} |"
             )
     PAGE.write_text("\n".join(lines) + "\n")
+    write_kinds()
+
+
+def write_kinds() -> None:
+    """The page's tables of networks of transformers and by hand, below what stands there of the registries."""
+    above, *_ = PAGE.read_text().split("\n## ")
+    lines = [line for group in KINDS for line in ("", *kinds_table(group))]
+    PAGE.write_text("\n".join([above.rstrip("\n"), *lines]) + "\n")
+
+
+def check_kinds(group: str, only: str) -> None:
+    """Check the networks of a group; where only some names are asked for, the others' results stay."""
+    path = kinds_path(group)
+    known = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if only and path.exists() else {}
+    for entry in track([entry for entry in KINDS[group] if only in entry.name], f"Converting {group}"):
+        known[entry.name] = {"name": entry.name, **asdict(check_kind(entry))}
+    rows = [known[entry.name] for entry in KINDS[group] if entry.name in known]
+    versions = {name: version(name) for name in ("torch", "transformers", "einops")}
+    path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+
+
+def kinds_path(group: str) -> Path:
+    """The results of a group."""
+    return RESULTS.with_name(f"zoo_{group}.json")
+
+
+def kinds_table(group: str) -> list[str]:
+    """A group's counts and rows."""
+    if not kinds_path(group).exists():
+        return []
+    results = json.loads(kinds_path(group).read_text())
+    rows = [{name: row[name] for name in ("name", *Finding.__dataclass_fields__)} for row in results["rows"]]
+    titles = {
+        "transformers": "Networks of transformers, called as their users call them",
+        "by_hand": "Networks by hand",
+    }
+    verdicts = ("converted", "refused, with a way", "refused", "failed", "wrong")
+    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in verdicts}
+    converted = [row for row in rows if row["verdict"] == "converted"]
+    early = sum(row["split_at"] == "input" for row in converted)
+    lines = [
+        f"## {titles[group]}",
+        "",
+        f"`python benchmarks/zoo.py --group {group}`; "
+        + ", ".join(f"{name} {number}" for name, number in results["versions"].items()) + ".",
+        "Small networks with random weights, 2 heads at the whole of the base's cost. Outputs and gradients at full",
+        "width are the base's, at other numbers of examples, sizes and masks; a size in the last column is refused by",
+        "the model. \"With a way\": refused, and a network that does what the message proposes was converted.",
+        "",
+        f"| {' | '.join(['networks', *verdicts, 'converted, of all', 'of these, split at the input'])} |",
+        f"|{'---|' * (len(verdicts) + 3)}",
+        f"| {' | '.join(map(str, [len(rows), *counts.values()]))} | {len(converted) / len(rows):.1%} | {early} |",
+        "",
+        "| network | verdict | split | trunk's MACs | width | budget used | refused sizes |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        text = row["text"].replace("|", "\\|")
+        if row["verdict"] in ("converted", "refused, with a way"):
+            numbers = f"{row['trunk']:.2f} | {row['width']:.2f} | {row['used']:.2f} | {', '.join(row['refused_sizes'])}"
+            verdict = row["verdict"] + (f": {text}" if text else "")
+            lines.append(f"| {row['name']} | {verdict} | {row['split_at']} | {numbers} |")
+        else:
+            lines.append(f"| {row['name']} | {row['verdict']}: {text} | | | | | |")
+    return lines
 
 
 def main() -> None:
     """Measure what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", help="measure afresh the models whose names contain this")
-    parser.add_argument("--library", choices=("timm", "torchvision"), help="only one library")
+    parser.add_argument("--group", choices=("timm", "torchvision", *KINDS), help="only one group")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    for group in KINDS:
+        if args.group in (None, group):
+            check_kinds(group, args.only or "")
+            write_kinds()
+    if args.group in KINDS:
+        return
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     if args.only:
         rows = [row for row in rows if args.only not in row["model"]]
     done = {(row["library"], row["model"]) for row in rows}
     entries = [*timm_entries(), *torchvision_entries()]
-    entries = [e for e in entries if (e[0], e[2]) not in done and (args.library or e[0]) == e[0]]
+    entries = [e for e in entries if (e[0], e[2]) not in done and (args.group or e[0]) == e[0]]
     entries = sorted((e for e in entries if (args.only or "") in e[2]), key=size)
     for entry in track(entries, "Converting"):
         rows += measure(entry)

@@ -9,13 +9,17 @@ are the same to the bit on every machine, whatever order it adds in.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ensemblenet import EnsembleNet, convert, save
+from ensemblenet.conversion.convert import rebuild
+from ensemblenet.inputs import call, map_tensors
 from ensemblenet.models import MNIST1DNet
 
 SAVED = Path(__file__).parent / "storage" / "saved"
@@ -38,20 +42,45 @@ class PinnedNet(nn.Module):
         return self.last(torch.relu(self.third(torch.relu(self.second(x)))))
 
 
-BASES = {"known": (lambda: MNIST1DNet(width=8, num_classes=4), (8,)), "pinned": (PinnedNet, (4,))}
+class MaskedNet(nn.Module):
+    """A network of two inputs, which returns a dictionary; the mask is used behind the split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 16)
+        self.second = nn.Linear(16, 32)
+        self.last = nn.Linear(32, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        h = torch.relu(self.second(self.embed(ids))) * mask[..., None]
+        return {"hidden": h, "scores": self.last(h.sum(1))}
 
 
-def inputs(name: str) -> Tensor:
+BASES = {
+    "known": (lambda: MNIST1DNet(width=8, num_classes=4), (8,)),
+    "pinned": (PinnedNet, (4,)),
+    "several": (MaskedNet, (6,)),  # from format 3 on
+}
+
+
+def inputs(name: str) -> Any:
     """Five examples for a model."""
     _, shape = BASES[name]
-    return torch.randint(-4, 5, (5, *shape), generator=torch.Generator().manual_seed(0)) / 4
+    numbers = torch.randint(-4, 5, (5, *shape), generator=torch.Generator().manual_seed(0))
+    return {"ids": numbers.abs(), "mask": (numbers > 0).float()} if name == "several" else numbers / 4
 
 
 def make(name: str) -> EnsembleNet:
     """Convert a base, and round the weights; what batch normalisation divides by becomes 2."""
     torch.manual_seed(0)
-    base, shape = BASES[name]
-    model = convert(base(), torch.randn(2, *shape), 2, init="inherit", split_at={"known": "conv1"}.get(name, "input"))
+    base, _ = BASES[name]
+    split_at = {"known": "conv1", "several": "embed"}.get(name, "input")
+    output = "scores" if name == "several" else None
+    model = convert(base(), inputs(name), 2, init="inherit", split_at=split_at, output=output)
+    assert model.recipe is not None
+    if name == "pinned":  # no version but the first two pinned this function by itself
+        head = replace(model.recipe.head, pinned=("conv_transpose1d",))
+        model = rebuild(base(), replace(model.recipe, head=head))
     with torch.no_grad():
         for part, tensor in model.state_dict().items():
             if part.endswith("running_var"):
@@ -70,8 +99,9 @@ def main() -> None:
         version = json.loads(model.recipe.to_json())["format"]
         save(model, SAVED / f"format{version}" / name)
         with torch.no_grad():
-            outputs[name] = model(inputs(name), per_head=True).tolist()
-            exact = model.double()(inputs(name).double(), per_head=True)
+            outputs[name] = call(model, inputs(name), per_head=True).tolist()
+            doubled = map_tensors(lambda x: x.double() if x.is_floating_point() else x, inputs(name))
+            exact = call(model.double(), doubled, per_head=True)
         assert (exact - torch.tensor(outputs[name])).abs().max() < 1e-8 * exact.abs().max()
     (SAVED / f"format{version}" / "outputs.json").write_text(json.dumps(outputs, indent=1) + "\n")
 

@@ -1,12 +1,17 @@
-"""All promises of a conversion, on networks that stand for the kinds; benchmarks/zoo.py runs the whole registry."""
+"""All promises of a conversion, on networks that stand for the kinds; benchmarks/zoo.py runs all that there are."""
+
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 import torchvision
+from kinds import BY_HAND, TRANSFORMERS, Entry
+from kinds import check as check_kind
 from networks import ODD
 from torch import nn
 
+from ensemblenet.inputs import CheckSizes
 from ensemblenet.testing import check_conversion
 
 TIMM = {
@@ -62,3 +67,23 @@ def test_odd_graphs(name: str, num_heads: int, budget: float) -> None:
     base, x = make(), torch.randn(3, *shape)
     report = check_conversion(base, x, num_heads, budget)
     assert 0 < report.width < 1
+
+
+SAMPLE = {
+    "BERT", "Llama", "ViT", "ResNet",
+    "bidirectional LSTM", "causal transformer, tied", "U-Net", "GCN", "DLRM", "two tasks", "experts, top two",
+    "TCN, weight norm", "controlled equation", "halting",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", [e for e in (*BY_HAND, *TRANSFORMERS) if e.name in SAMPLE], ids=lambda e: e.name)
+def test_kinds(entry: Entry) -> None:
+    found = check_kind(entry)
+    assert found.verdict == ("refused, with a way" if entry.way else "converted"), found.text
+
+
+def test_the_check_of_kinds_sees_a_loop_that_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CheckSizes, "forward", lambda self, x: x)
+    entry = next(entry for entry in BY_HAND if entry.name == "controlled equation")
+    found = check_kind(replace(entry, sizes=(15,)))  # longer than the examples: the graph does not fail there
+    assert (found.verdict, "size 15: outputs differ" in found.text) == ("wrong", True), found

@@ -92,6 +92,7 @@ def check_conversion(
 
 
 def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> tuple[float, float]:
+    x = next(iter(_other_sizes(x, 2)), x)  # as a conversion counts: what all examples share is paid by two of them
     measured, whole = measure_cost(model, x), measure_cost(base, x)
     assert model.cost is not None
     assert model.cost.parameters == measured.parameters, f"cost says {model.cost}, measured {measured}"
@@ -116,7 +117,7 @@ def _check_outputs(model: EnsembleNet, base: nn.Module, x: Tree) -> float | None
             assert torch.isfinite(outputs).all(), "outputs are not finite"
             mean = outputs.mean(0)
             assert torch.allclose(combined, mean, rtol=1e-4, atol=1e-6), "evaluation does not combine the heads"
-        for other in _other_sizes(x):
+        for other in _other_sizes(x, 1, 3):
             shapes = [output.shape for output in as_tuple(call(model, other))]
             wanted = [output.shape for output in pick(call(base, other), model.recipe.output)]
             assert shapes == wanted, f"for {num_examples(other)} examples, outputs have the shapes {shapes}"
@@ -127,10 +128,10 @@ def _check_outputs(model: EnsembleNet, base: nn.Module, x: Tree) -> float | None
     return heads[0].std().item() / spread if spread else None
 
 
-def _other_sizes(x: Tree) -> list[Tree]:
-    """The inputs with one example and with three, if all tensors have a row for each."""
+def _other_sizes(x: Tree, *sizes: int) -> list[Tree]:
+    """The inputs with other numbers of examples, if all tensors have a row for each."""
     inputs, tensors = Inputs.of(x), tensors_in(x)
-    return [inputs.build(examples(inputs, tensors, size)) for size in (1, 3)] if inputs.is_batched else []
+    return [inputs.build(examples(inputs, tensors, size)) for size in sizes] if inputs.is_batched else []
 
 
 def check_full_width(base: nn.Module, x: Tree, split_at: str, output: Output = None) -> None:
@@ -149,7 +150,7 @@ def check_full_width(base: nn.Module, x: Tree, split_at: str, output: Output = N
     # a layer that both parts call counts twice, so the budget is not one
     wanted = Conversion(1, 2.0, split_at, seed=0, init="inherit", output=output)
     whole = convert_as(wanted, base, x).eval()
-    for inputs in (x, *_other_sizes(x)):
+    for inputs in (x, *_other_sizes(x, 1, 3)):
         expected, got = pick(call(base.eval(), inputs), output), as_tuple(call(whole, inputs))
         for one, other in zip(expected, got, strict=True):
             error = (other - one).abs().max() / one.abs().max().clamp(min=1e-6)
@@ -161,27 +162,29 @@ def _check_same_gradients(
     base: nn.Module, whole: EnsembleNet, expected: Sequence[Tensor], got: Sequence[Tensor]
 ) -> None:
     """Compare the gradients of the outputs' squares; a layer that both parts have gets the sum of theirs."""
-    names = dict(base.named_parameters(remove_duplicate=False))
-    parts: dict[nn.Parameter, list[nn.Parameter]] = {}
-    for name, part in whole.named_parameters():
-        parts.setdefault(names[name.removeprefix("trunk.").removeprefix("heads.0.")], []).append(part)
-    for name, parameter in base.named_parameters():
-        if parameter in parts and parameter.requires_grad:
-            (one,), others = _gradients(expected, [parameter]), _gradients(got, parts[parameter])
-            found = [other for other in others if other is not None]
-            assert (one is None) == (not found), f"{name} has a gradient in one of base and model alone"
-            if one is not None:
-                error = (torch.stack(found).sum(0) - one).abs().max() / one.abs().max().clamp(min=1e-6)
-                assert error <= max(1e-3, 16 * torch.finfo(one.dtype).eps), (
-                    f"the gradient of {name} differs by {error:.2g}"
-                )
+    plain = getattr(base, "_orig_mod", base)
+    names = dict(plain.named_parameters(remove_duplicate=False))
+    found: dict[nn.Parameter, list[Tensor]] = {}
+    for name, gradient in _gradients(got, whole).items():
+        found.setdefault(names[name.removeprefix("trunk.").removeprefix("heads.0.")], []).append(gradient)
+    expected_gradients = _gradients(expected, plain)
+    for name, parameter in plain.named_parameters():
+        one, others = expected_gradients.get(name), found.get(parameter)
+        assert (one is None) == (others is None), f"{name} has a gradient in one of base and model alone"
+        if one is not None and others is not None:
+            error = (torch.stack(others).sum(0) - one).abs().max() / one.abs().max().clamp(min=1e-6)
+            limit = max(1e-3, 16 * torch.finfo(one.dtype).eps)
+            assert error <= limit, f"the gradient of {name} differs by {error:.2g}"
 
 
-def _gradients(outputs: Sequence[Tensor], parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+def _gradients(outputs: Sequence[Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The gradients of the outputs' squares, by the names of the parameters that have one."""
     loss = torch.stack([output.float().square().sum() for output in outputs]).sum()
-    if not loss.requires_grad:
-        return (None,) * len(parameters)
-    return torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if not loss.requires_grad or not trained:
+        return {}
+    gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(trained, gradients, strict=True) if grad is not None}
 
 
 def _check_round_trips(model: EnsembleNet, base: nn.Module, x: Tree) -> None:

@@ -415,3 +415,20 @@ def test_attention_uses_its_budget_however_many_heads_it_has(num_heads: int) -> 
     layer = head.get_submodule("attention")
     assert num_heads == 1 or layer.head_dim % 4 == 0
     torch.testing.assert_close(fuse(convert(base, x, budget=0.9).eval())(x), convert(base, x, budget=0.9).eval()(x))
+
+
+def test_attention_whose_values_alone_are_narrowed_costs_what_it_runs() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.qkv, self.out = nn.Linear(6, 32), nn.Linear(32, 96), nn.Linear(32, 32)
+            self.last = nn.Linear(32, 3)
+            self.register_buffer("angles", torch.rand(8))  # keeps the width of queries and keys, as positions do
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            q, k, v = self.qkv(x).view(len(x), -1, 3, 4, 8).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q * self.angles, k * self.angles, v)
+            return self.last((x + self.out(y.transpose(1, 2).flatten(2))).mean(1))
+
+    assert check_conversion(Turned(), torch.randn(4, 12, 6)).width < 1

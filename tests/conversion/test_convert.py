@@ -1,5 +1,6 @@
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import ensemblenet
 from ensemblenet import Budget, BudgetError, ConversionError, convert, plans, split_points
+from ensemblenet.testing import check_conversion
 
 X = torch.randn(4, 20, generator=torch.Generator().manual_seed(0))
 
@@ -335,3 +337,32 @@ def test_every_public_name_is_there() -> None:
     for name in ensemblenet.__all__:
         assert getattr(ensemblenet, name) is not None
     assert callable(ensemblenet.convert)
+
+
+def test_buffers_that_are_parts_of_a_larger_memory_can_be_saved() -> None:
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("window", torch.hann_window(8))  # the first 8 of 9 numbers
+            self.register_buffer("scale", torch.tensor(0.5).expand(32))
+            self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((self.first(x * self.window) * self.scale).relu())
+
+    check_conversion(Windowed(), torch.randn(4, 8), split_at="mul#2", budget=2.0)
+    check_conversion(Windowed(), torch.randn(4, 8), split_at="input", budget=2.0)
+
+
+def test_a_compiled_base_is_what_it_compiles(tmp_path: Path) -> None:
+    base, x = (
+        nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)),
+        torch.randn(4, 8),
+    )
+    compiled = torch.compile(base, backend="eager")
+    assert isinstance(compiled, nn.Module)
+    check_conversion(compiled, x)
+    model = convert(compiled, x, seed=3).eval()
+    again = ensemblenet.load(ensemblenet.save(model, tmp_path / "model"), base)
+    torch.testing.assert_close(again(x), model(x))
+    torch.testing.assert_close(convert(base, x, seed=3).eval()(x), model(x))

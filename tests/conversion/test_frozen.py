@@ -114,6 +114,25 @@ def test_what_is_frozen_by_design_is_cut_as_buffers_are() -> None:
     assert not places.requires_grad
 
 
+def test_a_fixed_table_keeps_its_values_where_all_else_is_drawn_anew() -> None:
+    """Sinusoids of positions in a frozen nn.Embedding, as in Whisper and Marian."""
+
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.places, self.out = nn.Linear(8, 64), nn.Embedding(6, 64), nn.Linear(64, 3)
+            self.places.requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out((self.stem(x) + self.places(torch.arange(x.shape[1]))).relu().mean(1))
+
+    base, x = Placed(), torch.randn(4, 6, 8)
+    head = convert(base, x, budget=2.0, split_at="stem").heads[0]
+    assert torch.equal(head.get_parameter("places.weight"), base.places.weight)
+    assert not torch.equal(head.get_parameter("out.weight"), base.out.weight)
+    assert not head.get_parameter("places.weight").requires_grad
+
+
 def test_a_base_with_nothing_to_train_is_refused_but_can_be_looked_at() -> None:
     base = perceptron("0", "2", "4", "6")
     with pytest.raises(ConversionError, match="nothing to train") as caught:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemblenet import EnsembleNet, convert, fuse, load, save, split_points
+from ensemblenet.conversion.convert import rebuild
 from ensemblenet.conversion.split import find_cuts, head_graph, trunk_graph
 from ensemblenet.conversion.trace import trace
 from ensemblenet.ensemble import as_tuple
@@ -255,6 +256,42 @@ def test_a_size_that_the_graph_cannot_follow_is_refused_by_the_model() -> None:
     assert model(torch.randn(5, 3, 8, 8)).shape == (5, 4)
 
 
+def test_a_loop_over_a_size_is_not_cut_short() -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inward, self.cell, self.out = nn.Linear(6, 32), nn.GRUCell(32, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = x.new_zeros(x.shape[0], 32)
+            for t in range(x.shape[1]):
+                state = self.cell(self.inward(x[:, t]), state)
+            return self.out(state)
+
+    model = convert(Loop(), torch.randn(3, 5, 6), 1, 2.0, "input", init="inherit").eval()
+    for length in (3, 5, 9):
+        if length == 5:
+            assert model(torch.randn(2, length, 6)).shape == (2, 4)
+        else:
+            with pytest.raises(InputError, match=r"Input 'x' must have the shape \(any, 5, 6\)"):
+                model(torch.randn(2, length, 6))
+
+
+def test_dimensions_of_one_size_may_follow_together() -> None:
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+            return self.last((adjacency + torch.eye(x.shape[1])) @ self.first(x).relu()).sum(1)
+
+    base = Graphs()
+    model = convert(base, (torch.randn(3, 5, 6), torch.rand(3, 5, 5)), 1, 2.0, init="inherit").eval()
+    inputs = (torch.randn(2, 7, 6), torch.rand(2, 7, 7))
+    torch.testing.assert_close(model(*inputs), base(*inputs))
+
+
 def test_divisions_by_a_width_follow_the_width() -> None:
     class Normalised(nn.Module):
         def __init__(self, plain: bool) -> None:
@@ -366,6 +403,26 @@ class Wrapper(nn.Module):
         return self.net(**inputs)
 
 
+def test_embeddings_are_shared_though_heads_would_be_a_little_wider_without() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.body = (
+                nn.Embedding(100, 32),
+                nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 32)),
+            )
+            self.out = nn.Linear(32, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = self.embed(ids)
+            return self.out((h + self.body(h)).mean(1))
+
+    base, tokens = Narrow(), torch.randint(0, 100, (4, 7))
+    unshared, shared = (convert(base, tokens, split_at=name).recipe.head.width for name in ("input", "embed"))  # type: ignore[union-attr]
+    assert 0.9 * unshared < shared < unshared
+    assert convert(base, tokens).recipe.split_at == "embed"  # type: ignore[union-attr]
+
+
 def test_the_automatic_split_is_the_same_for_a_wrapped_network_and_shares_rather_than_not() -> None:
     base, inputs = make("masked")
     alone, wrapped = (convert(net, inputs).recipe for net in (base, Wrapper(Wrapper(base))))
@@ -373,3 +430,45 @@ def test_the_automatic_split_is_the_same_for_a_wrapped_network_and_shares_rather
     assert wrapped is not None
     assert alone.split_at != "input"
     assert wrapped.split_at == f"net.net.{alone.split_at}"
+
+
+class Weighted(nn.Module):
+    """A graph network whose edges have weights: with as many edges as nodes, these too have N rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 64), nn.Linear(64, 4)
+
+    def forward(self, nodes: Tensor, edges: Tensor, weights: Tensor) -> Tensor:
+        h = self.first(nodes).relu()
+        return self.last(torch.zeros_like(h).index_add(0, edges[1], weights[:, None] * h[edges[0]]))
+
+
+@pytest.mark.parametrize("edges", [5, 6])
+def test_rows_that_are_no_examples_do_not_mislead(edges: int, tmp_path: Path) -> None:
+    def inputs(n: int) -> tuple[Tensor, ...]:
+        return torch.randn(n, 8), torch.tensor([[4] * edges, [0] * edges]), torch.rand(edges)
+
+    base = Weighted()
+    model = convert(base, inputs(5)).eval()
+    assert model(*inputs(5)).shape == (5, 4)
+    again = load(save(model, tmp_path / "model"), base)
+    x = inputs(5)
+    assert torch.equal(again(*x), model(*x))
+    if edges == 5:  # one cannot know which of the rows are nodes
+        with pytest.raises(InputError, match=r"'nodes' must have the shape \(5, 8\), got \(7, 8\)"):
+            model(*inputs(7))
+    else:
+        assert model(*inputs(7)).shape == (7, 4)
+
+
+def test_layers_that_could_not_be_narrowed_before_keep_the_sizes_that_were_saved() -> None:
+    base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    recipe = convert(base, torch.randn(4, 8), split_at="input").recipe
+    assert recipe is not None
+    new = rebuild(base, recipe).heads[0].state_dict()
+    assert new["2.weight"].shape < (64, 64)
+    sizes = {name: tuple(tensor.shape) for name, tensor in new.items()}
+    kept = {"2.weight": (64, 64), "2.bias": (64,), "0.weight": (64, 8), "0.bias": (64,), "4.weight": (3, 64)}
+    old = rebuild(base, recipe, sizes | kept).heads[0].state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in old.items()} == sizes | kept

@@ -91,3 +91,20 @@ def test_tied_embeddings_stay_tied_in_a_head_and_begin_at_the_output_layers_scal
         torch.testing.assert_close(
             head.get_submodule("e").weight.std(), base.e.weight.std() * (64 / width) ** 0.5, rtol=0.03, atol=0
         )
+
+
+def test_a_tied_parameter_may_be_read_by_its_second_name() -> None:
+    class Predictions(nn.Module):  # as the head of masked words in transformers
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(12))
+            self.decoder = nn.Linear(32, 12)
+            self.decoder.bias = self.bias
+            self.shared = nn.Embedding(20, 32)
+            self.encoder = nn.ModuleDict({"tokens": nn.Embedding(20, 32), "layer": nn.Linear(32, 32)})
+            self.encoder["tokens"].weight = self.shared.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.decoder(self.encoder["layer"](self.encoder["tokens"](ids)).relu())
+
+    check_conversion(Predictions(), torch.randint(0, 20, (4, 6)))

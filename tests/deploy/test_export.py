@@ -285,9 +285,9 @@ class HidesAll(nn.Module):
 
 
 def test_a_mask_shows_something_and_an_index_exists(tmp_path):
-    example = (torch.randn(4, 6, 3), torch.ones(4, 6, 1, dtype=torch.bool))
+    example = (torch.randn(4, 1, 3), torch.zeros(4, 1, 1, dtype=torch.bool))  # the user's own would not do
     assert export(HidesAll(), tmp_path / "mask.pt2", "torch", example_inputs=example).difference == 0
-    gather = {"x": torch.randn(4, 1, 3), "index": torch.zeros(4, 1, 3, dtype=torch.int64)}
+    gather = {"x": torch.randn(4, 1, 3), "index": torch.full((4, 1, 3), 5)}
 
     class Gather(nn.Module):
         def forward(self, x, index):

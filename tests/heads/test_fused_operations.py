@@ -66,6 +66,8 @@ class Attend(nn.Module):
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
             case "grouped":
                 out = F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], self.shared, enable_gqa=True)
+            case "one key":  # for all attention heads, by broadcasting
+                out = F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], self.allowed)
             case "cross":  # one query for all examples
                 out = F.scaled_dot_product_attention(self.query, k, v)
             case "three":  # without a dimension for attention heads
@@ -78,7 +80,7 @@ class Attend(nn.Module):
 
 KINDS = (
     *("per head", "for all", "vectors", "positional", "boolean", "from features", "causal", "grouped", "cross"),
-    *("three", "plain"),
+    *("one key", "three", "plain"),
 )
 
 

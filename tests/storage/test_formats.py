@@ -8,6 +8,7 @@ import torch
 from saved_models import BASES, SAVED, inputs
 
 from ensemblenet import load
+from ensemblenet.inputs import call
 from ensemblenet.recipe import FORMAT, Recipe
 
 FORMATS = sorted(path.name for path in SAVED.iterdir())
@@ -17,22 +18,22 @@ def test_every_format_has_a_saved_model() -> None:
     assert [f"format{version}" for version in range(1, FORMAT + 1)] == FORMATS
 
 
-@pytest.mark.parametrize("name", BASES)
-@pytest.mark.parametrize("version", FORMATS)
+@pytest.mark.parametrize(("version", "name"), [(path.parent.name, path.name) for path in sorted(SAVED.glob("*/*/"))])
 def test_a_saved_model_gives_what_it_gave(version: str, name: str) -> None:
     base = None if name == "known" else BASES[name][0]()
     model = load(SAVED / version / name, base)
     outputs = json.loads((SAVED / version / "outputs.json").read_text())
     with torch.no_grad():
-        assert model(inputs(name), per_head=True).tolist() == outputs[name]
+        assert call(model, inputs(name), per_head=True).tolist() == outputs[name]
     assert model.recipe is not None
-    assert model.recipe.head.pinned == (() if name == "known" else ("conv_transpose1d",))
+    assert model.recipe.head.pinned == (("conv_transpose1d",) if name == "pinned" else ())
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_recipes_of_all_formats_say_the_same(name: str) -> None:
-    recipes = [Recipe.from_json((SAVED / version / name / "recipe.json").read_text()) for version in FORMATS]
-    assert all(recipe == recipes[0] for recipe in recipes)
+@pytest.mark.parametrize("name", ["known", "pinned"])
+def test_recipes_of_the_first_formats_say_the_same(name: str) -> None:
+    first, second = (Recipe.from_json((SAVED / f"format{k}" / name / "recipe.json").read_text()) for k in (1, 2))
+    assert first == second
+    assert (first.inputs.tree, first.inputs.only.fixed, first.output, first.head.blocks) == (0, (), None, "fewer")
 
 
 def test_old_names_of_a_recipes_fields_are_answered_with_a_warning() -> None:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 import ensemblenet
 from ensemblenet.data import MNIST1D
 from ensemblenet.errors import LoadError
+from ensemblenet.inputs import Inputs
 from ensemblenet.models import MNIST1DNet
-from ensemblenet.storage.restore import data_module, restore
+from ensemblenet.storage.restore import data_module, restore, store
 from ensemblenet.training.fit import fit
 
 
@@ -53,6 +54,18 @@ def test_a_run_restores_what_it_tested(tmp_path: Path, conversion: dict[str, Any
     assert (restored.task, restored.inputs.shape, restored.num_classes()) == ("multiclass", (40,), 10)
     assert restored.classes == list("0123456789")
     assert not restored.network.training
+
+
+def test_a_base_of_integers_is_given_integers(tmp_path: Path) -> None:
+    arguments = {"num_embeddings": 10, "embedding_dim": 3}
+    base = {"class_path": "torch.nn.Embedding", "init_args": arguments}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"base": base}, "data": {"class_path": "any.Data"}}))
+    store(torch.nn.Embedding(**arguments), "multiclass", Inputs.of(torch.tensor([1, 2])), {}, tmp_path)
+    restored = restore(tmp_path, trust=True)
+    assert (restored.inputs.dtype, restored.num_classes()) == ("int64", 3)
+    (tmp_path / "model" / "data.json").write_text('{"task": "multiclass", "input_shape": [], "input_dtype": "load"}')
+    with pytest.raises(LoadError, match=r"does not name task and input_shape: there is no dtype 'load'$"):
+        restore(tmp_path, trust=True)
 
 
 def test_other_data_of_the_same_kind(tmp_path: Path) -> None:

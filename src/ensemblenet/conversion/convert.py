@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -152,12 +153,14 @@ def convert_as(
 
 
 @torch.inference_mode(False)
-def rebuild(base: nn.Module, recipe: Recipe) -> EnsembleNet:
+def rebuild(base: nn.Module, recipe: Recipe, sizes: Mapping[str, tuple[int, ...]] | None = None) -> EnsembleNet:
     """Make the model of a recipe again, with the weights that it began with.
 
     Args:
         base: a fresh instance of the base.
         recipe: of the model.
+        sizes: of a head's parameters by name, where they are known: layers that have the base's own keep them, as an
+            older version may not have been able to narrow them.
 
     Raises:
         ConversionError: the base is not the one that the recipe was made from.
@@ -170,8 +173,24 @@ def rebuild(base: nn.Module, recipe: Recipe) -> EnsembleNet:
     """
     traced = trace(base, recipe.inputs.random(), recipe.output, recipe.inputs)
     cut = named_cut(find_cuts(traced), recipe.split_at)
-    design = design_head(traced, cut, {node for node in traced.graph.nodes if node.name in recipe.head.pinned})
+    pinned = {node for node in traced.graph.nodes if node.name in recipe.head.pinned}
+    design = design_head(traced, cut, pinned)
+    if sizes and (kept := _kept(design, recipe.head, sizes)):
+        design = design_head(traced, cut, pinned | kept)
     return _assemble(design, recipe, _base_cost(base, traced))
+
+
+def _kept(design: HeadDesign, shape: HeadShape, sizes: Mapping[str, tuple[int, ...]]) -> set[fx.Node]:
+    """The nodes of a head whose parameters have the base's sizes, and would be narrowed now."""
+    narrowed = {
+        name for name, axes in design.parameters.items() if any(axis.value(shape.size) != axis.size for axis in axes)
+    }
+    return {
+        node
+        for node in design.cut.head
+        for name, parameter in design.trace.parameters.get(node, {}).items()
+        if name in narrowed and sizes.get(name) == tuple(parameter.shape)
+    }
 
 
 @torch.inference_mode(False)

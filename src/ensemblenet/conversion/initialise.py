@@ -48,6 +48,8 @@ class Initialiser:
         """A new parameter or buffer in the place of the base's."""
         fan_in = equations.contracted.get(name)
         is_learned = isinstance(base, nn.Parameter) and (fan_in is not None or name in equations.biases)
+        if fan_in == [] and _is_frozen(base):  # a fixed table, such as of positions, that nothing sums over
+            is_learned = False
         is_cut = any(axis.value(size_of) != axis.size for axis in axes)
         if is_learned and _is_frozen(base) and (self.init == "fresh" or is_cut):
             self.lost.add(name)

@@ -24,6 +24,8 @@ _NEAR = 0.05
 # Heads narrower than this are bottlenecks rather than networks.
 _LEAST_WIDTH = 0.1
 _MULTIPLES = (8, 4, 2, 1)
+# A trunk without multiply-adds, such as embeddings, is a table of inputs: K narrow copies of it would learn the same.
+_LOOKUP_RATIO = 0.9
 _BUDGET_USED = 0.9
 _ROUNDING = 1e-9
 
@@ -160,13 +162,18 @@ def choose_plan(
             misfits[point.name] = plan
         elif able[point.name].node is trace.input_nodes[0]:
             unshared = design, plan
-        elif unshared is None or plan.width >= unshared[1].width:  # type: ignore[operator]
+        elif unshared is None or plan.width >= unshared[1].width * _least_ratio(point):  # type: ignore[operator]
             return design, plan
     if unshared:
         return unshared
     # the one that comes nearest: the widest heads, or where none fit, the least cost
     least = max(misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.share_of(limit))))
     raise _no_fit(least, replace(wanted, min_width=_least_width(wanted)), base, "at any split point")
+
+
+def _least_ratio(point: SplitPoint) -> float:
+    """How wide heads must be, as a share of heads that share nothing, for a trunk to be shared rather than not."""
+    return 1.0 if point.macs_share else _LOOKUP_RATIO
 
 
 def preferred(points: Sequence[SplitPoint], share: float = STEM) -> list[SplitPoint]:

@@ -321,8 +321,8 @@ def trunk_graph(trace: Trace, cut: Cut) -> fx.Graph:
     if trace.is_called_by_name:
         graph.placeholder("*_")  # Python takes all arguments behind it by name alone
     copies = {node: graph.placeholder(str(node.target)) for node in trace.placeholders}
-    for node in trace.graph.nodes:  # the inputs that are parts of an argument
-        if node not in copies and copies.keys() >= set(node.all_input_nodes) and node.target is operator.getitem:
+    for node in trace.graph.nodes:  # the inputs that are parts of an argument; what is taken of an input is none
+        if node.target is operator.getitem and node.args[0] in copies and "input" not in node.args[0].meta:
             copies[node] = _copy_node(graph, node, copies.__getitem__)
     for node, spec, tensor in zip(trace.input_nodes, trace.inputs.tensors, trace.tensors, strict=True):
         if spec.fixed:

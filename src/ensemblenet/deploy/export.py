@@ -132,9 +132,9 @@ def export(
     if example_inputs is None and known is None:
         raise ExportError("The model does not know the shape of its inputs: pass example_inputs.")
     inputs = known.inputs if known and example_inputs is None else Inputs.of(example_inputs)
-    for spec in inputs.tensors:
-        if format == "onnx" and spec.dtype.startswith("complex"):
-            raise ExportError(f"ONNX files take no inputs of {spec.dtype}: write format 'torch' or 'aot'.")
+    for tensor in tensors_in(inputs.zeros(like=network)):
+        if format == "onnx" and tensor.is_complex():
+            raise ExportError(f"ONNX files take no inputs of {tensor.dtype}: write format 'torch' or 'aot'.")
     given = _Given(network, inputs, [] if example_inputs is None else tensors_in(example_inputs))
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():

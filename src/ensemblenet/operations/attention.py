@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ensemblenet.operations.axes import free, multiplied, unify
+from ensemblenet.operations.axes import concatenated, free, multiplied, unify
 from ensemblenet.operations.coupling import Axes, Event, LayerSizes, Sizes
 from ensemblenet.operations.fusion import FIRST, SHARED, Program, Value, aligned_value, arguments_of, fold, unfold
 from ensemblenet.operations.linear import linear
@@ -42,7 +42,8 @@ class AttentionOperator(Operation):
             sizes.set(event.out[1], query[:3])
 
     def work(self, sizes: Sizes, event: Event) -> Axes:
-        return [*sizes.axes(event.args[0]), sizes.axes(event.args[1])[-2]]
+        query, key, value = (sizes.axes(ref) for ref in event.args[:3])
+        return [*query[:-1], key[-2], concatenated([query[-1], value[-1]])]  # one product for the weights, one behind
 
 
 @register("scaled_dot_product_attention")
@@ -90,11 +91,14 @@ def attention(
     if mask is None:
         query, key, value = (part.flatten(0, 1) for part in parts)
         return attend(query, key, value, mask, dropout, **options).unflatten(0, (num_heads, -1))
+    size = max(part.shape[2] for part in parts)
+    if not enable_gqa:  # keys that all attention heads share would be shared by all heads of the model too
+        query, key, value = (part.expand(-1, -1, size, -1, -1) for part in parts)
     if mask.ndim == query.ndim:
-        mask = fold(mask.expand(-1, -1, query.shape[2], -1, -1))
+        mask = fold(mask.expand(-1, -1, size, -1, -1))
     elif mask.ndim > 2 and mask.shape[-3] > 1:
         mask = torch.cat([mask] * num_heads, -3)
-    query, key, value = map(fold, parts)
+    query, key, value = map(fold, (query, key, value))
     return unfold(attend(query, key, value, mask, dropout, **options), num_heads)
 
 

@@ -109,7 +109,8 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None, *, tr
     if len(saved_heads) != recipe.num_heads:
         raise LoadError(f"The recipe has {recipe.num_heads} heads, the weights have {len(saved_heads)}.")
     try:
-        model = rebuild(base, recipe)
+        first = {name.removeprefix("heads.0."): shape for name, shape in shapes.items() if name.startswith("heads.0.")}
+        model = rebuild(base, recipe, first)
     except ConversionError as error:
         raise LoadError(f"The base does not fit the recipe in {folder}: {error}") from error
     _check_shapes(model, shapes, folder)

@@ -88,6 +88,7 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
         >>> [node.target for node in traced.graph.nodes]
         ['input', '0', '1', '2', 'output']
     """
+    base = getattr(base, "_orig_mod", base)  # of torch.compile
     refuse_parameter_hooks(base)
     refuse_pruned(base)
     module, computed = copy_base(base)
@@ -98,7 +99,11 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
     tensors = [tensor.detach() for tensor in tensors_in(example_inputs)]
     if num_examples(tensors) == 1:  # with two examples, sizes that follow the batch tell themselves from sizes of one
         _record(module, inputs, tensors, set(), computed, training=True)
-    few = examples(inputs, tensors, 2) if inputs.is_batched else tensors
+    few = (
+        examples(inputs, tensors, 2)
+        if inputs.is_batched and (is_known or _takes_two(base, inputs, tensors))
+        else tensors
+    )
     leaves: set[type[nn.Module]] = set()
     tried: set[str] = set()
     notes: list[str] = []
@@ -143,6 +148,18 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
     return traced
 
 
+def _takes_two(base: nn.Module, inputs: Inputs, tensors: list[Tensor]) -> bool:
+    """Whether the base takes two of the examples; a tensor of N rows may also hold indices into all of another."""
+    if len(tensors) == 1 or all(tensor.is_floating_point() for tensor in tensors):
+        return True
+    with torch.no_grad(), keeping_values(base, tensors[0]):
+        try:
+            call(copy_base(base)[0].eval(), inputs.build(examples(inputs, tensors, 2)))
+        except Exception:  # if it is another failure, all examples show it too
+            return False
+    return True
+
+
 def _in_order(base: nn.Module, named: Mapping[str, Any]) -> dict[str, Any]:
     """Named inputs in the order in which the base takes them by position."""
     order = parameter_names(base)
@@ -176,6 +193,7 @@ def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, 
                 f"to the next? {BY_HAND}"
             )
         try_sizes(traced, tensors, run)
+    twin = copy_base(base)[0].eval()  # what ran at other sizes may remember them
     with torch.no_grad():
         if differs(expected, tuple(run(traced.tensors))):
             traced.notes.append(

@@ -52,8 +52,12 @@ def check_training(traced: Trace, base: nn.Module, output: Output = None) -> Non
         raise ConversionError(
             f"In training mode the base gives other outputs than its graph: {_WHY} {KEEP_WHOLE} {BY_HAND}"
         )
-    for name, gradient in expected.gradients.items():
-        if not _agree(gradient, got.gradients.get(name)):
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in twin.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    for name, *others in names.values():  # the graph may know a tied parameter by another of its names
+        found = next((got.gradients[known] for known in (name, *others) if known in got.gradients), None)
+        if not _agree(expected.gradients[name], found):
             raise ConversionError(
                 f"In training, the gradient of {name!r} differs between the base and its graph: {_WHY} {KEEP_WHOLE} "
                 f"{BY_HAND}"
@@ -91,7 +95,7 @@ def _training_step(module: nn.Module, x: Tensor, run: Callable[[], list[Tensor]]
         ]
         if loss:
             torch.stack(loss).sum().backward()
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters(remove_duplicate=False)}
     module.zero_grad(set_to_none=True)
     return _Step([tensor.detach() for tensor in outputs], gradients)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 from ensemblenet.conversion.trace.graph import BY_HAND
 from ensemblenet.errors import ConversionError
@@ -124,9 +126,16 @@ def copy_base(base: nn.Module) -> tuple[nn.Module, dict[int, str]]:
     computed: dict[int, str] = {}
     for name, module in base.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-                computed[id(memo[id(value)])] = f"{name}.{key}".strip(".")
+            plain = key not in ("_modules", "_parameters", "_buffers")
+            for tensor in tree_leaves(value) if plain else ():
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+                    computed[id(memo[id(tensor)])] = f"{name}.{key}".strip(".")
+    storages = Counter(buffer.untyped_storage().data_ptr() for buffer in base.buffers())
+    for buffer in base.buffers():  # a part of another memory, such as torch.hann_window: safetensors cannot save it
+        storage = buffer.untyped_storage()
+        if storages[storage.data_ptr()] == 1 and storage.nbytes() != buffer.nbytes:
+            memo.setdefault(id(buffer), buffer.detach().clone(memory_format=torch.contiguous_format))
     try:
         return copy.deepcopy(base, memo), computed
     except Exception as error:

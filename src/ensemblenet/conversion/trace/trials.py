@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, Trial, arguments
 from ensemblenet.errors import ConversionError
-from ensemblenet.inputs import Inputs
+from ensemblenet.inputs import Inputs, InputSpec
 
 __all__ = ["differs", "examples", "try_sizes"]
 
@@ -83,24 +83,35 @@ def try_sizes(traced: Trace, tensors: list[Tensor], base: Base | None) -> None:
             note(found, count)
     fixed = set() if counts else {(index, 0) for index, spec in enumerate(traced.inputs.tensors) if spec.is_batched}
     few = examples(traced.inputs, tensors, 1) if 1 in counts else traced.tensors
-    for (dim, _), members in _dimensions(traced.inputs, few).items():
-        if any(dim in traced.inputs.tensors[index].fixed for index in members):
-            continue
-        found = _try_dimension(traced, few, dim, members, base)
-        if found is None:
-            fixed |= {(index, dim) for index in members}
-        else:
+
+    def follows(places: list[tuple[int, int]], size: int) -> bool:
+        if any(dim in traced.inputs.tensors[index].fixed for index, dim in places):
+            return False
+        found = _try_dimensions(traced, few, places, size, base)
+        if found is not None:
             note(found, next(len(tensor) for tensor in few if tensor.ndim))
+        return found is not None
+
+    dimensions = _dimensions(traced.inputs, few)
+    for size in dict.fromkeys(few[index].shape[dim] for index, dim in dimensions):
+        same = [(index, dim) for index, dim in dimensions if few[index].shape[dim] == size]
+        # first one dimension of all tensors; where the base takes that nowhere, all of this size
+        groups = [[place for place in same if place[1] == dim] for dim in dict.fromkeys(dim for _, dim in same)]
+        bound = [group for group in groups if not follows(group, size)]
+        if len(bound) == len(groups) > 1 and follows(same, size):
+            bound = []
+        fixed.update(place for group in bound for place in group)
     if counts - {traced.num_examples}:
         for node in batch:
             node.meta["is_batch"] = True
         for node, dim in sorted(batch_dims, key=operator.itemgetter(1)):
             node.meta.setdefault("batch_dims", []).append(dim)
     if base is not None:
-        specs = [
-            replace(spec, fixed=tuple(sorted(dim for tensor, dim in fixed if tensor == index)))
-            for index, spec in enumerate(traced.inputs.tensors)
-        ]
+        specs = []
+        for index, (spec, tensor) in enumerate(zip(traced.inputs.tensors, traced.tensors, strict=True)):
+            dims = tuple(sorted(dim for member, dim in fixed if member == index))
+            # a fixed number of examples is a size like any other
+            specs.append(replace(InputSpec.of(tensor, spec.is_batched and 0 not in dims), fixed=dims))
         traced.inputs = replace(traced.inputs, tensors=tuple(specs))
 
 
@@ -111,14 +122,15 @@ def _counts(traced: Trace, given: int) -> list[int]:
     return sorted({1, min(max(given, 3), _MOST_EXAMPLES)})
 
 
-def _try_dimension(
-    traced: Trace, tensors: list[Tensor], dim: int, members: list[int], base: Base | None
+def _try_dimensions(
+    traced: Trace, tensors: list[Tensor], places: list[tuple[int, int]], size: int, base: Base | None
 ) -> _Reader | None:
-    """The sizes that the graph reads where a dimension has another size; None where it is fixed."""
-    size = tensors[members[0]].shape[dim]
+    """The sizes that the graph reads where dimensions of one size have another; None where they are fixed."""
     for other in (size // 2, 2 * size, size + 1):
         if other not in (0, size):
-            trial = [_resized(tensor, dim, other) if k in members else tensor for k, tensor in enumerate(tensors)]
+            trial = list(tensors)
+            for index, dim in places:
+                trial[index] = _resized(trial[index], dim, other)
             try:
                 found = _run(traced, trial, base, "")
             except ConversionError:
@@ -128,13 +140,10 @@ def _try_dimension(
     return None
 
 
-def _dimensions(inputs: Inputs, tensors: list[Tensor]) -> dict[tuple[int, int], list[int]]:
-    """The dimensions behind the examples; tensors of one size in one dimension change together."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for index, (spec, tensor) in enumerate(zip(inputs.tensors, tensors, strict=True)):
-        for dim in range(1 if spec.is_batched else 0, tensor.ndim):
-            found.setdefault((dim, tensor.shape[dim]), []).append(index)
-    return found
+def _dimensions(inputs: Inputs, tensors: list[Tensor]) -> list[tuple[int, int]]:
+    """The dimensions behind the examples, each with the number of its tensor."""
+    specs = enumerate(zip(inputs.tensors, tensors, strict=True))
+    return [(index, dim) for index, (spec, x) in specs for dim in range(1 if spec.is_batched else 0, x.ndim)]
 
 
 def _run(traced: Trace, tensors: list[Tensor], base: Base | None, doubt: str) -> _Reader | None:

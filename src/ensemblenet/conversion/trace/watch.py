@@ -116,9 +116,11 @@ def _replacements(recorder: Recorder) -> list[tuple[Any, str, Callable[..., Any]
         return recorder.length(value) if isinstance(value, Tensor) and value.ndim else length(value)
 
     def tracing() -> bool:
-        # Transformers reads its masks' values unless a tracer is at work; to all others this is an ordinary run.
+        # Transformers reads its masks' values unless a tracer is at work; to all others, the networks' own files
+        # among them, this is an ordinary run.
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return caller.startswith("transformers.") or is_tracing()
+        is_shared_code = caller.startswith("transformers.") and not caller.startswith("transformers.models.")
+        return is_shared_code or is_tracing()
 
     def autocasts(*args: Any) -> bool:
         # Transformers' `maybe_autocast` turns off what it finds on; a model may meet it on in another run.
