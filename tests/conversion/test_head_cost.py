@@ -42,6 +42,12 @@ def test_plans_of_odd_graphs(name: str, budget: float) -> None:
     check(convert(make(), x, 3, budget, combine="probabilities"), x)
 
 
+def test_groups_that_become_fewer_have_fewer_statistics() -> None:
+    make, shape = ODD["volume"]
+    x = torch.randn(2, *shape)
+    check(convert(make(), x, 2, 0.9), x)
+
+
 def test_the_first_heads_of_a_model_cost_what_they_are_measured_to() -> None:
     base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
     x = torch.randn(2, 8)
