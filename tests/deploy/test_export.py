@@ -20,7 +20,7 @@ from torch import nn
 import ensemblenet
 from ensemblenet import EnsembleNet, ExportError, convert, export, fuse
 from ensemblenet.cli import main
-from ensemblenet.deploy import export as deployment
+from ensemblenet.deploy import formats
 from ensemblenet.models import MLPTagger, MNIST1DNet, MoETagger
 
 CLASSES = ["cat", 'a "quoted" dog', "Ünicode"]
@@ -357,17 +357,17 @@ def test_nothing_is_left_of_what_fails(tmp_path, network, options, message):
 
 
 def test_a_file_that_lies_is_not_kept(tmp_path, model, monkeypatch):
-    real = deployment._write_onnx
+    real = formats._write_onnx
 
     def wrong(*arguments):
         predict = real(*arguments)
         return lambda x: tuple(output * (1 + 1e-3) for output in predict(x))
 
-    monkeypatch.setattr(deployment, "_write_onnx", wrong)
+    monkeypatch.setattr(formats, "_write_onnx", wrong)
     with pytest.raises(ExportError, match=r"differs from PyTorch by 0.001 of the largest output.*Nothing was kept"):
         export(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(deployment, "_write_onnx", lambda *arguments: lambda x: torch.zeros(1, 2))
+    monkeypatch.setattr(formats, "_write_onnx", lambda *arguments: lambda x: torch.zeros(1, 2))
     with pytest.raises(ExportError, match=r"gives \(1, 2\) for inputs of shape \(1, 40\), PyTorch gives \(1, 10\)"):
         export(model, tmp_path / "model.onnx")
 
@@ -389,7 +389,7 @@ def test_models_of_half_precision(tmp_path, model):
 
 
 def test_a_missing_library_is_named(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(deployment, "_PACKAGES", ("onnx", "no_such_runtime"))
+    monkeypatch.setattr(formats, "_PACKAGES", ("onnx", "no_such_runtime"))
     with pytest.raises(ExportError, match=r"pip install 'ensemblenet\[export\]' \(No module named 'no_such_runtime'\)"):
         export(model, tmp_path / "model.onnx")
 

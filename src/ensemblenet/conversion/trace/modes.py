@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from ensemblenet.conversion.trace.recorder import PLAIN, Recorder
+from ensemblenet.conversion.trace.calls import PLAIN
+from ensemblenet.conversion.trace.recorder import Recorder
 
 __all__ = ["BY_MODE", "ByMode", "merge_modes"]
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import operator
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import FrameType, MethodType
 from typing import Any
 
@@ -20,8 +17,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ensemblenet.conversion.trace.calls import (
+    PLAIN,
+    fx_target,
+    is_atom,
+    may_write,
+    named_arguments,
+    parts_of,
+    works_in_place,
+)
 from ensemblenet.conversion.trace.chance import CHANCE, HostRandomness
-from ensemblenet.conversion.trace.graph import BY_HAND, Trace, drop_unused, parameter_names
+from ensemblenet.conversion.trace.graph import BY_HAND, Trace, drop_unused
+from ensemblenet.conversion.trace.lines import user_line
 from ensemblenet.conversion.trace.numbers import followed_functions, node_of_size, traced_number
 from ensemblenet.conversion.trace.observer import Observer
 from ensemblenet.conversion.trace.refusals import (
@@ -37,7 +44,7 @@ from ensemblenet.inputs import Inputs, call
 from ensemblenet.operations import TensorRef, operation_of
 from ensemblenet.operations.contexts import InContext
 
-__all__ = ["PLAIN", "Recorder"]
+__all__ = ["Recorder"]
 
 
 # Tensor methods that hand a value to Python: on what depends on the input, that value would be frozen.
@@ -46,11 +53,6 @@ _VALUE_READERS = {
     "item", "tolist", "numpy", "equal", "allclose", "is_nonzero",
 }  # fmt: skip
 _QUIET_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-
-
-PLAIN = (
-    bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type,
-)  # fmt: skip
 
 
 class _OpaqueError(Exception):
@@ -91,7 +93,7 @@ class Recorder(TorchFunctionMode):
     def run(self, inputs: Inputs, tensors: list[Tensor]) -> None:
         """Record one forward pass."""
         arguments = inputs.build([tensor.clone() for tensor in tensors])
-        for name, value in _named_arguments(self.root, arguments):
+        for name, value in named_arguments(self.root, arguments):
             self._input(self.graph.placeholder(name), value)
         original = nn.Module.__call__
         recorder = self
@@ -226,7 +228,7 @@ class Recorder(TorchFunctionMode):
                 )
 
     def _function(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        op, target = _fx_target(func, name)
+        op, target = fx_target(func, name)
         return self._call(lambda: func(*args, **kwargs), op, target, args, kwargs)
 
     def _sizes(self, tensor: Tensor) -> torch.Size:
@@ -249,8 +251,8 @@ class Recorder(TorchFunctionMode):
         """Run one operation and write its node, unless no tensor comes out."""
         refuse_packed(args, self.where)
         try:
-            node_args = tree_map(self._argument, tuple(args), is_leaf=_is_atom)
-            node_kwargs = tree_map(self._argument, dict(kwargs), is_leaf=_is_atom)
+            node_args = tree_map(self._argument, tuple(args), is_leaf=is_atom)
+            node_kwargs = tree_map(self._argument, dict(kwargs), is_leaf=is_atom)
         except _OpaqueError as error:
             # its result is a constant, unless it depends on the input: then the observer objects
             self.observer.opaque = f"an argument of the type {error}"
@@ -265,9 +267,9 @@ class Recorder(TorchFunctionMode):
                 out = run()
         finally:
             self.paused = False
-        if target is operator.setitem or _works_in_place(op, target) or self.observer.wrote:
+        if target is operator.setitem or works_in_place(op, target) or self.observer.wrote:
             node.meta["effect"] = True
-        elif not _may_write(self.root, op, target, kwargs):
+        elif not may_write(self.root, op, target, kwargs):
             out = self._apart(out, (args, kwargs))
         elif isinstance(out, Tensor):
             self.observer.claim_write(node, out)
@@ -298,7 +300,7 @@ class Recorder(TorchFunctionMode):
             self._keep(node, out)
             return True
         kept = False
-        for take, key, part in _parts(out):
+        for take, key, part in parts_of(out):
             child = self.graph.call_function(take, (node, key))
             child.meta.update(line=node.meta["line"], stack=node.meta["stack"])
             if self._keep_all(child, part):
@@ -322,7 +324,7 @@ class Recorder(TorchFunctionMode):
             return value.item()
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-            parts = {name: tree_map(self._argument, part, is_leaf=_is_atom) for name, part in fields.items()}
+            parts = {name: tree_map(self._argument, part, is_leaf=is_atom) for name, part in fields.items()}
             return self.graph.call_function(type(value), (), parts)
         if isinstance(value, slice):
             return slice(*(self._argument(bound) for bound in (value.start, value.stop, value.step)))
@@ -372,33 +374,8 @@ class Recorder(TorchFunctionMode):
 
     def where(self, place: Exception | FrameType | None = None) -> str:
         """The module that runs or has failed, and the user's line in it: of an error, of a frame, or of now."""
-        line = _user_line(place or sys._getframe(1))
+        line = user_line(place or sys._getframe(1), Recorder.run.__code__)
         return f"{self.label()} at {line}" if line else self.label()
-
-
-def _is_atom(value: Any) -> bool:
-    return isinstance(value, (torch.Size, slice)) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
-
-
-def _works_in_place(op: str, target: Any) -> bool:
-    """Whether an operation writes in place; it then stays although nobody reads its result."""
-    return op == "call_method" and target.endswith("_") and not target.endswith("__")
-
-
-def _may_write(root: nn.Module, op: str, target: Any, kwargs: Any) -> bool:
-    """Whether an operation writes in place in one of the modes, if perhaps not in this one."""
-    layer = root.get_submodule(target) if op == "call_module" else None
-    return bool(kwargs.get("inplace") or getattr(layer, "inplace", False))
-
-
-def _parts(value: Any) -> Iterator[tuple[Callable[..., Any], Any, Any]]:
-    """The parts of an output that may hold tensors: how each is taken, by what key, and the part."""
-    if isinstance(value, Mapping):
-        yield from ((operator.getitem, key, part) for key, part in value.items() if isinstance(key, PLAIN))
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from ((getattr, field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-    elif isinstance(value, (tuple, list)):
-        yield from ((operator.getitem, index, part) for index, part in enumerate(value))
 
 
 def _is_certain(node: fx.Node | None) -> bool:
@@ -408,53 +385,3 @@ def _is_certain(node: fx.Node | None) -> bool:
     drawn, bound = node.args
     is_uniform = isinstance(drawn, fx.Node) and drawn.target is torch.rand
     return is_uniform and isinstance(bound, (int, float)) and not 0 < bound < 1
-
-
-def _fx_target(func: Any, name: str) -> tuple[str, Any]:
-    """The kind and the target of the graph node that calls a torch function."""
-    if name == "__getitem__":
-        return "call_function", operator.getitem
-    if name == "__setitem__":
-        return "call_function", operator.setitem
-    is_method = type(func).__name__ in ("method_descriptor", "wrapper_descriptor")
-    if is_method or getattr(func, "__module__", "") == "torch._tensor":
-        return "call_method", name
-    return "call_function", func
-
-
-def _named_arguments(module: nn.Module, arguments: Any) -> list[tuple[str, Any]]:
-    """The arguments with the names that the module's forward gives them."""
-    if isinstance(arguments, dict):
-        return list(arguments.items())
-    values = arguments if isinstance(arguments, tuple) else (arguments,)
-    names = parameter_names(module)
-    names += [f"input_{index}" if index else "input" for index in range(len(names), len(values))]
-    return list(zip(names, values, strict=False))
-
-
-_PACKAGE = Path(__file__).parents[2]
-_NOT_THE_USERS = (
-    str(Path(torch.__file__).parent),
-    *(str(path) for path in _PACKAGE.iterdir() if path.name != "models"),
-    str(Path(contextlib.__file__)),
-    "<",
-)
-_LIBRARIES = ("site-packages", "dist-packages")
-
-
-def _user_line(place: Exception | FrameType) -> str | None:
-    """The innermost line of the user's own code, else of another library's than PyTorch and this, as "file:line"."""
-    if isinstance(place, Exception):
-        frames = list(traceback.walk_tb(place.__traceback__))[::-1]
-    else:
-        frames = list(traceback.walk_stack(place))
-        run = (index for index, (frame, _) in enumerate(frames) if frame.f_code is Recorder.run.__code__)
-        frames = frames[: next(run, None)]  # who called for the conversion is no part of the network
-    lines = [
-        (frame.f_code.co_filename, line)
-        for frame, line in frames
-        if not frame.f_code.co_filename.startswith(_NOT_THE_USERS)
-    ]
-    own = (line for line in lines if not any(name in line[0] for name in _LIBRARIES))
-    file, line = next(own, next(iter(lines), (None, 0)))
-    return None if file is None else f"{Path(file).name}:{line}"
