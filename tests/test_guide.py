@@ -49,7 +49,7 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
                 run_line(line, variables)
     assert set(variables) == {"BASE", "HEADS"}
     printed = capsys.readouterr().out
-    assert "Cost(parameters=78858, macs=78336.0)" in printed
+    assert "Cost(parameters=78858, macs=78336.0, activations=" in printed
     assert "torch.Size([64, 10])" in printed
     assert "first 2" in printed  # of `test`
     assert "torch.Size([100, 10]) torch.Size([100, 10]) torch.Size([100, 10])" in printed

@@ -26,6 +26,7 @@ def base() -> nn.Module:
         ({"num_heads": 0}, "num_heads must be an integer of at least 1, got 0"),
         ({"budget": -1}, "budget must be a positive number .* got -1"),
         ({"budget": Budget(parameters=0.5, macs=float("inf"))}, "budget must be a positive number .* got inf"),
+        ({"budget": Budget(time=0.0)}, "budget must be a positive number .* got 0.0"),
         ({"init": "random"}, "init must be one of"),
         ({"min_width": 2}, "min_width must be a share"),
     ],

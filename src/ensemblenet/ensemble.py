@@ -6,7 +6,7 @@ Shapes: N examples, K heads, C outputs (classes, labels or regression targets), 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ensemblenet.cost import Cost, measure_call
 from ensemblenet.functional import Combine, Task, combine_heads
 
 if TYPE_CHECKING:
-    from ensemblenet.cost import Cost
     from ensemblenet.recipe import Recipe
 
-__all__ = ["EnsembleNet", "SingleHead", "as_tuple"]
+__all__ = ["EnsembleNet", "SingleHead", "as_tuple", "combining_cost"]
 
 
 class EnsembleNet(nn.Module):
@@ -44,6 +44,7 @@ class EnsembleNet(nn.Module):
         trunk_cost: what the trunk costs, if known.
         head_cost: what one head costs, if known.
         base_cost: what the base cost, if there was one.
+        output_shapes: the shapes (N, C, *) of the tensors that a head gives, if known: their combination counts too.
 
     Attributes:
         checkpoint_activations: activation checkpointing: backward computes the activations of one head after another
@@ -83,6 +84,7 @@ class EnsembleNet(nn.Module):
         trunk_cost: Cost | None = None,
         head_cost: Cost | None = None,
         base_cost: Cost | None = None,
+        output_shapes: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
         heads = list(heads)
@@ -101,6 +103,7 @@ class EnsembleNet(nn.Module):
         self.trunk_cost = trunk_cost
         self.head_cost = head_cost
         self.base_cost = base_cost
+        self.output_shapes = output_shapes
 
     @property
     def recompute(self) -> bool:
@@ -120,10 +123,14 @@ class EnsembleNet(nn.Module):
 
     @property
     def cost(self) -> Cost | None:
-        """Parameters and MACs of the whole model, if the costs of its parts are known."""
+        """What the whole model costs, if the costs of its parts are known."""
         if self.trunk_cost is None or self.head_cost is None:
             return None
-        return self.trunk_cost + self.num_heads * self.head_cost
+        return (
+            self.trunk_cost
+            + self.num_heads * self.head_cost
+            + combining_cost(self.output_shapes, self.num_heads, self.combine, self.task)
+        )
 
     def forward(self, *args: Any, per_head: bool = False, **kwargs: Any) -> Any:
         """Run the trunk once and every head on what it gives; see the class for shapes."""
@@ -181,6 +188,28 @@ class EnsembleNet(nn.Module):
         return (kind or EnsembleNet)(self.trunk, heads, **options)
 
 
+def combining_cost(
+    output_shapes: Sequence[Sequence[int]], num_heads: int, combine: Combine = "logits", task: Task = "multiclass"
+) -> Cost:
+    """What it costs to make one prediction of K heads' outputs.
+
+    Args:
+        output_shapes: (N, C, *) of each tensor that a head gives.
+        num_heads: K.
+        combine: how, see [`ensemblenet.functional.combine_heads`][].
+        task: what the outputs mean.
+
+    Example:
+        >>> combining_cost([(2, 10)], num_heads=3).activations  # a stack and its mean
+        40.0
+    """
+    total = Cost(0, 0.0)
+    for shape in output_shapes:
+        outputs = [torch.empty(tuple(shape), device="meta") for _ in range(num_heads)]
+        total += measure_call(lambda own=outputs: combine_heads(torch.stack(own), combine, task), outputs)
+    return total
+
+
 class SingleHead(nn.Module):
     """A trunk and one head: a plain network.
 
@@ -209,7 +238,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-_OPTIONS = ("combine", "task", "balance_gradients", "recipe", "trunk_cost", "head_cost", "base_cost")
+_OPTIONS = ("combine", "task", "balance_gradients", "recipe", "trunk_cost", "head_cost", "base_cost", "output_shapes")
 
 
 def _warn_of_recompute() -> None:

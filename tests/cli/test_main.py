@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,28 @@ def test_info_shows_cost_split_points_and_widths(
     assert "(N, 32, 20)" in printed
     assert "flop_counter" in printed
     assert "does not fit" in printed
+
+
+def test_info_shows_shares_of_activations_and_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["info", NET, "--num-heads", "2", "--budget", "macs=0.9,activations=1.3"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of the base's parameters, 0.9 of its MACs and 1.3 of its activations" in printed
+    shares = [[int(share) for share in row] for row in re.findall(r"(\d+)/(\d+)/(\d+)/(\d+)", printed)]
+    assert shares
+    assert max(row[0] for row in shares) <= 100
+    assert max(row[1] for row in shares) <= 90
+    assert 100 < max(row[2] for row in shares) <= 130
+
+
+@pytest.mark.parametrize("text", ["much", "speed=1", "time", "time=fast"])
+def test_a_budget_that_says_nothing_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["info", NET, "--budget", text])
+    assert exit_.value.code == 2
+    assert "must be a number, or shares by name such as" in capsys.readouterr().err
 
 
 def test_info_takes_timm_names_and_an_input_shape(capsys: pytest.CaptureFixture[str]) -> None:

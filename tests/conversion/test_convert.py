@@ -124,6 +124,23 @@ def test_a_budget_for_each_cost() -> None:
     assert model.cost.parameters <= 0.7 * model.base_cost.parameters
 
 
+@pytest.mark.parametrize("limited", ["activations", "time"])
+def test_a_budget_of_activations_or_time_makes_heads_narrower(limited: str) -> None:
+    layers = (nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU())
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 5))
+    base, x = nn.Sequential(*layers, *pool), torch.randn(2, 3, 96, 96)
+    wide = convert(base, x, split_at="input")
+    narrow = convert(base, x, split_at="input", budget=Budget(None, None, **{limited: 1.2}))
+    assert wide.base_cost is not None
+    shares = [getattr(model.cost.share_of(wide.base_cost), limited) for model in (wide, narrow) if model.cost]
+    assert shares[0] > 1.2 >= shares[1] > 1.0
+
+
+def test_a_budget_that_is_too_small_names_what_is_limited() -> None:
+    with pytest.raises(BudgetError, match=r"a budget of 0.001 of the base's time .* is [0-9.]+ of the time \(at "):
+        convert(make(), X, budget=Budget(None, None, time=0.001))
+
+
 @pytest.mark.parametrize("name", ["perceptron", "1-d", "token mixer", "long skip"])
 def test_fresh_heads_begin_at_the_bases_scale(name: str) -> None:
     factory, shape = ODD[name]

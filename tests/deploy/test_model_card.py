@@ -17,6 +17,7 @@ from torch import nn
 import ensemblenet
 from ensemblenet import LoadError, convert, load, push_to_hub, register_timm, save
 from ensemblenet.cli.main import main
+from ensemblenet.cost import Cost
 from ensemblenet.deploy.model_card import model_card
 from ensemblenet.models import MNIST1DNet
 
@@ -123,15 +124,19 @@ def test_the_card_of_a_run(hub, model, tmp_path):
         "error, %": 3.25,
         "one head, %": 5.5,
     }
+
+    def sizes(cost: Cost) -> str:
+        return f"{cost.parameters:,} | {cost.macs:,.0f} | {cost.activations:,.0f}"
+
     cost, first, head = model.cost, model.first(2).cost, model.first(1).cost
     lines = [line for line in card.splitlines() if line.startswith("|")]
     assert lines == [
-        "|  | parameters | MACs | test error, % |",
-        "| --- | ---: | ---: | ---: |",
-        f"| base | {model.base_cost.parameters:,} | {model.base_cost.macs:,.0f} | 4.12 |",
-        f"| all 3 heads | {cost.parameters:,} | {cost.macs:,.0f} | 3.25 |",
-        f"| first 2 heads | {first.parameters:,} | {first.macs:,.0f} | 4.00 |",
-        f"| one head, mean | {head.parameters:,} | {head.macs:,.0f} | 5.50 |",
+        "|  | parameters | MACs | activations | time | test error, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| base | {sizes(model.base_cost)} | 1.00 | 4.12 |",
+        f"| all 3 heads | {sizes(cost)} | {cost.time / model.base_cost.time:.2f} | 3.25 |",
+        f"| first 2 heads | {sizes(first)} | {first.time / model.base_cost.time:.2f} | 4.00 |",
+        f"| one head, mean | {sizes(head)} | {head.time / model.base_cost.time:.2f} | 5.50 |",
     ]
     assert "NLL in nats 0.25, ECE 0.0314" in card
     assert 'ensemblenet.load("hf://someone/digits")' in card
@@ -168,7 +173,7 @@ def test_the_card_of_a_tagger_and_of_a_model_that_says_nothing():
     assert "Seeds: 3." in card
     assert 'ensemblenet.load("hf://a/b", base=a_fresh_base)' in card
     plain = model_card(model, "a/b", {"preprocessing": {"mean": [0.5]}})
-    assert "| parameters | MACs |\n" in plain
+    assert "| parameters | MACs | activations | time |\n" in plain
     assert "mean:\n- 0.5\n" in plain
     assert "model-index" not in plain
     assert "\n\n\n" not in card + plain

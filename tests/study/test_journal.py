@@ -49,6 +49,8 @@ def test_a_stored_study_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert row.pop("divergence_std") == expected.pop("agreement_std")
         setup, before = row.pop("setup"), expected.pop("setup")
         assert (setup | setup["conversion"]).items() >= before.items()
+        assert row.pop("activations") > 0
+        assert row.pop("time") > 0
         assert row == expected
 
     compare(["--resume", str(folder), "--workers", "0", "--seeds", "3"])

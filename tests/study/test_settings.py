@@ -10,6 +10,7 @@ import pytest
 import yaml
 from studies import STUDY
 
+from ensemblenet.cost import Budget
 from ensemblenet.errors import TrainingError
 from ensemblenet.study.settings import Study, Tuning, Variant, study_of, tuning_points
 from ensemblenet.training.optimization import Optimization
@@ -33,6 +34,14 @@ def test_tuning_points_cover_the_ranges_and_more_trials_keep_the_first() -> None
         assert max(values) <= high
         quarters = [int(4 * math.log(value / low) / math.log(high / low)) for value in values]
         assert all(quarters.count(quarter) >= 3 for quarter in range(4))
+
+
+def test_a_study_and_its_variants_may_limit_activations_and_time() -> None:
+    joint = {"method": "joint", "budget": {"activations": 1.5}}
+    study = study_of({**yaml_of(STUDY), "methods": ["base", joint], "budget": {"macs": None, "time": 1.2}})
+    assert study.budget == Budget(macs=None, time=1.2)
+    assert [one.setup.conversion.budget for one in study.candidates().values()][1] == Budget(activations=1.5)
+    assert study_of(yaml.safe_load(yaml.safe_dump(yaml_of(study)))) == study
 
 
 def test_a_variant_with_given_settings_is_not_tuned() -> None:

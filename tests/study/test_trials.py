@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from made_images import make_folders
 from studies import trial
 from torch import nn
 
+from ensemblenet.cost import Budget
 from ensemblenet.data import MNIST1D
 from ensemblenet.errors import TrainingError
+from ensemblenet.recipe import Conversion
 from ensemblenet.study import trials as trials_module
 from ensemblenet.study.methods import METHODS, Setup, Source, TrainingTask
-from ensemblenet.study.trials import Trial, Workers, run_trial, train, training_memory
+from ensemblenet.study.trials import Trial, Workers, run_trial, train, training_memory, trial_key
 from ensemblenet.training.optimization import Optimization
 
 
@@ -118,3 +120,10 @@ def test_each_seed_trains_on_batches_of_its_own(tmp_path: Path, name: str) -> No
         found[seed] = seen
     assert len(found[1]) > 1
     assert not all(map(torch.equal, found[1], found[2]))
+
+
+def test_a_trial_whose_budget_knew_no_activations_is_found_again() -> None:
+    old = {"setup": {"conversion": {"budget": {"parameters": 0.9, "macs": 1.0}}}}
+    new = {"setup": asdict(Setup(Conversion(num_heads=4, budget=Budget(0.9, 1.0))))}
+    assert trial_key(old) == trial_key(new)
+    assert trial_key(new) != trial_key({"setup": asdict(Setup(Conversion(num_heads=4, budget=Budget(0.9, time=1.2))))})

@@ -14,7 +14,7 @@ from ensemblenet.conversion.convert import convert_as
 from ensemblenet.errors import ConversionError
 from ensemblenet.models.sources import source_named
 from ensemblenet.recipe import Conversion
-from ensemblenet.reports.tables import MACS_NOTE
+from ensemblenet.reports.tables import COST_NOTE
 from ensemblenet.storage.checkpoint import save
 
 __all__ = ["convert"]
@@ -32,7 +32,7 @@ def convert(arguments: Sequence[str]) -> None:
     parser = command_parser(
         "convert",
         "Convert a network into a multi-headed one with fresh weights, and save it. It needs no data.",
-        MACS_NOTE,
+        COST_NOTE,
     )
     add_base(parser)
     parser.add_argument("--output", type=Path, required=True, help="the folder to create")
@@ -50,12 +50,12 @@ def convert(arguments: Sequence[str]) -> None:
     if model.recipe.base is None and ":" in options.model:
         model.recipe = replace(model.recipe, base=source_named(options.model, options.num_classes))
     save(model, options.output)
-    table = Table(title=f"{options.model}, split at {model.recipe.split_at}", caption=MACS_NOTE)
+    table = Table(title=f"{options.model}, split at {model.recipe.split_at}", caption=COST_NOTE)
     table.add_column()
-    table.add_column("parameters", justify="right")
-    table.add_column("MACs", justify="right")
-    table.add_row("base", f"{model.base_cost.parameters:,}", f"{model.base_cost.macs:,.0f}")
-    table.add_row(f"{model.num_heads} heads", f"{model.cost.parameters:,}", f"{model.cost.macs:,.0f}")
+    for heading in ("parameters", "MACs", "activations", "time"):
+        table.add_column(heading, justify="right")
+    for name, cost in (("base", model.base_cost), (f"{model.num_heads} heads", model.cost)):
+        table.add_row(name, f"{cost.parameters:,}", f"{cost.macs:,.0f}", f"{cost.activations:,.0f}", "")
     table.add_row("share", *(f"{share:.1%}" for share in model.cost.share_of(model.base_cost)))
     console = Console()
     console.print(table)

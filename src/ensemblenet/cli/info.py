@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ensemblenet.cli.options import add_base, add_trust, base_of, command_parser
 from ensemblenet.conversion.capacity import Capacity, spare_capacity
 from ensemblenet.conversion.convert import plans
-from ensemblenet.cost import measure_cost
+from ensemblenet.cost import Budget, measure_cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import inputs_and_targets, num_examples
-from ensemblenet.reports.tables import MACS_NOTE
+from ensemblenet.reports.tables import COST_NOTE
 
 __all__ = ["info"]
 
@@ -37,7 +37,7 @@ def info(arguments: Sequence[str]) -> None:
         "info",
         "Show where a network can be split, and how wide heads could be. It trains nothing, and needs no data unless "
         "MODEL is the folder of a base's run of `fit`, of which it also says whether it has capacity to spare.",
-        MACS_NOTE,
+        COST_NOTE,
     )
     add_base(parser)
     add_trust(parser)
@@ -49,28 +49,29 @@ def info(arguments: Sequence[str]) -> None:
     else:
         base, x = base_of(options)
     cost = measure_cost(base, x)
-    table = Table(title=f"{options.model}: {cost.parameters:,} parameters, {cost.macs:,.0f} MACs", caption=MACS_NOTE)
+    table = Table(title=f"{options.model}: {cost.parameters:,} parameters, {cost.macs:,.0f} MACs", caption=COST_NOTE)
     for column in ("split point", "tensor (N, ...)"):
         table.add_column(column, overflow="fold")
     for column in (
         "trunk's\nparameters",
         "trunk's\nMACs",
         f"width of\n{options.num_heads} heads",
-        "total\ncost",
+        "total\ncost, %",
     ):
         table.add_column(column, justify="right")
     for plan in plans(base, x, options.num_heads, options.budget):
         point = plan.split
         shape = ", ".join(("N", *map(str, point.shape[1:])))
         width = "does not fit" if plan.width is None else f"{plan.width:.3f}"
-        shares = "" if plan.width is None else " / ".join(f"{share:.0%}" for share in plan.cost.share_of(cost))
+        shares = "" if plan.width is None else "/".join(f"{100 * share:.0f}" for share in plan.cost.share_of(cost))
         trunk = (f"{point.parameters_share:.1%}", f"{point.macs_share:.1%}")
         table.add_row(point.name, f"({shape})", *trunk, width, shares)
     console = Console()
     console.print(table)
     console.print(
         f"width: the share of its channels that each of {options.num_heads} heads keeps when all may cost "
-        f"{options.budget:g} of the base; total cost: the whole model's parameters / MACs against the base's.",
+        f"{Budget.of(options.budget)}; total cost: the whole model's parameters/MACs/activations/time against "
+        "the base's.",
         style="dim",
         highlight=False,
     )

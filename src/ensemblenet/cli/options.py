@@ -11,6 +11,8 @@ from ensemblenet.storage import TRUST_HELP
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ensemblenet.cost import Budget
+
 __all__ = [
     "add_base",
     "add_data",
@@ -64,15 +66,30 @@ def _shape(text: str) -> tuple[int, ...]:
 # -- a network to convert
 
 
+def _budget(text: str) -> float | Budget:
+    from ensemblenet.cost import Budget
+
+    try:
+        if "=" not in text:
+            return float(text)
+        shares = dict(part.split("=") for part in text.split(","))
+        return Budget(**{name: float(share) for name, share in shares.items()})
+    except (ValueError, TypeError) as error:
+        form = "a number, or shares by name such as parameters=1,macs=1,activations=1.2,time=1.2"
+        raise argparse.ArgumentTypeError(f"must be {form}; got {text!r}") from error
+
+
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Add MODEL, what it takes, and how to convert it."""
     parser.add_argument("model", metavar="MODEL", help=_BASE)
     parser.add_argument("--num-heads", type=positive_integer, default=2, help="K (default: %(default)s)")
     parser.add_argument(
         "--budget",
-        type=float,
+        type=_budget,
         default=1.0,
-        help="the most all may cost, as a share of the base's parameters and of its MACs (default: %(default)s)",
+        metavar="SHARE",
+        help="the most all may cost, as a share of the base's parameters and of its MACs, or several shares by name: "
+        "parameters=1,macs=1,activations=1.2,time=1.2 (default: %(default)s)",
     )
     parser.add_argument("--num-classes", type=int, help="outputs of the network (default: its own)")
     parser.add_argument(

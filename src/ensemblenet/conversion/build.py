@@ -6,22 +6,25 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ensemblenet.conversion.equations import Equations
+from ensemblenet.conversion.head_cost import HeadCost
 from ensemblenet.conversion.initialise import Initialiser
 from ensemblenet.conversion.parametrised import restart_power_iterations
 from ensemblenet.conversion.split import Cut, head_graph, sizes_read, trunk_graph
-from ensemblenet.conversion.trace import BY_HAND, GraphRunner, NodeError, Trace, Trial, refs
-from ensemblenet.cost import Cost
+from ensemblenet.conversion.trace import BY_HAND, GraphRunner, NodeError, TensorRef, Trace, Trial, refs
+from ensemblenet.cost import ROOFLINE, Cost
 from ensemblenet.errors import ConversionError
 from ensemblenet.operations import LayerSizes, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, settle
 from ensemblenet.operations.coupling import name_of
 from ensemblenet.recipe import Blocks, HeadShape
+from ensemblenet.work import Traffic, sum_work
 
 __all__ = ["HeadDesign", "build_head", "build_trunk", "check_head", "design_head"]
 
@@ -76,19 +79,20 @@ class HeadDesign:
 
     def cost(self, shape: HeadShape) -> Cost:
         """What one head costs."""
-        parameters = sum(math.prod(axis.value(shape.size) for axis in axes) for axes in self.parameters.values())
-        macs = 0.0
-        for base_macs, axes in self.equations.work:
-            for axis in axes:
-                if axis.is_free():
-                    base_macs *= axis.value(shape.size) / axis.size
-            macs += base_macs
+        cost = self._cost(shape.size)
         if self.projected is not None and self.is_projected(shape):
-            weights = self.entry[self.projected].size * self.entry[self.projected].value(shape.size)
+            read, written = self.entry[self.projected].size, self.entry[self.projected].value(shape.size)
             positions = math.prod(axis.size for dim, axis in enumerate(self.entry) if dim != self.projected)
-            parameters += weights
-            macs += weights * positions
-        return Cost(parameters, macs / self.trace.num_examples)
+            shapes = ((positions, written), (positions, read), (read, written))
+            traffic = Traffic(*((TensorRef(-1, shape, None),) for shape in shapes))
+            macs = positions * read * written
+            call = sum_work(macs, traffic, self.trace.num_examples, ROOFLINE.batch)
+            cost += ROOFLINE.cost(read * written, [call])
+        return cost
+
+    @cached_property
+    def _cost(self) -> HeadCost:
+        return HeadCost(self.equations, self.parameters.values(), self.trace.num_examples)
 
 
 def design_head(trace: Trace, cut: Cut, pinned: set[fx.Node]) -> HeadDesign:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ensemblenet.conversion.planning import Plan, choose_plan, plan_at
 from ensemblenet.conversion.split import SplitPoint, find_cuts, named_cut, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.cost import Budget, Cost, count_parameters
-from ensemblenet.ensemble import EnsembleNet, as_tuple
+from ensemblenet.ensemble import EnsembleNet, as_tuple, combining_cost
 from ensemblenet.errors import ConversionError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
@@ -52,7 +53,7 @@ def convert(
             the first hold one row for each example. N of at least 2 lets layers that need several examples train.
         num_heads: K, at least 1.
         budget: the most that the model may cost, as a share of the base's parameters and of its MACs, or a
-            `Budget` for each.
+            `Budget` for each of these, activations and time.
         split_at: the name of a split point, see [`ensemblenet.split_points`][], or "auto".
         seed: the source of all chance; the same seed gives the same model.
         init: "fresh" draws all weights anew, at the scale of the base's own, so give it a base that has not been
@@ -116,10 +117,11 @@ def convert_as(
     traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
+    combining = combining_cost(_output_shapes(traced), wanted.num_heads, wanted.combine, task)
     pinned: set[fx.Node] = set()
     misfits: dict[str, Plan] = {}
     while True:
-        design, plan = choose_plan(traced, cuts, wanted, base_cost, pinned, misfits)
+        design, plan = choose_plan(traced, cuts, wanted, base_cost, combining, pinned, misfits)
         assert plan.head is not None
         if not _repair(design, plan.head, pinned):
             break
@@ -226,7 +228,8 @@ def plans(
     _check_inputs(base, example_inputs)
     traced = trace(base, example_inputs, output)
     limit = Budget.of(budget).limit(_base_cost(base, traced))
-    return [plan_at(design_head(traced, cut, set()), num_heads, limit) for cut in find_cuts(traced)]
+    combining = combining_cost(_output_shapes(traced), num_heads)
+    return [plan_at(design_head(traced, cut, set()), num_heads, limit, combining) for cut in find_cuts(traced)]
 
 
 def _check_inputs(base: nn.Module, example_inputs: Tree) -> None:
@@ -255,7 +258,11 @@ def _looks_trained(base: nn.Module) -> bool:
 
 
 def _base_cost(base: nn.Module, traced: Trace) -> Cost:
-    return Cost(count_parameters(base), sum(traced.macs.values()))
+    return replace(traced.cost(traced.graph.nodes), parameters=count_parameters(base))
+
+
+def _output_shapes(traced: Trace) -> list[tuple[int, ...]]:
+    return [traced.refs[node].shape for node in traced.outputs]
 
 
 def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node]) -> bool:
@@ -311,6 +318,7 @@ def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost, lost: set[str
         trunk_cost=design.cut.trunk_cost,
         head_cost=design.cost(recipe.head),
         base_cost=base_cost,
+        output_shapes=_output_shapes(design.trace),
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ class Equations:
         contracted: by weight, the axes that it sums over, its fan-in.
         biases: the names of biases.
         written: the axes of what layers with weights write.
-        work: the MACs of each operator in the base, and the axes they grow with.
+        inside: by tensor inside of a call that its operation states as a whole, the axes that it is taken to grow with.
+        work: the part's ATen calls, and the axes that the MACs of each grow with.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class Equations:
         self.contracted: dict[str, Axes] = {}
         self.biases: set[str] = set()
         self.written: Axes = []
-        self.work: list[tuple[float, Axes]] = []
+        self.inside: dict[int, Axes] = {}
+        self.work: list[tuple[Event, Axes]] = []
         self._weight_of: dict[int, str] = {}  # tensors that are a reshaped weight
         self._parameters = {name for name, _ in trace.module.named_parameters()}
         self._pinned = pinned
@@ -170,8 +172,9 @@ class Equations:
             for event in events:
                 self._apply_call(event)
         else:
-            self.work.append((sum(event.macs for event in events), work))
+            self.work += [(event, work) for event in events]
             known = self.trace.refs
+            self._estimate(events, [known[one] for one in (*node.all_input_nodes, node, *node.users) if one in known])
             self._follow_weight([known[arg] for arg in node.all_input_nodes if arg in known], [known.get(node)])
         if is_kept:
             for event in events:
@@ -187,8 +190,15 @@ class Equations:
         except _NOT_KNOWN:
             self.keep((event.args, event.kwargs, event.out), f"{event.name} in {event.node.meta.get('line')}")
         self._follow_weight(inputs, refs(event.out))
-        if event.macs:
-            self.work.append((event.macs, operation.work(self, event)))
+        self.work.append((event, operation.work(self, event) if event.macs else []))
+
+    def _estimate(self, events: list[Event], outside: list[TensorRef]) -> None:
+        """Take what is inside of a call to grow like the first tensor of its size around it, or like its output."""
+        axes = {math.prod(ref.shape): self.axes(ref) for ref in reversed(outside) if ref.id in self.values}
+        for event in events:
+            for ref in chain(*event.traffic):
+                if ref.id not in self.values and ref.source is None:
+                    self.inside[ref.id] = axes.get(math.prod(ref.shape), next(iter(axes.values()), []))
 
     def _follow_weight(self, inputs: list[TensorRef], outs: Iterable[TensorRef | None]) -> None:
         """What is computed from weights alone is the largest of them, in another form."""

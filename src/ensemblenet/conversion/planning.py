@@ -27,6 +27,7 @@ _MULTIPLES = (8, 4, 2, 1)
 # A trunk without multiply-adds, such as embeddings, is a table of inputs: K narrow copies of it would learn the same.
 _LOOKUP_RATIO = 0.9
 _BUDGET_USED = 0.9
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,24 @@ class Plan:
         return HeadShape.multiple if self.head is None else self.head.multiple
 
 
-def plan_at(design: HeadDesign, num_heads: int, limit: Cost) -> Plan:
+def plan_at(design: HeadDesign, num_heads: int, limit: Cost, combining: Cost) -> Plan:
     """The widest heads at one split point that the limit allows.
 
     Channels are rounded to multiples of 8; where that would leave more than a tenth of the budget unused, to
     smaller ones, and where that is so again, attention heads and groups become narrower rather than fewer.
+
+    Args:
+        design: of the heads.
+        num_heads: K.
+        limit: the most that the model may cost.
+        combining: what it costs to combine the heads' outputs.
     """
 
     def cost(shape: HeadShape) -> Cost:
-        return design.cut.trunk_cost + num_heads * design.cost(shape)
+        return design.cut.trunk_cost + num_heads * design.cost(shape) + combining
 
     def fits(cost: Cost) -> bool:
-        return cost.parameters <= limit.parameters and cost.macs <= limit.macs * (1 + 1e-9)
+        return max(cost.share_of(limit)) <= 1 + _ROUNDING
 
     best: Plan | None = None
     for blocks, multiple in product(design.blocks(), _MULTIPLES):
@@ -104,7 +111,13 @@ def _widest(fits: Callable[[float], bool]) -> float | None:
 
 
 def choose_plan(
-    trace: Trace, cuts: list[Cut], wanted: Conversion, base: Cost, pinned: set[fx.Node], misfits: dict[str, Plan]
+    trace: Trace,
+    cuts: list[Cut],
+    wanted: Conversion,
+    base: Cost,
+    combining: Cost,
+    pinned: set[fx.Node],
+    misfits: dict[str, Plan],
 ) -> tuple[HeadDesign, Plan]:
     """The split point that the user names, or the one that the automatic rule chooses.
 
@@ -113,6 +126,7 @@ def choose_plan(
         cuts: its split points.
         wanted: what the user asks for.
         base: what the base costs.
+        combining: what it costs to combine the heads' outputs.
         pinned: nodes that must keep their sizes.
         misfits: plans that do not fit, by split point; what does not fit with few pinned nodes does not with more, so
             they are not solved again. Those that are found are added.
@@ -131,7 +145,7 @@ def choose_plan(
                 f"No parameters follow split point {wanted.split_at!r}, so all heads would be the same."
             )
         design = design_head(trace, cut, pinned)
-        plan = plan_at(design, wanted.num_heads, limit)
+        plan = plan_at(design, wanted.num_heads, limit, combining)
         if plan.width is None or plan.width < (wanted.min_width or 0.0):
             raise _no_fit(plan, wanted, base, f"at split point {wanted.split_at!r}")
         return design, plan
@@ -143,7 +157,7 @@ def choose_plan(
         if point.name in misfits:
             continue
         design = design_head(trace, able[point.name], pinned)
-        plan = plan_at(design, wanted.num_heads, limit)
+        plan = plan_at(design, wanted.num_heads, limit, combining)
         if not is_eligible(plan, wanted):
             misfits[point.name] = plan
         elif able[point.name].node is trace.input_nodes[0]:
@@ -211,9 +225,9 @@ def _no_fit(plan: Plan, wanted: Conversion, base: Cost, where: str) -> BudgetErr
             f"{heads} heads that keep {wanted.min_width:g} of their channels do not fit {allowed} {where}: they could "
             f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
         )
-    parameters, macs = plan.cost.share_of(base)
+    least = Budget.of(wanted.budget).of_limited(plan.cost.share_of(base), ".3f")
     causes = f" What keeps its width there: {', '.join(plan.keepers[:3])}." if plan.keepers else ""
     return BudgetError(
-        f"{heads} heads do not fit {allowed} {where}. The least possible is {parameters:.3f} of the parameters and "
-        f"{macs:.3f} of the MACs (at {plan.split.name!r}); use fewer heads or a larger budget.{causes}"
+        f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use "
+        f"fewer heads or a larger budget.{causes}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -89,7 +89,7 @@ def find_cuts(trace: Trace) -> list[Cut]:
         ['input', '0', '1']
     """
     flow = Flow(trace)
-    total = Cost(count_parameters(trace.module), sum(trace.macs.values()))
+    total = replace(trace.cost(trace.graph.nodes), parameters=count_parameters(trace.module))
     places = _bottlenecks(trace, flow)
     # names are given first to the places where one tensor alone is alive: recipes of older versions know no others
     taken: set[str] = set()
@@ -105,7 +105,7 @@ def find_cuts(trace: Trace) -> list[Cut]:
         trunk = flow.trunk([node, *(size.args[0] for size in sizes)], position)  # type: ignore[misc]
         cost = trace.cost(trunk)
         name, aliases = names[node]
-        point = SplitPoint(name, aliases, trace.refs[node].shape, *cost.share_of(total))
+        point = SplitPoint(name, aliases, trace.refs[node].shape, *cost.share_of(total)[:2])
         has_parameters = any(trace.parameters.get(n) for n in head)
         cuts.append(Cut(point, node, inputs, trunk, head, sizes, cost, has_parameters))
     return cuts

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ensemblenet.cost import Cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.extras import require
@@ -192,13 +193,21 @@ def _table(model: EnsembleNet, results: Mapping[str, Any], base_results: Mapping
         ),
         ("one head, mean", model.first(1).cost, results.get(f"head_{score}_mean")),
     ]
-    table = [["", "parameters", "MACs"], ["---", "---:", "---:"]]
-    table += [[name, *([f"{cost.parameters:,}", f"{cost.macs:,.0f}"] if cost else ["", ""])] for name, cost, _ in rows]
+    table = [["", "parameters", "MACs", "activations", "time"], ["---", *["---:"] * 4]]
+    table += [[name, *_sizes(cost, model.base_cost)] for name, cost, _ in rows]
     if score is None:
         return table
     title = f"test {SCORES[score].label}" if score == "error" else SCORES[score].label
     scores = [title, "---:", *("" if value is None else f"{value:.2f}" for _, _, value in rows)]
     return [[*row, last] for row, last in zip(table, scores, strict=True)]
+
+
+def _sizes(cost: Cost | None, base: Cost | None) -> list[str]:
+    """A cost as a table has it: the estimated time as a share of the base's."""
+    if cost is None:
+        return [""] * 4
+    time = f"{cost.share_of(base).time:.2f}" if base and base.time else ""
+    return [f"{cost.parameters:,}", f"{cost.macs:,.0f}", f"{cost.activations:,.0f}", time]
 
 
 def _settings(config: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ensemblenet._moved import renamed
 from ensemblenet.cost import Cost, measure_cost
 from ensemblenet.data import load_all
-from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet, combining_cost
 from ensemblenet.errors import LoadError
 from ensemblenet.functional import Combine
 from ensemblenet.inputs import Inputs, Tree, call, inputs_and_targets, map_tensors, num_examples
@@ -112,7 +112,12 @@ def views(network: nn.Module, example: Tree) -> list[View]:
         chosen |= {f"head {k}": (k,) for k in several}
     chosen |= {f"first {k}": several[:k] for k in range(2, len(several))}
     trunk, head = _part_costs(network, example)
-    return [View(name, heads, trunk + len(heads) * head) for name, heads in chosen.items()]
+
+    def cost(num_heads: int) -> Cost:
+        combining = combining_cost(network.output_shapes, num_heads, network.combine, network.task)
+        return trunk + num_heads * head + combining
+
+    return [View(name, heads, cost(len(heads))) for name, heads in chosen.items()]
 
 
 def _part_costs(network: EnsembleNet, example: Tree) -> tuple[Cost, Cost]:
@@ -156,8 +161,7 @@ class Scores:
             {
                 "method": view.name,
                 "num_heads": len(view.heads),
-                "parameters": view.cost.parameters,
-                "macs": view.cost.macs,
+                **asdict(view.cost),
                 **{
                     name: value.item()
                     for name, value in metrics.compute().items()

@@ -38,6 +38,8 @@ class AttentionOperator(Operation):
                 if own.size != 1:
                     unify(own, axis)
         sizes.set(event.out[0], [*query[:3], value[3]])
+        if event.out[1].shape == event.out[0].shape[:3]:  # the logarithms of the sums
+            sizes.set(event.out[1], query[:3])
 
     def work(self, sizes: Sizes, event: Event) -> Axes:
         query, key, value = (sizes.axes(ref) for ref in event.args[:3])

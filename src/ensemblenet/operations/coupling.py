@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import fx
 
 from ensemblenet.operations.axes import Axis
+from ensemblenet.work import Traffic
 
 __all__ = ["Axes", "Event", "LayerSizes", "Narrowed", "Sizes", "TensorRef", "name_of", "refs"]
 
@@ -48,6 +49,7 @@ class Event(NamedTuple):
     kwargs: dict[str, Any]
     out: Any
     macs: float  # multiply-adds, as torch.utils.flop_counter counts them, halved
+    traffic: Traffic = Traffic()  # the tensors that it moves through memory
 
     @property
     def name(self) -> str:

@@ -218,13 +218,15 @@ class GroupNormOperator(Operation):
         features, weight, bias = event.args[:3]
         axes = sizes.axes(features)
         groups = event.args[6]
+        group = free(groups)
         if groups > 1:
-            group = free(groups)
             unify(axes[1], multiplied([group, free(axes[1].size // groups)]))
             sizes.group(event.node, group)
         for ref in (weight, bias):
             sizes.vector(ref, axes[1])
         sizes.set(event.out[0], list(axes))
+        for statistics in event.out[1:]:
+            sizes.set(statistics, [axes[0], group])
 
 
 @register(nn.GroupNorm, "group_norm")

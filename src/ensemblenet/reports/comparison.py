@@ -8,12 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
+from ensemblenet.cost import Budget
 from ensemblenet.functional import Task
 from ensemblenet.metrics.scores import SCORES, TASKS, meanings
 from ensemblenet.reports.comparison_figures import draw_against_cost, draw_heads, draw_measures, draw_weights
 from ensemblenet.reports.figures import Figure, draw_pairs
 from ensemblenet.reports.page import write_page
-from ensemblenet.reports.tables import Column, results_table, with_spread
+from ensemblenet.reports.tables import Column, results_table, time_columns, with_spread
 
 __all__ = ["PAGE", "comparison_table", "ranked", "summary", "write_comparison"]
 
@@ -212,6 +213,7 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         of("p", lambda row: "" if row["kind"] == "base" else _p(row)),
         of("params", lambda row: f"{row['parameters'] / base['parameters']:.2f}"),
         of("MACs", lambda row: f"{row['macs'] / base['macs']:.2f}"),
+        *(of(column.heading, column.cell) for column in time_columns(rows)),
         of("one head, %", lambda row: with_spread(row, "head_error") if row["num_heads"] > 1 else ""),
         of("runs", lambda row: str(row["seeds"]) + (f" ({n} failed)" if (n := len(row["failed_seeds"])) else "")),
         *(score(name) for name in measured if any(f"{name}_mean" in row for row in rows)),
@@ -243,7 +245,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     notes = [
         f"Every method was trained for {study['epochs']} epochs by {study['optimizer']} with the same schedule, "
         f"batches and augmentation; the last epoch counts. Conversions have {study['num_heads']} heads, cost at most "
-        f"{study['budget']:g} of the base's parameters and MACs, and part at {study['split_at']!r}, unless a method "
+        f"{Budget.of(study['budget'])}, and part at {study['split_at']!r}, unless a method "
         "says otherwise."
     ]
     if len(fixed) < len(rows):

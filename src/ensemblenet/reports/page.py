@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ensemblenet.reports.figures import DPI, NARROW, THEMES, Figure
-from ensemblenet.reports.tables import MACS_NOTE, Column, results_columns
+from ensemblenet.reports.tables import COST_NOTE, Column, results_columns
 from ensemblenet.storage.atomic import atomic_path
 
 __all__ = ["Card", "Cards", "write_page"]
@@ -99,7 +99,7 @@ def write_page(
         lead=None if lead is None else shown(lead),
         columns=columns or results_columns(rows),
         rows=rows,
-        macs_note=MACS_NOTE,
+        macs_note=COST_NOTE,
         sections={heading: [shown(item) for item in items] for heading, items in sections.items()},
         notes=notes,
         environment={key: value for key, value in environment.items() if value != []},

@@ -13,16 +13,20 @@ from rich.table import Table
 from ensemblenet.metrics.scores import IN_PERCENT, SCORES, row_scale
 
 __all__ = [
-    "MACS_NOTE",
+    "COST_NOTE",
     "Column",
     "results_columns",
     "results_table",
     "scores_columns",
     "short_number",
+    "time_columns",
     "with_spread",
 ]
 
-MACS_NOTE = "MACs are multiply-adds for one example: half of what torch.utils.flop_counter counts."
+COST_NOTE = (
+    "MACs are multiply-adds for one example: half of what torch.utils.flop_counter counts. Activations (act.) are the "
+    "elements that operators write for it; time is an estimate for an accelerator."
+)
 
 Row = Mapping[str, Any]
 
@@ -57,7 +61,7 @@ def results_table(rows: Sequence[Row], title: str | None = None, columns: Sequen
         1
     """
     columns = columns or results_columns(rows)
-    table = Table(title=title, caption=MACS_NOTE, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table = Table(title=title, caption=COST_NOTE, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for k, column in enumerate(columns):
         table.add_column(column.heading, justify="right" if k else "left", no_wrap=True)
     for row in rows:
@@ -78,6 +82,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
         Column("K", lambda row: str(row["num_heads"])),
         Column("params", lambda row: f"{row['parameters']:,}"),
         Column("MACs", lambda row: f"{row['macs']:,.0f}"),
+        *time_columns(rows),
         *(
             Column(SCORES[name].label, partial(with_spread, name=name))
             for name in IN_PERCENT
@@ -103,7 +108,24 @@ def scores_columns(rows: Sequence[Row]) -> list[Column]:
         Column("", lambda row: row["method"]),
         Column("params", lambda row: short_number(row["parameters"])),
         Column("MACs", lambda row: short_number(row["macs"])),
+        *time_columns(rows),
         *(Column(score.heading, partial(text, name=name)) for name, score in SCORES.items() if name in rows[0]),
+    ]
+
+
+def time_columns(rows: Sequence[Row]) -> list[Column]:
+    """Activations and estimated time against the first row's; results of older versions have none.
+
+    Example:
+        >>> rows = [{"activations": 10.0, "time": 20.0}, {"activations": 15.0, "time": 25.0}]
+        >>> [(column.heading, column.cell(rows[1])) for column in time_columns(rows)]
+        [('act.', '1.50'), ('time', '1.25')]
+    """
+    whole = rows[0]
+    return [
+        Column(heading, lambda row, name=name: f"{row[name] / whole[name]:.2f}")
+        for heading, name in (("act.", "activations"), ("time", "time"))
+        if whole.get(name) and all(name in row for row in rows)
     ]
 
 

@@ -11,6 +11,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from itertools import count
@@ -140,7 +141,7 @@ def scores_row(method: str, cost: Cost, scores: Mapping[str, Sequence[float]], *
         (62.0, [61.0, 63.0], 2)
     """
     [seeds] = {len(values) for values in scores.values()}
-    row: dict[str, Any] = {"method": method, "parameters": cost.parameters, "macs": cost.macs}
+    row: dict[str, Any] = {"method": method, **asdict(cost)}
     for name, values in scores.items():
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         row |= {f"{name}_mean": statistics.fmean(values), f"{name}_std": spread}

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from scipy.stats import qmc
 
+from ensemblenet.cost import Budget
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
 from ensemblenet.recipe import Conversion
@@ -84,7 +85,7 @@ class Variant:
         method: a key of `ensemblenet.study.methods.METHODS`.
         name: its name in tables; None takes the method's title.
         num_heads: K.
-        budget: share of the base's parameters and MACs.
+        budget: share of the base's parameters and MACs, or an `ensemblenet.Budget`.
         split_at: a split point.
         weight: lambda of co-distillation.
         lr: a fixed learning rate; with `weight_decay` it replaces tuning.
@@ -103,7 +104,7 @@ class Variant:
     method: str
     name: str | None = None
     num_heads: int | None = None
-    budget: float | None = None
+    budget: float | Budget | None = None
     split_at: str | None = None
     weight: float | None = None
     lr: float | None = None
@@ -149,7 +150,8 @@ class Study:
         methods: keys of methods, or variants; None takes all. The first must be the base.
         task: "multiclass" or "multilabel".
         num_heads: K.
-        budget: the most that a conversion may cost, as a share of the base's parameters and MACs.
+        budget: the most that a conversion may cost, as a share of the base's parameters and MACs, or a share for each
+            cost, as in [`ensemblenet.Budget`][].
         split_at: the split point, for methods that share a trunk.
         weight: lambda of co-distillation.
         epochs: passes over the training examples; the last epoch counts.
@@ -173,7 +175,7 @@ class Study:
     methods: Sequence[str | Variant] | None = None
     task: Literal["multiclass", "multilabel"] = "multiclass"
     num_heads: int = 4
-    budget: float = 0.95
+    budget: float | Budget = 0.95
     split_at: str = "auto"
     weight: float = 2.0
     epochs: int = 40
@@ -259,10 +261,17 @@ def study_of(settings: Mapping[str, Any]) -> Study:
         (0.01, 0.1)
     """
     known = {field.name for field in fields(Study)}
-    given = {key: value for key, value in settings.items() if key in known}
+    given = _with_budget({key: value for key, value in settings.items() if key in known})
     if given.get("methods"):
-        given["methods"] = [Variant(**item) if isinstance(item, Mapping) else item for item in given["methods"]]
+        methods = given["methods"]
+        given["methods"] = [Variant(**_with_budget(item)) if isinstance(item, Mapping) else item for item in methods]
     if "tuning" in given:
         ranges = {name: tuple(given["tuning"][name]) for name in ("lr", "weight_decay") if name in given["tuning"]}
         given["tuning"] = Tuning(**(given["tuning"] | ranges))
     return Study(**given)
+
+
+def _with_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings whose budget, if it is of several shares, is one."""
+    budget = settings.get("budget")
+    return {**settings, **({"budget": Budget.of(budget)} if isinstance(budget, Mapping) else {})}

@@ -113,9 +113,9 @@ class TrainingTask(nn.Module):
         return 0
 
     def cost(self, example: Tree) -> Cost:
-        """The cost of a prediction: parameters, and MACs for one example."""
+        """The cost of a prediction."""
         total = measure_cost(self, example)
-        return Cost(total.parameters - self.training_only(), total.macs)
+        return replace(total, parameters=total.parameters - self.training_only())
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule, seed_everything
 from torch import Tensor, nn
 
 from ensemblenet._moved import renamed
+from ensemblenet.cost import Budget
 from ensemblenet.data import DataModule
 from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.inputs import Tree, call, inputs_and_targets, tensors_in, to_device
@@ -127,6 +128,8 @@ def _complete_setup(stored: Mapping[str, Any]) -> dict[str, Any]:
     setup = asdict(Setup())
     beside = {key: value for key, value in stored.items() if key in setup["conversion"]}
     conversion = setup["conversion"] | stored.get("conversion", {}) | beside
+    if isinstance(conversion["budget"], dict):
+        conversion["budget"] = asdict(Budget()) | conversion["budget"]
     return setup | {key: value for key, value in stored.items() if key not in beside} | {"conversion": conversion}
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ensemblenet.cost import Cost
+from ensemblenet.cost import ROOFLINE, Cost
 from ensemblenet.inputs import Inputs
 from ensemblenet.operations import Event, TensorRef
+from ensemblenet.work import sum_work
 
 __all__ = ["BY_HAND", "GraphRunner", "NodeError", "Trace", "Trial", "arguments", "depends_on_input", "drop_unused"]
 
@@ -59,12 +60,10 @@ class Trace:
     trials: list[Trial] = field(default_factory=list)
 
     @cached_property
-    def macs(self) -> dict[fx.Node, float]:
-        """The multiply-adds of each node, for one example."""
-        macs: dict[fx.Node, float] = {}
-        for event in self.events:
-            macs[event.node] = macs.get(event.node, 0.0) + event.macs / self.num_examples
-        return macs
+    def work(self) -> list[tuple[fx.Node, list[float]]]:
+        """What each ATen call does, and its node; see [`ensemblenet.work.work_of`][]."""
+        examples, batch = self.num_examples, ROOFLINE.batch
+        return [(event.node, sum_work(event.macs, event.traffic, examples, batch)) for event in self.events]
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -93,7 +92,7 @@ class Trace:
         """What a part of the base costs."""
         nodes = set(nodes)
         sizes = {id(p): p.numel() for node in nodes for p in self.parameters.get(node, {}).values()}
-        return Cost(sum(sizes.values()), sum(self.macs.get(node, 0.0) for node in nodes))
+        return ROOFLINE.cost(sum(sizes.values()), [work for node, work in self.work if node in nodes])
 
     @property
     def num_examples(self) -> int:

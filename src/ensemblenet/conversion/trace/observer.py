@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ensemblenet.conversion.trace.graph import BY_HAND
@@ -20,6 +19,7 @@ from ensemblenet.conversion.trace.refusals import KEEP_WHOLE, refuse_dynamic_sha
 from ensemblenet.errors import ConversionError
 from ensemblenet.operations import Event, TensorRef
 from ensemblenet.operations.coupling import name_of
+from ensemblenet.work import Traffic, count_macs, memory_of, traffic_of
 
 if TYPE_CHECKING:
     from ensemblenet.conversion.trace.recorder import Recorder
@@ -81,7 +81,7 @@ class Observer(TorchDispatchMode):
 
     def hold(self, tensor: Tensor) -> None:
         """Note that the graph refers to a tensor, so that writing into it is more than a node's own affair."""
-        memory = _memory(tensor)
+        memory = memory_of(tensor)
         if memory is not None:
             self._held.add(memory)
 
@@ -106,7 +106,7 @@ class Observer(TorchDispatchMode):
         return self._comes_from(self._chance, tensor)
 
     def _comes_from(self, origin: _Origin, tensor: Tensor) -> bool:
-        return self.ids.get(tensor) in origin.ids or (bool(origin.memory) and _memory(tensor) in origin.memory)
+        return self.ids.get(tensor) in origin.ids or (bool(origin.memory) and memory_of(tensor) in origin.memory)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -120,9 +120,10 @@ class Observer(TorchDispatchMode):
         out = func(*args, **kwargs)
         ref_out = tree_map(self._refer, out)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        written = [_memory(tensor) for tensor in _written(func, args, kwargs)]
+        written = [memory_of(tensor) for tensor in _written(func, args, kwargs)]
         self.wrote = self.wrote or not self._held.isdisjoint(written)
         from_input = any(map(self.comes_from_input, inputs))
+        traffic = traffic_of(func, inputs, outputs, self.comes_from_input)
         if from_input:
             self._check(func, args, kwargs)
         by_chance = torch.Tag.nondeterministic_seeded in func.tags or any(map(self.comes_by_chance, inputs))
@@ -133,8 +134,9 @@ class Observer(TorchDispatchMode):
         if self.node is not None:
             if torch.Tag.nondeterministic_seeded in func.tags:
                 self.node.meta["random"] = True
-            macs = _count_macs(func, ref_args, ref_kwargs, ref_out)
-            self.events.append(Event(self.node, func, ref_args, ref_kwargs, ref_out, macs))
+            macs = count_macs(func, ref_args, ref_kwargs, ref_out)
+            moved = Traffic(*(tuple(map(self.ref, tensors)) for tensors in traffic))
+            self.events.append(Event(self.node, func, ref_args, ref_kwargs, ref_out, macs, moved))
         return out
 
     def _check(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -156,15 +158,6 @@ class Observer(TorchDispatchMode):
 
     def _refer(self, value: Any) -> Any:
         return self.ref(value) if isinstance(value, Tensor) else value
-
-
-def _memory(tensor: Tensor) -> StorageWeakRef | None:
-    """A tensor's memory; a weak reference to it, so that no later tensor is taken for this one."""
-    with torch._C.DisableTorchFunction():
-        try:
-            return StorageWeakRef(tensor.untyped_storage())
-        except (NotImplementedError, RuntimeError):  # sparse tensors, and those inside of `vmap`
-            return None
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
@@ -200,19 +193,3 @@ def _only_reads(node: fx.Node, func: Any) -> bool:
     bounds = tree_leaves(node.args[1], is_leaf=lambda part: isinstance(part, slice))
     slices = [bound for part in bounds if isinstance(part, slice) for bound in (part.start, part.stop, part.step)]
     return not any(isinstance(bound, fx.Node) and "scalar" not in bound.meta for bound in slices)
-
-
-def _count_macs(op: Any, args: Any, kwargs: Any, out: Any) -> float:
-    count = flop_registry.get(getattr(op, "overloadpacket", None))
-    return 0 if count is None else count(*_shapes(args), **_shapes(kwargs), out_val=_shapes(out)) / 2
-
-
-def _shapes(value: Any) -> Any:
-    """An event's arguments, with shapes in the place of tensors."""
-    if isinstance(value, TensorRef):
-        return torch.Size(value.shape)
-    if isinstance(value, dict):
-        return {key: _shapes(part) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_shapes(part) for part in value)
-    return value
