@@ -45,7 +45,7 @@ RENAMED = {
     "ensemblenet.functional.agreement": "ensemblenet.functional.divergence",
     "ensemblenet.heads.measure": "ensemblenet.timing.measure",
     "ensemblenet.heads.step": "ensemblenet.timing.step",
-    "ensemblenet.recipe.find_source": "ensemblenet.models.sources.find_source",
+    "ensemblenet.recipe.find_source": "ensemblenet.models.finding.find_source",
     "ensemblenet.evaluation.findings.pairs": "ensemblenet.metrics.diversity.same_class",
     "ensemblenet.evaluation.predictions.predict": "ensemblenet.cli.predict.predict",
     "ensemblenet.evaluation.scoring.test": "ensemblenet.cli.test.test",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversion", "HeadShape", "Init", "Recipe"]
 
-__getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.sources.find_source"})
+__getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.finding.find_source"})
 
 Init = Literal["fresh", "inherit"]
 Blocks = Literal["fewer", "narrower"]

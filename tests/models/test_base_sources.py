@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ensemblenet import LoadError, convert, load, save
-from ensemblenet.models.sources import BaseSource, find_source, is_plain
+from ensemblenet.models.finding import find_source
+from ensemblenet.models.sources import BaseSource, is_plain
 from ensemblenet.recipe import Recipe
 
 SMALL_ROPE = {"num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}

@@ -21,7 +21,7 @@ from ensemblenet.ensemble import EnsembleNet, as_tuple, combining_cost
 from ensemblenet.errors import ConversionError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
-from ensemblenet.models.sources import find_source
+from ensemblenet.models.finding import find_source
 from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe
 
 __all__ = ["convert", "convert_as", "plans", "rebuild", "split_points"]

@@ -1,16 +1,14 @@
-"""Networks by name, as the command line and configurations take them, and where a base came from."""
+"""Networks by name, as the command line, configurations and stored recipes give them."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -20,11 +18,11 @@ from ensemblenet.errors import EnsembleNetError, LoadError, MissingExtraError
 from ensemblenet.extras import require
 
 __all__ = [
+    "TIMM_ARGUMENTS",
     "BaseSource",
     "ModelNameError",
     "create",
     "default_input_shape",
-    "find_source",
     "is_known",
     "is_plain",
     "made_with",
@@ -34,15 +32,13 @@ __all__ = [
 _OWN = "ensemblenet.models"
 
 # the arguments of timm's networks that a stored source may have
-_TIMM_ARGUMENTS = (
+TIMM_ARGUMENTS = (
     *("num_classes", "in_chans", "img_size", "global_pool", "class_token", "no_embed_class", "dynamic_img_size"),
     *("drop_rate", "drop_path_rate"),
 )
-# of transformers' configurations: what names people, places and tasks; what may be any text; what fetches more
-_ORIGIN = ("_name_or_path", "architectures", "task_specific_params", "transformers_version")
+# of transformers' configurations: what may be any text, and what fetches more
 _LABELS = ("id2label", "label2id")
 _FETCHING = ("auto_map", "backbone", "quantization_config", "use_pretrained_backbone")
-_STATES = ("training", "grad_checkpointing", "gradient_checkpointing")  # attributes that are no settings of a layer
 
 
 class ModelNameError(EnsembleNetError, ValueError):
@@ -196,7 +192,7 @@ def _suggest(name: str, known: Sequence[str]) -> str:
 
 
 def made_with(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a network, as plain data, for [`find_source`][ensemblenet.models.sources.find_source].
+    """The arguments of a network, as plain data, for [`find_source`][ensemblenet.models.finding.find_source].
 
     Args:
         given: the `locals()` of its constructor before it sets others.
@@ -259,7 +255,7 @@ class BaseSource:
             raise LoadError(f"The base {self.name!r} of {self.factory} cannot be built: {error}") from error
 
     def _build_timm(self) -> nn.Module:
-        arguments = {key: value for key, value in self.arguments.items() if key in _TIMM_ARGUMENTS}
+        arguments = {key: value for key, value in self.arguments.items() if key in TIMM_ARGUMENTS}
         return _from_timm(self.name, arguments, None)
 
     def _build_transformers(self) -> nn.Module:
@@ -315,81 +311,6 @@ def _is_word(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w.+-]*", value) is not None
 
 
-def find_source(base: nn.Module, input_shape: tuple[int, ...]) -> BaseSource | None:
-    """Where a base comes from, if a known factory makes one that is the same in all but the values of its weights.
-
-    Args:
-        base: the network.
-        input_shape: of one example.
-
-    Returns:
-        The source, after building it once; None where none gives the same layers with the same settings.
-
-    Example:
-        >>> from ensemblenet.models import MNIST1DNet
-        >>> find_source(MNIST1DNet(8), (40,))
-        BaseSource(factory='ensemblenet', name='MNIST1DNet', arguments={'width': 8, 'num_classes': 10})
-    """
-    module = type(base).__module__
-    candidates: Iterable[BaseSource] = ()
-    if module.startswith("timm.") and getattr(base, "pretrained_cfg", None):
-        candidates = _timm_candidates(base, input_shape)
-    elif module.startswith("transformers.models."):
-        candidates = [_transformers_source(base)]
-    elif module.startswith(f"{_OWN}.") and isinstance(getattr(base, "arguments", None), dict):
-        candidates = [BaseSource("ensemblenet", type(base).__name__, dict(base.arguments))]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    with torch.random.fork_rng([]):
-        return next((source for source in candidates if is_plain(asdict(source)) and _makes(source, base)), None)
-
-
-def _timm_candidates(base: nn.Module, input_shape: tuple[int, ...]) -> Iterator[BaseSource]:
-    """timm's networks do not keep the arguments that they were made with: what can be seen of them is tried."""
-    name = str(base.pretrained_cfg["architecture"])  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    arguments: dict[str, Any] = {"num_classes": base.num_classes}
-    if input_shape[0] != 3:
-        arguments["in_chans"] = input_shape[0]
-    yield BaseSource("timm", name, arguments)
-    of_input = {"img_size": [*input_shape[1:]]}
-    yield BaseSource("timm", name, arguments | of_input)
-    try:
-        default = _seen_arguments(BaseSource("timm", name, arguments).build())
-    except LoadError:
-        return
-    seen = {key: value for key, value in _seen_arguments(base).items() if value != default.get(key)}
-    yield BaseSource("timm", name, arguments | seen)
-    yield BaseSource("timm", name, arguments | of_input | seen)
-
-
-def _seen_arguments(network: nn.Module) -> dict[str, Any]:
-    """Arguments that a network of timm's shows in its attributes and layers."""
-    seen = {key: getattr(network, key) for key in _TIMM_ARGUMENTS if _is_setting(getattr(network, key, nn.Module))}
-    if (size := getattr(getattr(network, "patch_embed", None), "img_size", None)) is not None:
-        seen["img_size"] = [*size] if isinstance(size, tuple) else size
-    layer: Any
-    for layer in network.modules():
-        kind = type(layer).__name__
-        if kind == "SelectAdaptivePool2d":
-            seen["global_pool"] = layer.pool_type
-        elif kind == "DropPath":
-            seen["drop_path_rate"] = max(seen.get("drop_path_rate", 0.0), round(layer.drop_prob, 6))
-    if hasattr(network, "has_class_token"):
-        seen["class_token"] = network.has_class_token
-    return seen
-
-
-def _transformers_source(base: Any) -> BaseSource:
-    def without_origin(value: Any) -> Any:
-        if isinstance(value, list):
-            return [without_origin(item) for item in value]
-        if isinstance(value, dict):
-            return {key: without_origin(item) for key, item in value.items() if key not in _ORIGIN}
-        return value
-
-    config = without_origin(json.loads(base.config.to_json_string()))
-    how = {"config": config, "attn_implementation": base.config._attn_implementation}
-    return BaseSource("transformers", type(base).__name__, how)
-
-
 def source_named(name: str, num_classes: int | None = None) -> BaseSource:
     """The source of a network that the user named as `torchvision:NAME` or `module.path:callable`.
 
@@ -400,35 +321,3 @@ def source_named(name: str, num_classes: int | None = None) -> BaseSource:
     factory, _, rest = name.partition(":")
     arguments = {} if num_classes is None else {"num_classes": num_classes}
     return BaseSource(factory, rest, arguments) if factory == "torchvision" else BaseSource("module", name, arguments)
-
-
-def _makes(source: BaseSource, base: nn.Module) -> bool:
-    """Whether a source makes the same layers with the same settings, shapes and dtypes."""
-    try:
-        made = source.build()
-    except (LoadError, MissingExtraError):
-        return False
-    if type(made) is not type(base) or repr(made) != repr(base) or _facts(made) != _facts(base):
-        return False
-    fixed = [{name: own for name, own in m.named_buffers() if name not in m.state_dict()} for m in (made, base)]
-    return all(torch.equal(own, fixed[1][name].to(own.device)) for name, own in fixed[0].items())
-
-
-def _facts(network: nn.Module) -> dict[str, Any]:
-    """The shapes and dtypes of all tensors of a network, and the settings of all of its layers."""
-    facts: dict[str, Any] = {
-        name: (tensor.shape, tensor.dtype)
-        for name, tensor in (*network.state_dict().items(), *network.named_parameters(), *network.named_buffers())
-    }
-    for path, layer in network.named_modules():
-        for name, value in vars(layer).items():
-            if _is_setting(value) and not name.startswith("_") and name not in _STATES:
-                facts[f"{path}:{name}"] = value
-        facts[f"{path}:attention"] = getattr(getattr(layer, "config", None), "_attn_implementation", None)
-    return facts
-
-
-def _is_setting(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_setting, value))
-    return value is None or isinstance(value, (int, float, str, torch.dtype, FunctionType, BuiltinFunctionType))

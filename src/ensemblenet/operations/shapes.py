@@ -1,4 +1,6 @@
-"""What gives tensors other dimensions: reshaping, moving, repeating, joining and cutting them."""
+"""What gives tensors other dimensions: reshaping, moving, repeating, joining and cutting them; in one
+file, since they share how sizes are renumbered.
+"""
 
 from __future__ import annotations
 
