@@ -417,6 +417,22 @@ def test_attention_uses_its_budget_however_many_heads_it_has(num_heads: int) -> 
     torch.testing.assert_close(fuse(convert(base, x, budget=0.9).eval())(x), convert(base, x, budget=0.9).eval()(x))
 
 
+def test_a_budget_that_nothing_fits_names_the_buffer_that_keeps_the_width() -> None:
+    class Spline(nn.Module):
+        """As in Kolmogorov-Arnold networks: every channel is compared with a grid of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(8, 64), nn.Linear(64, 3)
+            self.register_buffer("grid", torch.linspace(-1, 1, 5).repeat(64, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((self.first(x)[..., None] - self.grid).relu().sum(-1))
+
+    with pytest.raises(BudgetError, match=r"What keeps its width there: the buffer grid\."):
+        convert(Spline(), torch.randn(4, 8), split_at="input")
+
+
 def test_attention_whose_values_alone_are_narrowed_costs_what_it_runs() -> None:
     class Turned(nn.Module):
         def __init__(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -83,7 +84,7 @@ class Equations:
 
     def axes(self, ref: TensorRef) -> Axes:
         if ref.id not in self.values:
-            new = free if ref.source in self._parameters else kept
+            new = free if ref.source in self._parameters else partial(kept, cause=_named_constant(ref.source))
             self.values[ref.id] = self._source(ref, new) if ref.source else [kept(size) for size in ref.shape]
         return self.values[ref.id]
 
@@ -207,6 +208,13 @@ class Equations:
             for out in outs:
                 if out is not None:
                     self._weight_of[out.id] = largest.source or self._weight_of[largest.id]
+
+
+def _named_constant(source: str | None) -> str | None:
+    """A tensor that is no parameter, in words, as what keeps the sizes of all that it meets."""
+    if source is None or not source.startswith("_constant"):
+        return source and f"the buffer {source}"
+    return "a tensor that is neither a parameter nor a buffer"
 
 
 def _operation_of_operator(event: Event) -> Operation:
