@@ -42,7 +42,7 @@ def estimated_ratios(name: str, num_heads: int, split_at: str) -> dict[str, floa
     model = convert(timm.create_model(network.name), x, num_heads, split_at=split_at)
     assert model.cost is not None
     assert model.base_cost is not None
-    return model.cost.share_of(model.base_cost)._asdict()
+    return model.cost.shares_of(model.base_cost)._asdict()
 
 
 def ranks(values: list[float]) -> np.ndarray:

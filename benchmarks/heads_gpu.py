@@ -246,7 +246,7 @@ def split_row(base: nn.Module, looped: EnsembleNet, network: Network, seconds: f
     written = {name: activations(model, x[:2]) for name, model in (("base", base), ("looped", looped))}
     assert looped.cost is not None
     assert looped.base_cost is not None
-    shares = looped.cost.share_of(looped.base_cost)
+    shares = looped.cost.shares_of(looped.base_cost)
     return {
         **found, "peak_mb": peaks, "activations": written, "activations_ratio": written["looped"] / written["base"],
         "parameters_share": shares[0], "macs_share": shares[1],

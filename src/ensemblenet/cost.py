@@ -53,7 +53,7 @@ class Cost:
     Example:
         >>> Cost(parameters=10, macs=100.0) + 2 * Cost(parameters=1, macs=5.0)
         Cost(parameters=12, macs=110.0, activations=0.0, time=0.0)
-        >>> Cost(parameters=5, macs=25.0).share_of(Cost(parameters=10, macs=100.0)).macs
+        >>> Cost(parameters=5, macs=25.0).shares_of(Cost(parameters=10, macs=100.0)).macs
         0.25
     """
 
@@ -68,9 +68,13 @@ class Cost:
     def __rmul__(self, times: int) -> Cost:
         return Cost(*(times * own for own in astuple(self)))
 
-    def share_of(self, other: Cost) -> Shares:
+    def shares_of(self, other: Cost) -> Shares:
         """This cost's parts as shares of another's."""
         return Shares(*map(_share, astuple(self), astuple(other)))
+
+    def share_of(self, other: Cost) -> tuple[float, float]:
+        """The parameters and the MACs as shares of another's: what a plain budget limits."""
+        return self.shares_of(other)[:2]
 
 
 def _share(part: float, whole: float) -> float:

@@ -100,7 +100,7 @@ def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> 
     # memory that lies otherwise than in the base may ask a layer for a copy, which no plan foresees
     for planned, found in ((model.cost.activations, measured.activations), (model.cost.time, measured.time)):
         assert abs(planned - found) <= 0.2 * found, f"cost says {model.cost}, measured {measured}"
-    parameters, macs, *_ = measured.share_of(whole)
+    parameters, macs = measured.share_of(whole)
     assert parameters <= budget, f"the parameters are {parameters:.4f} of the base's"
     assert macs <= budget * (1 + 1e-6), f"the MACs are {macs:.4f} of the base's"
     return parameters, macs

@@ -132,7 +132,7 @@ def test_a_budget_of_activations_or_time_makes_heads_narrower(limited: str) -> N
     wide = convert(base, x, split_at="input")
     narrow = convert(base, x, split_at="input", budget=Budget(None, None, **{limited: 1.2}))
     assert wide.base_cost is not None
-    shares = [getattr(model.cost.share_of(wide.base_cost), limited) for model in (wide, narrow) if model.cost]
+    shares = [getattr(model.cost.shares_of(wide.base_cost), limited) for model in (wide, narrow) if model.cost]
     assert shares[0] > 1.2 >= shares[1] > 1.0
 
 

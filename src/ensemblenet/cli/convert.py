@@ -56,7 +56,7 @@ def convert(arguments: Sequence[str]) -> None:
         table.add_column(heading, justify="right")
     for name, cost in (("base", model.base_cost), (f"{model.num_heads} heads", model.cost)):
         table.add_row(name, f"{cost.parameters:,}", f"{cost.macs:,.0f}", f"{cost.activations:,.0f}", "")
-    table.add_row("share", *(f"{share:.1%}" for share in model.cost.share_of(model.base_cost)))
+    table.add_row("share", *(f"{share:.1%}" for share in model.cost.shares_of(model.base_cost)))
     console = Console()
     console.print(table)
     console.print(f"Saved to {options.output}; load it with ensemblenet.load.", highlight=False)

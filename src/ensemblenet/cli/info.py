@@ -63,7 +63,7 @@ def info(arguments: Sequence[str]) -> None:
         point = plan.split
         shape = ", ".join(("N", *map(str, point.shape[1:])))
         width = "does not fit" if plan.width is None else f"{plan.width:.3f}"
-        shares = "" if plan.width is None else "/".join(f"{100 * share:.0f}" for share in plan.cost.share_of(cost))
+        shares = "" if plan.width is None else "/".join(f"{100 * share:.0f}" for share in plan.cost.shares_of(cost))
         trunk = (f"{point.parameters_share:.1%}", f"{point.macs_share:.1%}")
         table.add_row(point.name, f"({shape})", *trunk, width, shares)
     console = Console()

@@ -81,7 +81,7 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost, combining: Cost) ->
         return design.cut.trunk_cost + num_heads * design.cost(shape) + combining
 
     def fits(cost: Cost) -> bool:
-        return max(cost.share_of(limit)) <= 1 + _ROUNDING
+        return max(cost.shares_of(limit)) <= 1 + _ROUNDING
 
     best: Plan | None = None
     for blocks, multiple in product(design.blocks(), _MULTIPLES):
@@ -91,8 +91,8 @@ def plan_at(design: HeadDesign, num_heads: int, limit: Cost, combining: Cost) ->
         shape = HeadShape(width, multiple, design.pinned, blocks)
         total = cost(shape)
         plan = Plan(design.cut.point, total, shape)
-        used = max(total.share_of(limit))
-        if best is None or used > max(best.cost.share_of(limit)):
+        used = max(total.shares_of(limit))
+        if best is None or used > max(best.cost.shares_of(limit)):
             best = plan
         if width == 1 or used >= _BUDGET_USED:
             break
@@ -167,7 +167,7 @@ def choose_plan(
     if unshared:
         return unshared
     # the one that comes nearest: the widest heads, or where none fit, the least cost
-    least = max(misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.share_of(limit))))
+    least = max(misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.shares_of(limit))))
     raise _no_fit(least, replace(wanted, min_width=_least_width(wanted)), base, "at any split point")
 
 
@@ -225,7 +225,7 @@ def _no_fit(plan: Plan, wanted: Conversion, base: Cost, where: str) -> BudgetErr
             f"{heads} heads that keep {wanted.min_width:g} of their channels do not fit {allowed} {where}: they could "
             f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
         )
-    least = Budget.of(wanted.budget).of_limited(plan.cost.share_of(base), ".3f")
+    least = Budget.of(wanted.budget).of_limited(plan.cost.shares_of(base), ".3f")
     causes = f" What keeps its width there: {', '.join(plan.keepers[:3])}." if plan.keepers else ""
     return BudgetError(
         f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use "

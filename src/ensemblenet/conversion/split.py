@@ -105,7 +105,7 @@ def find_cuts(trace: Trace) -> list[Cut]:
         trunk = flow.trunk([node, *(size.args[0] for size in sizes)], position)  # type: ignore[misc]
         cost = trace.cost(trunk)
         name, aliases = names[node]
-        point = SplitPoint(name, aliases, trace.refs[node].shape, *cost.share_of(total)[:2])
+        point = SplitPoint(name, aliases, trace.refs[node].shape, *cost.share_of(total))
         has_parameters = any(trace.parameters.get(n) for n in head)
         cuts.append(Cut(point, node, inputs, trunk, head, sizes, cost, has_parameters))
     return cuts

@@ -115,7 +115,7 @@ def model_card(
         >>> model = ensemblenet.convert(MNIST1DNet(), torch.randn(2, 40), num_heads=3)
         >>> card = model_card(model, "someone/digits", results={"error_mean": 1.5, "head_error_mean": 2.0})
         >>> print(next(line for line in card.splitlines() if line.startswith("| all")))
-        | all 3 heads | 20,198 | 220,000 | 1.50 |
+        | all 3 heads | 20,198 | 220,000 | 10,570 | 2.69 | 1.50 |
     """
     require("hub")
     import yaml
@@ -206,7 +206,7 @@ def _sizes(cost: Cost | None, base: Cost | None) -> list[str]:
     """A cost as a table has it: the estimated time as a share of the base's."""
     if cost is None:
         return [""] * 4
-    time = f"{cost.share_of(base).time:.2f}" if base and base.time else ""
+    time = f"{cost.shares_of(base).time:.2f}" if base and base.time else ""
     return [f"{cost.parameters:,}", f"{cost.macs:,.0f}", f"{cost.activations:,.0f}", time]
 
 
