@@ -97,9 +97,6 @@ def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> 
     assert model.cost is not None
     assert model.cost.parameters == measured.parameters, f"cost says {model.cost}, measured {measured}"
     assert abs(model.cost.macs - measured.macs) <= 1e-6 * measured.macs, f"cost says {model.cost}, measured {measured}"
-    # memory that lies otherwise than in the base may ask a layer for a copy, which no plan foresees
-    for planned, found in ((model.cost.activations, measured.activations), (model.cost.time, measured.time)):
-        assert abs(planned - found) <= 0.2 * found, f"cost says {model.cost}, measured {measured}"
     parameters, macs = measured.share_of(whole)
     assert parameters <= budget, f"the parameters are {parameters:.4f} of the base's"
     assert macs <= budget * (1 + 1e-6), f"the MACs are {macs:.4f} of the base's"
