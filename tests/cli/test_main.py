@@ -52,7 +52,7 @@ def test_info_shows_shares_of_activations_and_time(
     assert main(["info", NET, "--num-heads", "2", "--budget", "macs=0.9,activations=1.3"]) == 0
     printed = capsys.readouterr().out
     assert "1 of the base's parameters, 0.9 of its MACs and 1.3 of its activations" in printed
-    shares = [[int(share) for share in row] for row in re.findall(r"(\d+)/(\d+)/(\d+)/(\d+)", printed)]
+    shares = [[int(share) for share in row] for row in re.findall(r"(\d+)/(\d+) (\d+)/(\d+)", printed)]
     assert shares
     assert max(row[0] for row in shares) <= 100
     assert max(row[1] for row in shares) <= 90

@@ -53,24 +53,25 @@ def info(arguments: Sequence[str]) -> None:
     for column in ("split point", "tensor (N, ...)"):
         table.add_column(column, overflow="fold")
     for column in (
-        "trunk's\nparameters",
+        "trunk's\nparam.",
         "trunk's\nMACs",
         f"width of\n{options.num_heads} heads",
-        "total\ncost, %",
+        "cost, %",
     ):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for plan in plans(base, x, options.num_heads, options.budget):
         point = plan.split
         shape = ", ".join(("N", *map(str, point.shape[1:])))
         width = "does not fit" if plan.width is None else f"{plan.width:.3f}"
-        shares = "" if plan.width is None else "/".join(f"{100 * share:.0f}" for share in plan.cost.shares_of(cost))
+        percent = [f"{100 * share:.0f}" for share in plan.cost.shares_of(cost)]
+        shares = "" if plan.width is None else "{}/{} {}/{}".format(*percent)
         trunk = (f"{point.parameters_share:.1%}", f"{point.macs_share:.1%}")
         table.add_row(point.name, f"({shape})", *trunk, width, shares)
     console = Console()
     console.print(table)
     console.print(
         f"width: the share of its channels that each of {options.num_heads} heads keeps when all may cost "
-        f"{Budget.of(options.budget)}; total cost: the whole model's parameters/MACs/activations/time against "
+        f"{Budget.of(options.budget)}; cost: the whole model's parameters/MACs and activations/time against "
         "the base's.",
         style="dim",
         highlight=False,

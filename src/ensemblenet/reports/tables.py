@@ -23,9 +23,10 @@ __all__ = [
     "with_spread",
 ]
 
+_MACS_NOTE = "MACs are multiply-adds for one example: half of what torch.utils.flop_counter counts."
 COST_NOTE = (
-    "MACs are multiply-adds for one example: half of what torch.utils.flop_counter counts. Activations (act.) are the "
-    "elements that operators write for it; time is an estimate for an accelerator."
+    f"{_MACS_NOTE} Activations (act.) are the elements that operators write for it; time is an estimate for an "
+    "accelerator."
 )
 
 Row = Mapping[str, Any]
@@ -48,8 +49,11 @@ class Column:
     cell: Callable[[Row], str]
 
 
+_ON_PAGES = ("act.", "time")
+
+
 def results_table(rows: Sequence[Row], title: str | None = None, columns: Sequence[Column] = ()) -> Table:
-    """Rows as a table for the terminal.
+    """Rows as a table for the terminal, which has no room for activations and estimated time: the page shows them.
 
     Args:
         rows: one a line.
@@ -60,8 +64,8 @@ def results_table(rows: Sequence[Row], title: str | None = None, columns: Sequen
         >>> results_table([{"method": "base"}], columns=[Column("method", lambda row: row["method"])]).row_count
         1
     """
-    columns = columns or results_columns(rows)
-    table = Table(title=title, caption=COST_NOTE, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    columns = [column for column in columns or results_columns(rows) if column.heading not in _ON_PAGES]
+    table = Table(title=title, caption=_MACS_NOTE, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for k, column in enumerate(columns):
         table.add_column(column.heading, justify="right" if k else "left", no_wrap=True)
     for row in rows:
