@@ -14,7 +14,7 @@ from torch import nn
 
 from ensemblenet.errors import BudgetError
 from ensemblenet.inputs import Tree, call, num_examples, tensors_in
-from ensemblenet.work import Meter
+from ensemblenet.work import Meter, without_fast_path
 
 __all__ = ["ROOFLINE", "Budget", "Cost", "Roofline", "Shares", "count_parameters", "measure_call", "measure_cost"]
 
@@ -256,12 +256,10 @@ def measure_cost(module: nn.Module, example_inputs: Tree, roofline: Roofline = R
         (36, 32.0, 4.0)
     """
     modes = {child: child.training for child in module.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its one operator is not counted
     try:
-        measured = measure_call(lambda: call(module.eval(), example_inputs), example_inputs, roofline)
+        with without_fast_path():
+            measured = measure_call(lambda: call(module.eval(), example_inputs), example_inputs, roofline)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for child, training in modes.items():
             child.training = training
     return replace(measured, parameters=count_parameters(module))

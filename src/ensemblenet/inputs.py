@@ -25,6 +25,7 @@ __all__ = [
     "map_tensors",
     "num_examples",
     "one_example",
+    "resized",
     "tensors_in",
     "to_device",
 ]
@@ -311,6 +312,17 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Tree) -> Tree:
     if isinstance(inputs, Mapping):
         return {key: map_tensors(function, part) for key, part in inputs.items()}
     return tuple(map_tensors(function, part) for part in inputs)
+
+
+def resized(tensor: Tensor, dim: int, size: int) -> Tensor:
+    """The tensor with another size in one dimension: cut, or repeated.
+
+    Example:
+        >>> resized(torch.arange(3), 0, 5)
+        tensor([0, 1, 2, 0, 1])
+    """
+    index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+    return tensor.index_select(dim, index)
 
 
 def to_device(inputs: Tree, device: torch.device | str) -> Tree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop
 
-__all__ = ["Meter", "Traffic", "count_macs", "memory_of", "sum_work", "traffic_of", "work_of"]
+__all__ = [
+    "Meter",
+    "Traffic",
+    "count_macs",
+    "decomposed",
+    "memory_of",
+    "sum_work",
+    "traffic_of",
+    "without_fast_path",
+    "work_of",
+]
 
 _ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 if _ATTENTION_ON_CPU not in flop_registry:  # PyTorch before 2.15 does not count it
@@ -139,6 +150,30 @@ def memory_of(tensor: Tensor) -> StorageWeakRef | None:
             return None
 
 
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Off with the operator that hides a whole encoder layer: it is not counted, and it writes zeros where there is
+    padding, for it is for evaluation only, so a network gives other values there in training mode."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def decomposed(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator gives, taken apart under a mode, in inference mode, where operators come whole.
+
+    Returns:
+        The result; `NotImplemented` where the operator is no composite one, or has been taken apart already.
+    """
+    if not torch.is_inference_mode_enabled():
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
 class Meter(TorchDispatchMode):
     """Counts what each ATen call of a network does.
 
@@ -167,11 +202,8 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # where operators come undecomposed
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+        if (out := decomposed(self, func, args, kwargs)) is not NotImplemented:
+            return out
         out = func(*args, **kwargs)
         inputs, outputs = (
             [leaf for leaf in tree_leaves(part) if isinstance(leaf, Tensor)] for part in ((args, kwargs), out)

@@ -19,6 +19,7 @@ from ensemblenet.conversion.parametrised import restart_power_iterations
 from ensemblenet.conversion.split import Cut, head_graph, sizes_read, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, GraphRunner, NodeError, TensorRef, Trace, Trial, refs
 from ensemblenet.cost import ROOFLINE, Cost
+from ensemblenet.ensemble import as_tuple
 from ensemblenet.errors import ConversionError
 from ensemblenet.operations import LayerSizes, operation_named, operation_of
 from ensemblenet.operations.axes import Axis, free, kept, settle
@@ -286,7 +287,7 @@ def _insert_projection(graph: fx.Graph, design: HeadDesign, shape: HeadShape, in
 
 
 def _check_outputs(outputs: Any, trial: Trial, head: fx.GraphModule) -> None:
-    got = [tuple(output.shape) for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    got = [tuple(output.shape) for output in as_tuple(outputs)]
     expected = [tuple(output.shape) for output in trial.expected]
     if got != expected:
         last = next(iter(reversed(head.graph.nodes))).all_input_nodes[0]

@@ -123,7 +123,8 @@ def convert_as(
     while True:
         design, plan = choose_plan(traced, cuts, wanted, base_cost, combining, pinned, misfits)
         assert plan.head is not None
-        if not _repair(design, plan.head, pinned):
+        given = _given(design)
+        if not _repair(design, plan.head, pinned, given):
             break
     recipe = Recipe(
         base=find_source(base, traced.inputs.tensors[0].shape),
@@ -137,7 +138,7 @@ def convert_as(
         combine=wanted.combine,
         task=task,
     )
-    _check_split(design)
+    _check_split(design, given)
     lost: set[str] = set()
     model = _assemble(design, recipe, base_cost, lost)
     _refuse_lost(lost, recipe)
@@ -265,11 +266,11 @@ def _output_shapes(traced: Trace) -> list[tuple[int, ...]]:
     return [traced.refs[node].shape for node in traced.outputs]
 
 
-def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node]) -> bool:
+def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node], given: list[tuple[Any, ...]]) -> bool:
     """Try one head; where it fails, pin the sizes there and report that a new plan is needed."""
     initialiser = Initialiser("inherit", torch.Generator().manual_seed(0))
     head, copies = build_head(design, shape, initialiser)
-    failure = check_head(design, shape, head, copies, _given(design))
+    failure = check_head(design, shape, head, copies, given)
     if failure is None:
         return False
     node, message = failure
@@ -289,12 +290,12 @@ def _given(design: HeadDesign) -> list[tuple[Any, ...]]:
         return [as_tuple(trunk(**dict(zip(names, values, strict=True)))) for values in tried]
 
 
-def _check_split(design: HeadDesign) -> None:
+def _check_split(design: HeadDesign, given: list[tuple[Any, ...]]) -> None:
     """Compare trunk and head at full width with the base, at every size that was tried."""
     whole = HeadShape(1.0)
     head, _ = build_head(design, whole, Initialiser("inherit", torch.Generator().manual_seed(0)))
     head.eval()
-    for values, trial in zip(_given(design)[1:], design.trace.trials, strict=True):
+    for values, trial in zip(given[1:], design.trace.trials, strict=True):
         with torch.no_grad():
             difference = differs(trial.expected, head(*values))
         if difference:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError, first_line
-from ensemblenet.inputs import Inputs, Tree, call, tensors_in
+from ensemblenet.inputs import Inputs, Tree, call, resized, tensors_in
 
 __all__ = ["NetworkInputs", "Places", "shapes_of"]
 
@@ -137,7 +137,7 @@ class NetworkInputs:
 def _repeated(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """The first so many elements of each dimension, over and over."""
     for dim, size in enumerate(shape):
-        tensor = tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
+        tensor = resized(tensor, dim, size)
     return tensor
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import FusionError
 from ensemblenet.functional import combine_heads
 from ensemblenet.heads.fused import FusedEnsembleNet
@@ -74,12 +74,12 @@ def _side_by_side(model: EnsembleNet) -> Callable[[Tensor], Tensor]:
     """The prediction of a model, each head on a stream of its own."""
 
     def run(x: Tensor) -> Tensor:
-        features, here, outputs = model.trunk(x), torch.cuda.current_stream(x.device), []
+        given, here, outputs = as_tuple(model.trunk(x)), torch.cuda.current_stream(x.device), []
         streams = [torch.cuda.Stream(x.device) for _ in model.heads]
         for head, stream in zip(model.heads, streams, strict=True):
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
-                outputs.append(head(features))
+                outputs.append(head(*given))
         for stream in streams:
             here.wait_stream(stream)
         return combine_heads(torch.stack(outputs), model.combine, model.task)

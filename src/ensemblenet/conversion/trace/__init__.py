@@ -43,11 +43,12 @@ from ensemblenet.conversion.trace.refusals import (
     refuse_uncomputed,
 )
 from ensemblenet.conversion.trace.trials import differs, examples, try_sizes
-from ensemblenet.conversion.trace.watch import keep_contexts, without_fast_path
+from ensemblenet.conversion.trace.watch import keep_contexts
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
 from ensemblenet.operations import Event, TensorRef, refs
 from ensemblenet.operations.contexts import always_in_evaluation
+from ensemblenet.work import without_fast_path
 
 __all__ = [
     "BY_HAND",
@@ -69,6 +70,9 @@ __all__ = [
     "refs",
     "trace",
 ]
+
+
+_WITH_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
 
 def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: Inputs | None = None) -> Trace:
@@ -179,7 +183,6 @@ def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, 
         def run(tensors: list[Tensor]) -> list[Tensor]:
             return pick(call(twin, traced.inputs.build(tensors)), output)
 
-        expected = None
         with torch.no_grad():
             expected = run(traced.tensors)
             if not all(torch.isfinite(tensor).all() for tensor in expected):
@@ -193,6 +196,8 @@ def _try(traced: Trace, base: nn.Module, tensors: list[Tensor], output: Output, 
                 f"to the next? {BY_HAND}"
             )
         try_sizes(traced, tensors, run)
+    if not any(isinstance(module, _WITH_FAST_PATH) for module in base.modules()):
+        return
     twin = copy_base(base)[0].eval()  # what ran at other sizes may remember them
     with torch.no_grad():
         if differs(expected, tuple(run(traced.tensors))):

@@ -13,6 +13,7 @@ from ensemblenet.conversion.trace.attributes import keeping_state
 from ensemblenet.conversion.trace.graph import BY_HAND, Trace
 from ensemblenet.conversion.trace.outputs import Output, pick
 from ensemblenet.conversion.trace.refusals import KEEP_WHOLE, copy_base
+from ensemblenet.ensemble import as_tuple
 from ensemblenet.errors import ConversionError
 from ensemblenet.inputs import call
 
@@ -45,7 +46,7 @@ def check_training(traced: Trace, base: nn.Module, output: Output = None) -> Non
     except Exception:  # its own training says so more clearly
         return
     modes = {module: module.training for module in graph.modules()}
-    got = _training_step(graph, traced.tensors[0], lambda: _outputs(graph(*traced.arguments)))
+    got = _training_step(graph, traced.tensors[0], lambda: list(as_tuple(graph(*traced.arguments))))
     for module, training in modes.items():
         module.training = training
     if not all(map(_agree, expected.outputs, got.outputs)):
@@ -76,10 +77,6 @@ class _SameDraws(TorchDispatchMode):
 class _Step(NamedTuple):
     outputs: list[Tensor]
     gradients: dict[str, Tensor | None]
-
-
-def _outputs(returned: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    return [returned] if isinstance(returned, Tensor) else list(returned)
 
 
 def _training_step(module: nn.Module, x: Tensor, run: Callable[[], list[Tensor]]) -> _Step:

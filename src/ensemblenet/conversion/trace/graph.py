@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ensemblenet.cost import ROOFLINE, Cost
-from ensemblenet.inputs import Inputs
+from ensemblenet.ensemble import as_tuple
+from ensemblenet.inputs import Inputs, num_examples
 from ensemblenet.operations import Event, TensorRef
 from ensemblenet.work import sum_work
 
@@ -97,7 +98,7 @@ class Trace:
     @property
     def num_examples(self) -> int:
         """N, of the inputs that it was traced on."""
-        return next(len(tensor) for tensor in self.tensors if tensor.ndim)
+        return num_examples(self.tensors)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -135,9 +136,7 @@ def parameter_names(module: nn.Module) -> list[str]:
 def arguments(inputs: Inputs, tensors: Sequence[Any]) -> tuple[Any, ...]:
     """Values in the places of the input tensors, as the graph's arguments: one for each argument of the network."""
     tree = inputs.build(tensors)
-    if isinstance(tree, dict):
-        return tuple(tree.values())
-    return tree if isinstance(tree, tuple) else (tree,)
+    return tuple(tree.values()) if isinstance(tree, dict) else as_tuple(tree)
 
 
 def depends_on_input(node: fx.Node) -> bool:

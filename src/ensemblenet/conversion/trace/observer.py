@@ -19,7 +19,7 @@ from ensemblenet.conversion.trace.refusals import KEEP_WHOLE, refuse_dynamic_sha
 from ensemblenet.errors import ConversionError
 from ensemblenet.operations import Event, TensorRef
 from ensemblenet.operations.coupling import name_of
-from ensemblenet.work import Traffic, count_macs, memory_of, traffic_of
+from ensemblenet.work import Traffic, count_macs, decomposed, memory_of, traffic_of
 
 if TYPE_CHECKING:
     from ensemblenet.conversion.trace.recorder import Recorder
@@ -110,11 +110,8 @@ class Observer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # where operators come undecomposed
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+        if (out := decomposed(self, func, args, kwargs)) is not NotImplemented:
+            return out
         ref_args, ref_kwargs = tree_map(self._refer, (args, kwargs))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = func(*args, **kwargs)

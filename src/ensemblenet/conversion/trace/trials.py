@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from ensemblenet.conversion.trace.graph import BY_HAND, GraphRunner, NodeError, Trace, Trial, arguments
+from ensemblenet.ensemble import as_tuple
 from ensemblenet.errors import ConversionError
-from ensemblenet.inputs import Inputs, InputSpec
+from ensemblenet.inputs import Inputs, InputSpec, num_examples, resized
 
 __all__ = ["differs", "examples", "try_sizes"]
 
@@ -38,7 +39,7 @@ def examples(inputs: Inputs, tensors: Sequence[Tensor], size: int) -> list[Tenso
         tensor([1., 2., 1.])
     """
     return [
-        _resized(tensor, 0, size) if spec.is_batched else tensor
+        resized(tensor, 0, size) if spec.is_batched else tensor
         for spec, tensor in zip(inputs.tensors, tensors, strict=True)
     ]
 
@@ -74,7 +75,7 @@ def try_sizes(traced: Trace, tensors: list[Tensor], base: Base | None) -> None:
             {(n, d) for n, d in batch_dims if n in found.shapes and found.shapes[n][d] != count}
         )
 
-    for count in _counts(traced, len(next(tensor for tensor in tensors if tensor.ndim))):
+    for count in _counts(traced, num_examples(tensors)):
         doubt = (
             f"The base cannot be followed from {traced.num_examples} examples to {count}; does its code turn the batch "
             "size into a constant?"
@@ -89,7 +90,7 @@ def try_sizes(traced: Trace, tensors: list[Tensor], base: Base | None) -> None:
             return False
         found = _try_dimensions(traced, few, places, size, base)
         if found is not None:
-            note(found, next(len(tensor) for tensor in few if tensor.ndim))
+            note(found, num_examples(few))
         return found is not None
 
     dimensions = _dimensions(traced.inputs, few)
@@ -130,7 +131,7 @@ def _try_dimensions(
         if other not in (0, size):
             trial = list(tensors)
             for index, dim in places:
-                trial[index] = _resized(trial[index], dim, other)
+                trial[index] = resized(trial[index], dim, other)
             try:
                 found = _run(traced, trial, base, "")
             except ConversionError:
@@ -182,7 +183,7 @@ def differs(expected: Sequence[Tensor], got: Any, tolerance: float = _TOLERANCE)
         >>> differs([torch.ones(2)], torch.ones(2)), differs([torch.ones(2)], torch.tensor([1.0, 1.5]))
         ('', 'An output differs by 0.5 of its largest value.')
     """
-    for one, other in zip(expected, got if isinstance(got, tuple) else (got,), strict=True):
+    for one, other in zip(expected, as_tuple(got), strict=True):
         if one.shape != other.shape:
             return f"An output has the shape {tuple(other.shape)} where the base gives {tuple(one.shape)}."
         if one.numel() == 0:
@@ -191,12 +192,6 @@ def differs(expected: Sequence[Tensor], got: Any, tolerance: float = _TOLERANCE)
         if not error <= tolerance and torch.isfinite(one).all():
             return f"An output differs by {error:.2g} of its largest value."
     return ""
-
-
-def _resized(tensor: Tensor, dim: int, size: int) -> Tensor:
-    """The tensor with another size in one dimension: cut, or repeated."""
-    index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
-    return tensor.index_select(dim, index)
 
 
 class _Reader(GraphRunner):

@@ -18,11 +18,12 @@ from torch.autograd.function import Function, _SingleLevelFunction
 from torch.utils.checkpoint import CheckpointFunction
 
 from ensemblenet.operations.contexts import Autocast, Context, InContext, in_context
+from ensemblenet.work import without_fast_path
 
 if TYPE_CHECKING:
     from ensemblenet.conversion.trace.recorder import Recorder
 
-__all__ = ["Contexts", "keep_contexts", "watching", "without_fast_path"]
+__all__ = ["Contexts", "keep_contexts", "watching"]
 
 
 class Contexts:
@@ -69,18 +70,6 @@ def keep_contexts(module: nn.Module, graph: fx.Graph) -> fx.Node | None:
         if context != Context():
             in_context(module.get_submodule(name), context)
     return None
-
-
-@contextmanager
-def without_fast_path() -> Iterator[None]:
-    """Off with the operator that hides a whole encoder layer, and writes zeros where there is padding: that is for
-    evaluation only, so a network gives other values there in training mode."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
