@@ -14,7 +14,7 @@ from ensemblenet.conversion.convert import rebuild
 from ensemblenet.conversion.split import find_cuts, head_graph, trunk_graph
 from ensemblenet.conversion.trace import trace
 from ensemblenet.ensemble import as_tuple
-from ensemblenet.errors import ConversionError, InputError
+from ensemblenet.errors import BudgetError, ConversionError, InputError
 from ensemblenet.inputs import call
 from ensemblenet.testing import check_conversion
 
@@ -231,11 +231,14 @@ def test_gradients_balance_on_the_features_alone() -> None:
     scale = torch.ones(4, 1, requires_grad=True)
     model = convert(base, inputs | {"scale": torch.rand(4, 1)}, num_heads=3, split_at="add").train()
     call(model, inputs | {"scale": scale}).mean(0).sum().backward()
+    embedded = model.trunk.get_parameter("embed.weight").grad
+    model.zero_grad()
     model.balance_gradients = False
     twin = torch.ones(4, 1, requires_grad=True)
     call(model, inputs | {"scale": twin}).mean(0).sum().backward()
     assert scale.grad is not None
     assert twin.grad is not None
+    torch.testing.assert_close(embedded, model.trunk.get_parameter("embed.weight").grad)
     # outputs' gradients grow by K; only the features' shrink by K again
     torch.testing.assert_close(scale.grad, 3 * twin.grad)
 
@@ -304,8 +307,10 @@ def test_divisions_by_a_width_follow_the_width() -> None:
             root = float(size) ** 0.5 if self.plain else size**0.5
             return self.last(h / h.norm(dim=1, keepdim=True) * root)
 
-    for plain in (False, True):
-        model = convert(Normalised(plain), torch.randn(4, 8), 1, 1.0 if plain else 0.5, split_at="input").eval()
+    with pytest.raises(BudgetError):  # a plain number keeps its size
+        convert(Normalised(plain=True), torch.randn(4, 8), 1, 0.5, split_at="input")
+    for plain, budget in ((False, 0.5), (True, 1.0)):
+        model = convert(Normalised(plain), torch.randn(4, 8), 1, budget, split_at="input").eval()
         norms: list[Tensor] = []
         model.heads[0].get_submodule("last").register_forward_pre_hook(lambda _, args, n=norms: n.append(args[0]))
         model(torch.randn(64, 8))
@@ -403,28 +408,43 @@ class Wrapper(nn.Module):
         return self.net(**inputs)
 
 
+class Looked(nn.Module):
+    """Embeddings and a residual layer in a module of their own."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict({"embed": nn.Embedding(100, width), "first": nn.Linear(width, hidden)})
+        self.second, self.out = nn.Linear(hidden, width), nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.net["embed"](ids)
+        return self.out((h + self.second(self.net["first"](h).relu())).mean(1))
+
+
 def test_embeddings_are_shared_though_heads_would_be_a_little_wider_without() -> None:
-    class Narrow(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.body = (
-                nn.Embedding(100, 32),
-                nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 32)),
-            )
-            self.out = nn.Linear(32, 3)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            h = self.embed(ids)
-            return self.out((h + self.body(h)).mean(1))
-
-    base, tokens = Narrow(), torch.randint(0, 100, (4, 7))
-    unshared, shared = (convert(base, tokens, split_at=name).recipe.head.width for name in ("input", "embed"))  # type: ignore[union-attr]
+    base, tokens = Looked(32, 128), torch.randint(0, 100, (4, 7))
+    unshared, shared = (convert(base, tokens, split_at=name).recipe.head.width for name in ("input", "net.embed"))  # type: ignore[union-attr]
     assert 0.9 * unshared < shared < unshared
-    assert convert(base, tokens).recipe.split_at == "embed"  # type: ignore[union-attr]
+    assert convert(base, tokens).recipe.split_at == "net.embed"  # type: ignore[union-attr]
 
 
-def test_the_automatic_split_is_the_same_for_a_wrapped_network_and_shares_rather_than_not() -> None:
-    base, inputs = make("masked")
+class Shallow(nn.Module):
+    """Embeddings that no heads share willingly: behind them they would be much narrower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first, self.second = nn.Embedding(100, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.out = nn.Linear(64, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.embed(ids)
+        return self.out((h + self.second(self.first(h).relu())).mean(1))
+
+
+@pytest.mark.parametrize(("base", "inputs"), [(Masked(), masked(4)), (Shallow(), {"ids": ids(4)})])
+def test_the_automatic_split_is_the_same_for_a_wrapped_network_and_shares_rather_than_not(
+    base: nn.Module, inputs: dict[str, Tensor]
+) -> None:
     alone, wrapped = (convert(net, inputs).recipe for net in (base, Wrapper(Wrapper(base))))
     assert alone is not None
     assert wrapped is not None
@@ -433,13 +453,14 @@ def test_the_automatic_split_is_the_same_for_a_wrapped_network_and_shares_rather
 
 
 class Weighted(nn.Module):
-    """A graph network whose edges have weights: with as many edges as nodes, these too have N rows."""
+    """A graph network, whose edges have rows too: with as many edges as nodes, nothing tells these from examples."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(8, 64), nn.Linear(64, 4)
 
     def forward(self, nodes: Tensor, edges: Tensor, weights: Tensor) -> Tensor:
+        edges = edges.T  # (2, E)
         h = self.first(nodes).relu()
         return self.last(torch.zeros_like(h).index_add(0, edges[1], weights[:, None] * h[edges[0]]))
 
@@ -447,7 +468,7 @@ class Weighted(nn.Module):
 @pytest.mark.parametrize("edges", [5, 6])
 def test_rows_that_are_no_examples_do_not_mislead(edges: int, tmp_path: Path) -> None:
     def inputs(n: int) -> tuple[Tensor, ...]:
-        return torch.randn(n, 8), torch.tensor([[4] * edges, [0] * edges]), torch.rand(edges)
+        return torch.randn(n, 8), torch.tensor([[4, 0]] * edges), torch.rand(edges)
 
     base = Weighted()
     model = convert(base, inputs(5)).eval()

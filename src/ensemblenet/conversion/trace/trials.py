@@ -82,7 +82,8 @@ def try_sizes(traced: Trace, tensors: list[Tensor], base: Base | None) -> None:
         )
         if (found := _run(traced, examples(traced.inputs, tensors, count), base, doubt)) is not None:
             note(found, count)
-    fixed = set() if counts else {(index, 0) for index, spec in enumerate(traced.inputs.tensors) if spec.is_batched}
+    is_free = bool(counts - {traced.num_examples})  # the number that it was traced on tells nothing
+    fixed = set() if is_free else {(index, 0) for index, spec in enumerate(traced.inputs.tensors) if spec.is_batched}
     few = examples(traced.inputs, tensors, 1) if 1 in counts else traced.tensors
 
     def follows(places: list[tuple[int, int]], size: int) -> bool:
@@ -102,7 +103,7 @@ def try_sizes(traced: Trace, tensors: list[Tensor], base: Base | None) -> None:
         if len(bound) == len(groups) > 1 and follows(same, size):
             bound = []
         fixed.update(place for group in bound for place in group)
-    if counts - {traced.num_examples}:
+    if is_free:
         for node in batch:
             node.meta["is_batch"] = True
         for node, dim in sorted(batch_dims, key=operator.itemgetter(1)):
