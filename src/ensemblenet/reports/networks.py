@@ -47,7 +47,11 @@ _MOST_CLASSES = 24
 
 
 def write_report(
-    path: Path, networks: Sequence[Restored], data: Sequence[LightningDataModule], split: Split = "test"
+    path: Path,
+    networks: Sequence[Restored],
+    data: Sequence[LightningDataModule],
+    split: Split = "test",
+    device: str = "auto",
 ) -> None:
     """Evaluate trained networks and write a page about them.
 
@@ -56,6 +60,7 @@ def write_report(
         networks: trained networks of one task and with the same classes.
         data: the examples for each network.
         split: the split to evaluate them on.
+        device: to run them on, such as "cuda:1"; "auto" takes a GPU if there is one.
 
     Raises:
         LoadError: the networks do not belong on one page, or the data does not fit them.
@@ -68,7 +73,7 @@ def write_report(
             )
     converted = [isinstance(restored.network, EnsembleNet) for restored in networks]
     looks = choose_looks([restored.name for restored in networks], converted)
-    runs = [_examine(*run, split) for run in zip(looks, networks, data, strict=True)]
+    runs = [_examine(*run, split, device) for run in zip(looks, networks, data, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, runs, split)
 
@@ -90,7 +95,7 @@ class _Run:
         return self.restored.network
 
 
-def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split: Split) -> _Run:
+def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split: Split, device: str) -> _Run:
     network = restored.network
     combine = network.combine if isinstance(network, EnsembleNet) else "logits"
     scores, findings = Scores(restored), Findings(combine, restored.task)
@@ -100,7 +105,7 @@ def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split:
         inputs = glimpse(seen.inputs, len(restored.inputs.shape)) if isinstance(seen.inputs, Tensor) else None
         findings.update(inputs, seen.outputs, seen.targets, seen.places)
 
-    observe(restored, data, split, saw)
+    observe(restored, data, split, saw, device)
     classes = readable_names(restored.classes or [str(label) for label in range(restored.num_classes())])
     return _Run(looks, restored, scores.rows(), findings, read_curves(restored.folder), classes)
 
