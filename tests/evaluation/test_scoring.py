@@ -114,7 +114,8 @@ def test_the_table_and_the_file(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert 30 * rows[0]["accuracy"] == pytest.approx(round(30 * rows[0]["accuracy"]))
     printed = capsys.readouterr().out
     [line] = [line for line in printed.splitlines() if line.startswith(" ensemble")]
-    assert f"{100 * rows[0]['accuracy']:.2f}" in line
+    assert f"{100 - 100 * rows[0]['accuracy']:.2f}" in line  # errors are shown
+    assert " error " in printed
     assert f"{rows[0]['brier']:.4f}" in line
     assert main(["test", str(run), "--output", str(path)]) == 2
     assert "exists; --output needs a new file" in capsys.readouterr().err

@@ -120,7 +120,7 @@ def _write(path: Path, runs: Sequence[_Run], split: Split) -> None:
         "score_against_macs",
         f"{score.heading[0].upper()}{score.heading[1:]} against MACs. Circles: whole networks; line: the first k heads "
         "together; squares: single heads.",
-        lambda: draw_score_against_macs([(run.looks, run.rows) for run in runs], main, score.heading),
+        lambda: draw_score_against_macs([(run.looks, run.rows) for run in runs], main),
     )
     sections = {
         "Network and training": [*_designs(runs), *_curves(runs)],
@@ -199,7 +199,7 @@ def _curves(runs: Sequence[_Run]) -> list[Figure | Cards]:
     main = TASKS[runs[0].restored.task].main
     panels = [
         Panel("training loss", "train/loss"),
-        Panel(f"val {SCORES[main].label}", f"val/{main}", f"val/head_{main}", SCORES[main].scale),
+        Panel(f"val {SCORES[main].label}", f"val/{main}", f"val/head_{main}", SCORES[main].shown),
         Panel("val NLL", "val/nll"),
     ]
     panels = [panel for panel in panels if any(panel.curve in run.curves for run in runs)]
@@ -224,12 +224,12 @@ def _reliability(runs: Sequence[_Run]) -> Figure:
 
 
 def _classes(runs: Sequence[_Run]) -> Figure:
-    label = TASKS[runs[0].restored.task].of_class
+    score = TASKS[runs[0].restored.task].of_class
     found = [run.findings.class_scores(len(run.classes)) for run in runs]
     counts = found[0][1]
     fewest = FEWEST if int((counts > 0).sum()) > _MOST_CLASSES else 1
     present = [c for c in range(len(runs[0].classes)) if counts[c] >= fewest]
-    ranked = sorted(present, key=lambda c: float(found[-1][0][c]))
+    ranked = sorted(present, key=lambda c: float(found[-1][0][c]))  # of what is right, so the worst first
     shown: list[int | None] = list(ranked)
     which = f"the {len(ranked)} classes"
     if len(ranked) > _MOST_CLASSES:
@@ -238,13 +238,13 @@ def _classes(runs: Sequence[_Run]) -> Figure:
         which = f"the {half} worst and the {half} best of the {len(ranked):,} classes"
     names = ["" if c is None else runs[0].classes[c] for c in shown]
     scores = [
-        (run.looks, [0.0 if c is None else float(of_classes[c]) for c in shown])
+        (run.looks, [0.0 if c is None else score.shown(float(of_classes[c])) for c in shown])
         for run, (of_classes, _) in zip(runs, found, strict=True)
     ]
     of = f", ranked by {runs[-1].looks.name}" if len(runs) > 1 else ""
     enough = f" that have at least {fewest} examples" if fewest > 1 else ""
-    caption = f"{label.capitalize()}: {which}{enough}{of}."
-    return Figure("classes", caption, lambda: draw_classes(names, scores, label))
+    caption = f"{score.heading.capitalize()}: {which}{enough}{of}."
+    return Figure("classes", caption, lambda: draw_classes(names, scores, score.label))
 
 
 def _pairs(runs: Sequence[_Run]) -> list[Figure | Cards]:
@@ -260,10 +260,10 @@ def _pairs(runs: Sequence[_Run]) -> list[Figure | Cards]:
 
 
 def _stopping(runs: Sequence[_Run]) -> Figure:
-    label = SCORES[TASKS[runs[0].restored.task].best].heading
+    score = SCORES[TASKS[runs[0].restored.task].best]
     macs = [{row["num_heads"]: row["macs"] for row in run.rows} for run in runs]
     lines = [
-        (run.looks, *early_stopping(run.findings.heads, run.findings.firsts, costs))
+        (run.looks, *early_stopping(run.findings.heads, run.findings.firsts, costs, score.shown))
         for run, costs in zip(runs, macs, strict=True)
     ]
     return Figure(
@@ -271,7 +271,7 @@ def _stopping(runs: Sequence[_Run]) -> Figure:
         "Heads run one after another until the mean of those that ran is confident enough (line, one point for each "
         "threshold), or until all that ran, at least 2, 3, ... of them, have the same most likely class (triangles, "
         "where there are more than two heads).",
-        lambda: draw_stopping(lines, label),
+        lambda: draw_stopping(lines, score.label),
     )
 
 
