@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from studies import BASE, DATA
+from torch import Tensor, nn
 
 from ensemblenet.cli import main
 
@@ -92,3 +94,66 @@ def test_the_help_has_the_settings_that_matter_and_all_the_rest_on_demand(capsys
         assert option in short
     assert "--trainer.limit_test_batches" not in short
     assert "--trainer.limit_test_batches" in whole
+
+
+@pytest.mark.parametrize(
+    ("limit", "mark"), [("2", "2 batches of the test data"), ("0.5", "0.5 of the test data"), ("1.0", None)]
+)
+def test_a_test_of_some_batches_is_marked(
+    config: Path, tmp_path: Path, limit: str, mark: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limited = ["--trainer.limit_test_batches", limit, "--data.init_args.num_test", "3000", "--epochs", "0"]
+    assert main(["fit", str(config), *limited]) == 0
+    [run] = (tmp_path / "runs").iterdir()
+    [row] = json.loads((run / "results.json").read_text())["rows"]
+    assert row.get("tested_on") == mark
+    assert f"tested on {mark or 'the test data'}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_the_conversion_is_and_costs_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(config), "--num-heads", "2", "--split-at", "input"]) == 0
+    assert "Split at 'input': 2 heads of width 0." in (said := capsys.readouterr().out)
+    assert "of the base's parameters" in said
+
+
+class Soft(nn.Module):
+    """A base that ends in a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(40, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).softmax(-1)
+
+
+class OneNumber(Soft):
+    """A base of regression."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)[:, 0]
+
+
+@pytest.mark.parametrize("heads", [[], ["--num-heads", "2"]])
+@pytest.mark.parametrize(
+    ("base", "message"), [("Soft", "leave the softmax out of the base"), ("OneNumber", "one number an example, (N,)")]
+)
+def test_outputs_that_are_no_logits_are_refused_with_what_to_do(
+    base: str, message: str, heads: list[str], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = yaml.safe_load(config.read_text())
+    settings["model"]["base"] = {"class_path": f"{__name__}.{base}"}
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["fit", str(config), *heads]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_resume_auto_finds_a_run_whose_name_has_a_folder(config: Path, tmp_path: Path) -> None:
+    named = ["--name", "group/tiny", "--resume", "auto"]
+    assert main(["fit", str(config), *named, "--epochs", "1"]) == 0
+    [run] = (tmp_path / "runs" / "group").iterdir()
+    (run / "results.json").unlink()  # as if it was killed
+    assert main(["fit", str(config), *named, "--epochs", "1"]) == 0
+    assert [run] == list((tmp_path / "runs" / "group").iterdir())

@@ -108,6 +108,16 @@ def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, caps
     assert "exists already; --output needs a new folder" in capsys.readouterr().err
 
 
+def test_info_and_benchmark_take_what_convert_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "net"
+    assert main(["convert", NET, "--num-heads", "3", "--min-width", "0.1", "--output", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["info", str(folder)]) == 0
+    assert "24,746 parameters" in " ".join(capsys.readouterr().out.split())
+    assert main(["benchmark", str(folder), "--batch-size", "2", "--repeats", "1"]) == 0
+    assert "3 heads" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -120,8 +120,8 @@ def _written_out(arguments: Sequence[str]) -> list[str]:
     """The arguments with underscores in the names of options, and a configuration of `fit` as one of a study."""
     written: list[str] = []
     for argument in with_data_folder([underscored(argument) for argument in with_config(arguments)]):
-        name, equals, value = argument.partition("=")
-        option, value = (name, value) if equals else (written[-1] if written else "", argument)
+        inline = argument.startswith("--") and "=" in argument
+        option, _, value = argument.partition("=") if inline else (written[-1] if written else "", "", argument)
         if option == "--config":
             value = _study_of_fit(Path(value)) or value
         elif option == "--budget":
@@ -129,7 +129,7 @@ def _written_out(arguments: Sequence[str]) -> list[str]:
                 value = json.dumps(budget_share(value))
             except argparse.ArgumentTypeError as error:
                 raise TrainingError(f"--budget: {error}") from error
-        written.append(f"{name}={value}" if equals else value)
+        written.append(f"{option}={value}" if inline else value)
     return written
 
 

@@ -90,7 +90,8 @@ def fit(arguments: Sequence[str]) -> Path:
     folder = train(_written_out(arguments))
     if is_first_process():
         console = Console()
-        console.print(results_table(json.loads((folder / RESULTS).read_text())["rows"]))
+        rows = json.loads((folder / RESULTS).read_text())["rows"]
+        console.print(results_table(rows, f"tested on {rows[0].get('tested_on', 'the test data')}"))
         console.print(f"Results and logs: {folder}", highlight=False, soft_wrap=True)
     return folder
 

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ensemblenet.cost import Budget
+    from ensemblenet.ensemble import EnsembleNet
 
 __all__ = [
     "CommandParser",
     "add_base",
-    "add_budget",
     "add_data",
     "add_device",
+    "add_plan",
     "add_split",
     "add_trained_models",
     "add_trust",
@@ -32,13 +33,17 @@ __all__ = [
     "budget_share",
     "check_new",
     "command_parser",
+    "converted",
     "dashed",
     "positive_integer",
     "underscored",
     "with_config",
 ]
 
-_BASE = "a timm name such as resnet18, torchvision:NAME, or module.path:callable, a callable that returns a network"
+_BASE = (
+    "a timm name such as resnet18, torchvision:NAME, or module.path:callable, a callable that returns a network; or a "
+    "folder that `convert` wrote, for its base"
+)
 _TRAINED = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
 
 
@@ -204,8 +209,8 @@ def _budget(text: str) -> float | Budget:
     return Budget(**shares) if isinstance(shares, dict) else shares
 
 
-def add_budget(parser: argparse.ArgumentParser) -> None:
-    """Add how many heads there are to be, and what they may cost."""
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Add how many heads there are to be, where they begin, and what all may cost."""
     parser.add_argument("--num-heads", type=positive_integer, default=2, help="K (default: %(default)s)")
     parser.add_argument(
         "--budget",
@@ -215,12 +220,14 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
         help="the most all may cost, as a share of the base's parameters and of its MACs, or several shares by name: "
         "parameters=1,macs=1,activations=1.2,time=1.2 (default: %(default)s)",
     )
+    parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
+    parser.add_argument("--min-width", type=float, metavar="SHARE", help="the least width of heads (default: found)")
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Add MODEL, what it takes, and how to convert it."""
     parser.add_argument("model", metavar="MODEL", help=_BASE)
-    add_budget(parser)
+    add_plan(parser)
     parser.add_argument("--num-classes", type=int, help="outputs of the network (default: its own)")
     parser.add_argument(
         "--input-shape",
@@ -241,11 +248,30 @@ def base_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     from ensemblenet.inputs import InputSpec
     from ensemblenet.models.sources import create, default_input_shape
 
+    if (model := converted(options)) is not None:
+        recipe = model.recipe
+        if recipe is None or recipe.base is None:
+            raise ConversionError(f"{options.model} does not say what its base is: name the base in its place.")
+        base = recipe.base.build(getattr(options, "trust", False))
+        return base, recipe.inputs.random()
     base = create(options.model, options.num_classes)
     shape = options.input_shape or default_input_shape(base)
     if shape is None:
         raise ConversionError(f"{options.model} does not say what inputs it takes: give --input-shape.")
     return base, InputSpec(shape).random()
+
+
+def converted(options: argparse.Namespace) -> EnsembleNet | None:
+    """The model in the folder that MODEL names; None where it names a network.
+
+    Raises:
+        LoadError: it is damaged, or has a base that is not known.
+    """
+    if not Path(options.model, "recipe.json").is_file():
+        return None
+    from ensemblenet.storage.checkpoint import load
+
+    return load(options.model, trust=getattr(options, "trust", False))
 
 
 # -- a trained network, and data for it

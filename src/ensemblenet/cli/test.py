@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ensemblenet.cli.options import add_data, add_device, add_trained_models, check_new, command_parser
-from ensemblenet.evaluation.scoring import Split, chosen_data, score
+from ensemblenet.evaluation.scoring import Split, chosen_data, in_words, score
 from ensemblenet.metrics.scores import meanings
 from ensemblenet.reports.tables import results_table, scores_columns
 from ensemblenet.storage.atomic import write_json
@@ -63,7 +63,7 @@ def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[
     data = chosen_data(restored, options.config, changes, options.class_path)
     rows = score(restored, data, split, options.device)
     console = Console()
-    console.print(results_table(rows, f"{restored.name}, {split}; shares in %", scores_columns(rows)))
+    console.print(results_table(rows, f"{restored.name}, {in_words(split, data)}; shares in %", scores_columns(rows)))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, {"split": split, "rows": rows, "environment": environment()})

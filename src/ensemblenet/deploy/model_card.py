@@ -164,6 +164,7 @@ def model_card(
             if score not in IN_PERCENT and score not in _LABELS
         ],
         seeds=results.get("seeds"),
+        tested_on=results.get("tested_on"),
         classes=description.get("classes"),
         preprocessing=description.get("preprocessing"),
         training=_settings(config),

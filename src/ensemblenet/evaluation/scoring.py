@@ -35,6 +35,7 @@ __all__ = [
     "Split",
     "View",
     "chosen_data",
+    "in_words",
     "observe",
     "score",
     "views",
@@ -293,6 +294,18 @@ def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
 
 
 # -- what data
+
+
+def in_words(split: Split, data: LightningDataModule) -> str:
+    """What a split is called in titles.
+
+    Example:
+        >>> in_words("test", LightningDataModule())
+        'test'
+    """
+    if split == "test" and getattr(data, "tests_on_validation", False):
+        return "validation data, as there is no test split"
+    return split
 
 
 def chosen_data(

@@ -17,7 +17,16 @@ _METHODS = ["base", "codistillation"]
 _AROUND = 3.0  # learning rate and weight decay are tuned between a third and three times those of the file
 _OF_CONVERSION = ("num_heads", "budget", "split_at", "min_width")
 _OF_OPTIMIZATION = ("optimizer", "lr", "weight_decay")
-_OF_TRAINER = ("gradient_clip_val", "limit_train_batches", "overfit_batches", "max_time", "callbacks")
+# of the trainer, and the values that change nothing
+_OF_TRAINER: dict[str, tuple[Any, ...]] = {
+    "gradient_clip_val": (None, 0),
+    "accumulate_grad_batches": (None, 1),
+    "max_steps": (None, -1),
+    "max_time": (None,),
+    "limit_train_batches": (None, 1.0),
+    "overfit_batches": (None, 0),
+    "callbacks": (None, []),
+}
 
 
 def study_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -82,7 +91,5 @@ def _left_out(config: Mapping[str, Any]) -> Iterator[str]:
         )
     yield from (f"model.{name}" for name in ("label_smoothing", "mixing") if model.get(name))
     yield from ["model.loss"] if model.get("loss") not in (None, "cross_entropy") else []
-    yield from (f"trainer.{name}" for name in _OF_TRAINER if trainer.get(name) not in (None, [], 0, 1.0))
-    yield from ["trainer.accumulate_grad_batches"] if trainer.get("accumulate_grad_batches") not in (None, 1) else []
-    yield from ["trainer.max_steps"] if trainer.get("max_steps") not in (None, -1) else []
+    yield from (f"trainer.{name}" for name, idle in _OF_TRAINER.items() if trainer.get(name) not in idle)
     yield from ["ema"] if config.get("ema") is not None else []
