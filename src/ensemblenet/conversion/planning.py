@@ -179,7 +179,10 @@ class Planner:
         if len(depths) == 1 and self._must_shorten:
             raise ConversionError(f"Heads behind {cut.point.name!r} have no blocks to drop{_BLOCKS} Split earlier, or {_NARROW}")
         if wanted.depth is not None or len(depths) == 1:
-            return self._plan(cut, depths[round((wanted.depth or 0.0) * (len(depths) - 1))], wanted.width)
+            chosen = depths[round((wanted.depth or 0.0) * (len(depths) - 1))]
+            # one network alone, short and as wide as fits, is what heads must be better than
+            is_alone = self._num_heads == 1 and self._must_shorten and wanted.init == "fresh"
+            return self._plan(cut, chosen, wanted.width, _MOST_WIDTH if is_alone else 1.0)
         width = wanted.width or 1.0
         num_fitting = bisect_left(depths, True, key=lambda depth: self._plan(cut, depth, width)[1].head is None)
         short = self._plan(cut, depths[max(num_fitting - 1, 0)], width)
@@ -198,8 +201,6 @@ class Planner:
     def _plan(
         self, cut: Cut, depth: Depth, width: float | None = None, most: float = 1.0
     ) -> tuple[HeadDesign, Plan]:
-        if self._num_heads == 1:
-            most = _MOST_WIDTH
         shortened = depth.shorten(cut)
         design = design_head(cut.flow.trace, shortened, self.pinned, grows=(width or most) > 1)
         plan = plan_at(design, self._num_heads, self._limit, self._combining, depth, width or 0.0, width or most)
