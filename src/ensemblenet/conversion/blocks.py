@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from torch import fx, nn
@@ -250,7 +251,7 @@ def _first_nodes(flow: Flow) -> dict[str, list[int]]:
 
 def _repeated(cuts: Sequence[Cut]) -> list[Run]:
     """Runs of operations that are repeated between split points, whatever modules they are in."""
-    steps = [_block(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    steps = [_block(begin, end) for begin, end in pairwise(cuts)]
     signatures = [step.signature for step in steps]
     numbers = {signature: number for number, signature in enumerate(signatures)}
     row = [numbers[signature] for signature in signatures]
@@ -275,4 +276,4 @@ def _aligned(cuts: Sequence[Cut], start: int, length: int, period: int) -> list[
     aliases = cuts[0].flow.trace.aliases
     best = max(starts, key=lambda first: (sum(bool(aliases.get(cut.node)) for cut in ends[first]), -first))
     chosen = ends[best]
-    return [_block(begin, end) for begin, end in zip(chosen, chosen[1:], strict=False)]
+    return [_block(begin, end) for begin, end in pairwise(chosen)]
