@@ -113,6 +113,7 @@ def test_a_test_of_some_batches_is_marked(
 def test_what_the_conversion_is_and_costs_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", str(config), "--num-heads", "2", "--split-at", "input"]) == 0
     assert "Split at 'input': 2 heads of width 0." in (said := capsys.readouterr().out)
+    assert " and depth " in said
     assert "of the base's parameters" in said
 
 

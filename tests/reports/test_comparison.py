@@ -31,9 +31,9 @@ def test_of_tagging_gap_is_shown_and_higher_is_better() -> None:
         for name, error, kind in (("base", 36.0, "base"), ("good", 35.0, "ours"), ("bad", 38.0, "other"))
     )
     assert summary([base, bad, good], "multilabel") == (
-        "The base has GAP@20 64.00 ± 0.10 %. Best at no more than its cost: good with 65.00 ± 0.10 % (+1.00 against "
-        "the base, p = 0.010), before bad with 62.00 ± 0.10 %. 1 of 2 methods at no more than the base's cost have a "
-        "higher mean GAP@20, 1 of them with p < 0.05."
+        "The base has GAP@20 64.00 ± 0.10 %. Best at no more than its cost: good with 65.00 ± 0.10 % (+1.00 points "
+        "against the base, p = 0.010), before bad with 62.00 ± 0.10 %. 1 of 2 methods at no more than the base's cost "
+        "have a higher mean GAP@20, 1 of them with p < 0.05."
     )
     table = comparison_table([base, bad, good], task="multilabel")
     cells = [list(column.cells) for column in table.columns]

@@ -73,7 +73,7 @@ def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
     next_best = f", before {rest[0]['method']} with {with_spread(rest[0], 'error')} %" if rest else ""
     return (
         f"{start}. {verdict} at no more than its cost: {best['method']} with {with_spread(best, 'error')} % "
-        f"({_change(best, base, task)} against the base, p {relation}){next_best}. "
+        f"({_change(best, base, task)}{'' if _lower(task) else ' points'} against the base, p {relation}){next_best}. "
         f"{len(wins)} of {len(others)} methods at no more than the base's cost have a "
         f"{'lower mean error' if _lower(task) else f'higher mean {TASKS[task].title}'}, "
         f"{len(sure)} of them with p < 0.05."
@@ -111,7 +111,7 @@ def write_comparison(
         f"{_short(study['base'])} on {_short(study['data'])}: {effort}{halved}",
         " ".join(filter(None, [headline or summary(rows, task), _halves(results)])),
         [*shown, *failures],
-        {"Figures": _figures(shown, error)},
+        {"Figures": _figures(shown, error, _lower(task))},
         _notes(results),
         environment,
         _columns(shown, task),
@@ -139,12 +139,13 @@ def _halves(results: Mapping[str, Any]) -> str | None:
     )
 
 
-def _figures(rows: Sequence[Row], error: str) -> list[Figure]:
+def _figures(rows: Sequence[Row], error: str, lower_is_better: bool) -> list[Figure]:
     """The figures below the table.
 
     Args:
         rows: as they are shown.
         error: the name of the score.
+        lower_is_better: of that score.
     """
     name = error.removeprefix("test ").removesuffix(", %")
     title = f"{name[0].upper()}{name[1:]}"
@@ -155,7 +156,7 @@ def _figures(rows: Sequence[Row], error: str) -> list[Figure]:
             "error_against_cost",
             f"{title} against cost, with the base as a line. Methods on the same conversion share their cost; of "
             "those that cost about the same the best is named.",
-            lambda: draw_against_cost(rows, error),
+            lambda: draw_against_cost(rows, error, lower_is_better),
         ),
     ]
     if len(swept := _swept(rows)) > 2:

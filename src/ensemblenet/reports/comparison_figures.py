@@ -66,7 +66,7 @@ def draw_heads(rows: Sequence[Row], label: str) -> Drawing:
     return drawing
 
 
-def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
+def draw_against_cost(rows: Sequence[Row], label: str, lower_is_better: bool) -> Drawing:
     """Score against parameters and against MACs, as shares of the first row's, the base's, whose score is a line.
 
     The base, and of methods that cost about the same the best, are named; the rest is for the table.
@@ -74,6 +74,7 @@ def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
     Args:
         rows: the base, and behind it the others from the best to the worst.
         label: the score's name.
+        lower_is_better: of that score; names stand on the better side of a mark, the base's on the other.
     """
     base = rows[0]
     drawing = Drawing(figsize=(NARROW, 6.4), layout="constrained")
@@ -85,13 +86,14 @@ def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
             panel.errorbar(share, row["error_mean"], yerr=row["error_std"], **_marker(row), alpha=0.8)
             if row is base or not any(0.75 < other / share < 1 / 0.75 for other in named):
                 named += [] if row is base else [share]
+                up = 1 if (row is base) == lower_is_better else -1
                 panel.annotate(
                     row["method"],
-                    (share, row["error_mean"] + (row["error_std"] if row is base else -row["error_std"])),
-                    xytext=(0, 7 if row is base else -7),
+                    (share, row["error_mean"] + up * row["error_std"]),
+                    xytext=(0, 7 * up),
                     textcoords="offset points",
                     ha="center",
-                    va="bottom" if row is base else "top",
+                    va="bottom" if up > 0 else "top",
                     fontsize=9,
                 )
         panel.axhline(base["error_mean"], **_BASE_LINE)

@@ -15,7 +15,7 @@ __all__ = ["study_settings"]
 
 _METHODS = ["base", "codistillation"]
 _AROUND = 3.0  # learning rate and weight decay are tuned between a third and three times those of the file
-_OF_CONVERSION = ("num_heads", "budget", "split_at", "min_width")
+_OF_CONVERSION = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
 _OF_OPTIMIZATION = ("optimizer", "lr", "weight_decay")
 # of the trainer, and the values that change nothing
 _OF_TRAINER: dict[str, tuple[Any, ...]] = {
@@ -55,7 +55,7 @@ def study_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         "methods": _METHODS,
         "task": model.get("task"),
         "weight": model.get("codistillation_weight"),
-        **{name: conversion[name] for name in _OF_CONVERSION if model.get("conversion")},
+        **{name: conversion[name] for name in _OF_CONVERSION if model.get("conversion") and conversion[name] != "auto"},
         "epochs": trainer.get("max_epochs"),
         "optimizer": optimization["optimizer"],
         "seeds": 3,
@@ -87,7 +87,7 @@ def _left_out(config: Mapping[str, Any]) -> Iterator[str]:
         yield from (
             f"model.{group}.{name}"
             for name, value in given.items()
-            if name not in known and value != defaults.get(name)
+            if (name not in known and value != defaults.get(name)) or (name, value) == ("num_heads", "auto")
         )
     yield from (f"model.{name}" for name in ("label_smoothing", "mixing") if model.get(name))
     yield from ["model.loss"] if model.get("loss") not in (None, "cross_entropy") else []

@@ -361,11 +361,11 @@ def plan_in_words(model: EnsembleNet) -> str:
     assert model.recipe is not None
     assert model.cost is not None
     assert model.base_cost is not None
-    shares = model.cost.shares_of(model.base_cost)
+    head, shares = model.recipe.head, model.cost.shares_of(model.base_cost)
     return (
-        f"Split at {model.recipe.split_at!r}: {model.num_heads} heads of width {model.recipe.head.width:.3g}, with "
-        f"{shares.parameters:.2f} of the base's parameters, {shares.macs:.2f} of its MACs, {shares.activations:.2f} of "
-        f"its activations and {shares.time:.2f} of its time."
+        f"Split at {model.recipe.split_at!r}: {model.num_heads} heads of width {head.width:.3g} and depth "
+        f"{head.depth:.3g}, with {shares.parameters:.2f} of the base's parameters, {shares.macs:.2f} of its MACs, "
+        f"{shares.activations:.2f} of its activations and {shares.time:.2f} of its time."
     )
 
 
