@@ -129,7 +129,7 @@ def test_info_and_benchmark_take_what_convert_wrote(tmp_path: Path, capsys: pyte
         (["info", "torch.nn:Linear"], "torch.nn:Linear cannot be called with no arguments"),
         (["info", "torch.nn:ReLU"], "torch.nn:ReLU does not say what inputs it takes: give --input-shape"),
         (["convert", NET, "--budget", "0.001", "--output", "never"], "do not fit a budget"),
-        (["convert", NET, "--split-at", "conv9", "--output", "never"], "conv9"),
+        (["convert", NET, "--split-at", "conv9", "--output", "never"], "`ensemblenet info` lists them all"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (
             ["fit", "--resume", "missing"],

@@ -63,7 +63,9 @@ def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[
     data = chosen_data(restored, options.config, changes, options.class_path)
     rows = score(restored, data, split, options.device)
     console = Console()
-    console.print(results_table(rows, f"{restored.name}, {in_words(split, data)}; shares in %", scores_columns(rows)))
+    console.print(
+        results_table(rows, f"{restored.name}, {in_words(split, data, 'examples')}; shares in %", scores_columns(rows))
+    )
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, {"split": split, "rows": rows, "environment": environment()})

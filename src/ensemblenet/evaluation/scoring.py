@@ -296,16 +296,16 @@ def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
 # -- what data
 
 
-def in_words(split: Split, data: LightningDataModule) -> str:
-    """What a split is called in titles.
+def in_words(split: Split, data: LightningDataModule, what: str) -> str:
+    """What a split is called where its scores are shown.
 
     Example:
-        >>> in_words("test", LightningDataModule())
-        'test'
+        >>> in_words("test", LightningDataModule(), "examples")
+        'test examples'
     """
     if split == "test" and getattr(data, "tests_on_validation", False):
-        return "validation data, as there is no test split"
-    return split
+        return f"val {what}, as there is no test split"
+    return f"{split} {what}"
 
 
 def chosen_data(

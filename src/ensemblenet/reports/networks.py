@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,7 @@ def write_report(
     looks = choose_looks([restored.name for restored in networks], converted)
     runs = [_examine(*run, split, device) for run in zip(looks, networks, data, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, runs, in_words(split, data[0]))
+    _write(path, runs, partial(in_words, split, data[0]))
 
 
 # -- what is found out about a network
@@ -113,7 +113,7 @@ def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split:
 # -- the page
 
 
-def _write(path: Path, runs: Sequence[_Run], examples: str) -> None:
+def _write(path: Path, runs: Sequence[_Run], said: Callable[[str], str]) -> None:
     main = TASKS[runs[0].restored.task].main
     score = SCORES[main]
     lead = Figure(
@@ -130,11 +130,11 @@ def _write(path: Path, runs: Sequence[_Run], examples: str) -> None:
     }
     write_page(
         path,
-        f"{' and '.join(run.looks.name for run in runs)}: {examples}",
+        f"{' and '.join(run.looks.name for run in runs)}: {said('examples')}",
         " ".join(_summary(run) for run in runs),
         [row for run in runs for row in _table_rows(run)],
         {heading: shown for heading, shown in sections.items() if shown},
-        _notes(runs, examples),
+        _notes(runs, said),
         environment(),
         scores_columns(runs[-1].rows),
         lead,
@@ -303,10 +303,10 @@ def _card(run: _Run, example: Example) -> Card:
     )
 
 
-def _notes(runs: Sequence[_Run], examples: str) -> list[str]:
+def _notes(runs: Sequence[_Run], said: Callable[[str], str]) -> list[str]:
     counts = " and ".join(dict.fromkeys(f"{run.findings.count:,}" for run in runs))
     notes = [
-        f"All scores are of {counts} examples ({examples}), in evaluation mode and float32. Shares are in "
+        f"All scores are of the {counts} examples of the {said('split')}, in evaluation mode and float32. Shares are in "
         f"percent, NLL is in nats. {meanings(runs[0].rows[0].keys())}",
     ]
     if len({run.findings.count for run in runs}) > 1:
