@@ -13,12 +13,13 @@ from torch import fx, nn
 from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.initialise import Initialiser
+from ensemblenet.conversion.measuring import time_share
 from ensemblenet.conversion.planning import Plan, Planner, choose_num_heads
 from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.cost import Budget, Cost, count_parameters
 from ensemblenet.ensemble import EnsembleNet, as_tuple, combining_cost
-from ensemblenet.errors import ConversionError
+from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.finding import find_source
@@ -26,7 +27,8 @@ from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe, Shape
 
 __all__ = ["convert", "convert_as", "plans", "rebuild", "split_points"]
 
-_MOST_REPAIRS = 25
+_RANKED = 4
+_MOST_MEASURED = 5
 
 
 def convert(
@@ -136,27 +138,32 @@ def convert_as(
         return Planner(cuts, wanted, num_heads, base_cost, combining)
 
     planner = choose_num_heads(planner_of) if wanted.num_heads == "auto" else planner_of(wanted.num_heads)
+    tried: dict[str, float] = {}
     while True:
         design, plan = planner.choose()
+        if _repair(design, plan, planner):
+            continue
         assert plan.head is not None
-        given = _given(design)
-        if not _repair(design, plan.head, planner.pinned, given):
+        recipe = Recipe(
+            base=find_source(base, traced.inputs.tensors[0].shape),
+            inputs=traced.inputs,
+            output=tuple(wanted.output) if isinstance(wanted.output, list) else wanted.output,
+            num_heads=planner.num_heads,
+            split_at=plan.split.name,
+            head=plan.head,
+            init=wanted.init,
+            seed=torch.initial_seed() % 2**32 if wanted.seed is None else wanted.seed,
+            combine=wanted.combine,
+            task=task,
+        )
+        lost: set[str] = set()
+        model = _assemble(design, recipe, base_cost, lost)
+        if _is_in_time(base, model, example_inputs, Budget.of(wanted.budget), tried):
             break
-    recipe = Recipe(
-        base=find_source(base, traced.inputs.tensors[0].shape),
-        inputs=traced.inputs,
-        output=tuple(wanted.output) if isinstance(wanted.output, list) else wanted.output,
-        num_heads=planner.num_heads,
-        split_at=plan.split.name,
-        head=plan.head,
-        init=wanted.init,
-        seed=torch.initial_seed() % 2**32 if wanted.seed is None else wanted.seed,
-        combine=wanted.combine,
-        task=task,
-    )
+        if wanted.split_at != "auto" or len(tried) == _MOST_MEASURED:
+            raise _too_slow(tried, Budget.of(wanted.budget))
+        planner.pass_over(plan)
     _check_split(traced, named_cut(cuts, plan.split.name))
-    lost: set[str] = set()
-    model = _assemble(design, recipe, base_cost, lost)
     _refuse_lost(lost, recipe)
     _check_training_step(model, example_inputs)
     if wanted.init == "fresh" and _looks_trained(base):
@@ -242,6 +249,14 @@ def plans(
 ) -> list[Plan]:
     """For every split point, the heads that a budget allows.
 
+    Args:
+        base: a network.
+        example_inputs: for it.
+        num_heads: K.
+        budget: as for [`ensemblenet.convert`][], as are the others.
+        output: as there.
+        shape: as there.
+
     Raises:
         ConversionError: the base, the inputs or the budget cannot be used.
 
@@ -255,7 +270,15 @@ def plans(
     cuts = find_cuts(traced)
     combining = combining_cost(_output_shapes(traced), num_heads)
     planner = Planner(cuts, Conversion(num_heads, budget, shape=shape), num_heads, _base_cost(base, traced), combining)
-    return [planner.at(cut)[1] for cut in cuts]
+    found = {cut.point.name: planner.at(cut)[1] for cut in cuts}
+    for rank in range(_RANKED):
+        try:
+            best = planner.choose()[1]
+        except ConversionError:  # there are no more
+            break
+        planner.pass_over(best)
+        found[best.split.name] = replace(best, rank=rank)
+    return list(found.values())
 
 
 def _check_inputs(base: nn.Module, example_inputs: Tree) -> None:
@@ -291,17 +314,18 @@ def _output_shapes(traced: Trace) -> list[tuple[int, ...]]:
     return [traced.refs[node].shape for node in traced.outputs]
 
 
-def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node], given: list[tuple[Any, ...]]) -> bool:
+def _repair(design: HeadDesign, plan: Plan, planner: Planner) -> bool:
     """Try one head; where it fails, pin the sizes there and report that a new plan is needed."""
+    assert plan.head is not None
+    shape = plan.head
     initialiser = Initialiser("inherit", torch.Generator().manual_seed(0))
     head, copies = build_head(design, shape, initialiser)
-    failure = check_head(design, shape, head, copies, given)
+    failure = check_head(design, shape, head, copies, _given(design))
     if failure is None:
         return False
     node, message = failure
-    if node in pinned or len(pinned) >= _MOST_REPAIRS:
+    if not planner.pin(node):
         raise ConversionError(f"A head of width {shape.width:g} fails in {message}. {BY_HAND}")
-    pinned.add(node)
     return True
 
 
@@ -345,6 +369,24 @@ def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost, lost: set[str
         head_cost=design.cost(recipe.head),
         base_cost=base_cost,
         output_shapes=_output_shapes(design.trace),
+    )
+
+
+def _is_in_time(base: nn.Module, model: EnsembleNet, x: Tree, budget: Budget, tried: dict[str, float]) -> bool:
+    """Whether a model takes no longer than a budget allows, where that is to be measured; `tried` takes up what was."""
+    if not budget.measured:
+        return True
+    assert budget.time is not None
+    assert model.recipe is not None
+    tried[model.recipe.split_at] = time_share(base, model, x)
+    return tried[model.recipe.split_at] <= budget.time
+
+
+def _too_slow(tried: Mapping[str, float], budget: Budget) -> BudgetError:
+    found = ", ".join(f"{share:.2f} at {name!r}" for name, share in tried.items())
+    return BudgetError(
+        f"No plan that was measured takes at most {budget.time:g} of the base's time: {found}. Use fewer heads, more "
+        "time, or a smaller share of the MACs."
     )
 
 
