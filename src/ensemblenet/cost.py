@@ -131,9 +131,11 @@ class Budget:
                 continue
             if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) < math.inf:
                 raise BudgetError(
-                    f"budget must be a positive number (a share of the base's cost) or "
-                    f"ensemblenet.Budget(parameters=, macs=, activations=, time=), got {share!r}."
+                    "budget must be a positive number, a share of the base's cost such as 0.95, or shares by name "
+                    f"(parameters, macs, activations, time), got {share!r}."
                 )
+            if (share := float(share)) >= _PERCENT:
+                raise BudgetError(f"budget is a share of the base's cost, got {share:g}: did you mean {share / 100:g}?")
         if all(share is None for share in shares):
             raise BudgetError("budget must limit something: give one of parameters, macs, activations and time.")
         is_measured = isinstance(budget, Budget) and budget.measured
@@ -173,6 +175,7 @@ class Budget:
 
 
 _WORDS = {"macs": "MACs"}
+_PERCENT = 10.0  # a share from here on is one in percent
 
 
 def count_parameters(module: nn.Module) -> int:

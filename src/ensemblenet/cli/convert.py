@@ -36,13 +36,12 @@ def convert(arguments: Sequence[str]) -> None:
     )
     add_base(parser)
     parser.add_argument("--output", type=Path, required=True, help="the folder to create")
-    parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.output.exists():
         raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
     base, x = base_of(options)
-    wanted = Conversion(options.num_heads, options.budget, options.split_at, options.seed)
+    wanted = Conversion(options.num_heads, options.budget, options.split_at, options.seed, min_width=options.min_width)
     model = convert_as(wanted, base, x)
     assert model.cost is not None
     assert model.base_cost is not None

@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ensemblenet import __version__
+
 __all__ = ["COMMANDS", "main"]
 
 # Each is the function of that name in the module of that name beside this one, imported when it is called.
@@ -64,5 +66,6 @@ def _parser() -> argparse.ArgumentParser:
         + "\n\n`ensemblenet COMMAND --help` says what a command needs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ensemblenet {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     return parser

@@ -118,6 +118,11 @@ class ImageData(DataModule):
         self.classes = classes
         return TransformedImages(images, self.transforms[split])
 
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether `test` finds the images of `val`."""
+        return self.examples("test").images.where == self.examples("val").images.where
+
     def example_name(self, split: Split, place: int) -> str:
         """The file of an image after `setup`, or its place in the data where it has no file of its own."""
         return self.examples(split).images.name(place)
@@ -142,6 +147,11 @@ class TransformedImages:
 
     images: ImageSet
     transform: Callable[[Image.Image], Tensor] = field(repr=False)
+
+    @property
+    def labels(self) -> list[int]:
+        """(N,)."""
+        return self.images.labels.tolist()
 
     def __len__(self) -> int:
         return len(self.images)

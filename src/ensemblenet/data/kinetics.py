@@ -167,6 +167,11 @@ class Kinetics(DataModule):
             view_reader(self.preprocessing, self.views[split], self.decoder, self.cache),
         )
 
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether `test` names the videos of `val`."""
+        return self.splits["test"] == self.splits["val"]
+
     def example_name(self, split: Split, place: int) -> str:
         """The file of a video after `setup`, relative to `folder`."""
         path = self.examples(split).paths[place]

@@ -111,6 +111,11 @@ class YouTube8M(DataModule):
         """Find the shards of a split and their records."""
         return index_shards(find_shards(self.patterns[split], self.folder), self.on_broken)
 
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether `test` names the shards of `val`."""
+        return self.patterns["test"] == self.patterns["val"]
+
     def make_loader(self, split: Split, **process: int) -> RecordLoader:
         """A loader of a split, see [`ensemblenet.data.module.DataModule.make_loader`][]."""
         train = split == "train"

@@ -153,6 +153,7 @@ class Study:
         budget: the most that a conversion may cost, as a share of the base's parameters and MACs, or a share for each
             cost, as in [`ensemblenet.Budget`][].
         split_at: the split point, for methods that share a trunk.
+        min_width: the least width of heads; None takes that of [`ensemblenet.convert`][].
         weight: lambda of co-distillation.
         epochs: passes over the training examples; the last epoch counts.
         optimizer: the optimizer of all methods.
@@ -177,6 +178,7 @@ class Study:
     num_heads: int = 4
     budget: float | Budget = 0.95
     split_at: str = "auto"
+    min_width: float | None = None
     weight: float = 2.0
     epochs: int = 40
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -196,7 +198,8 @@ class Study:
             TrainingError: an unknown method, two of one name, or the first is not the base.
         """
         task: Task = self.task
-        shared = Setup(Conversion(self.num_heads, self.budget, self.split_at), self.weight, task)
+        conversion = Conversion(self.num_heads, self.budget, self.split_at, min_width=self.min_width)
+        shared = Setup(conversion, self.weight, task)
         found: dict[str, Candidate] = {}
         for choice in self.methods or [key for key, method in METHODS.items() if task in method.tasks]:
             variant = Variant(choice) if isinstance(choice, str) else choice
@@ -214,8 +217,14 @@ class Study:
             raise TrainingError("methods must begin with base: all others are compared with it.")
         return found
 
-    def trials(self, phase: Phase, settings: Mapping[str, Sequence[Optimization]]) -> list[Trial]:
-        """The trials of a phase: each candidate with each of its settings, tuned with one seed, tested with all."""
+    def trials(self, phase: Phase, settings: Mapping[str, Sequence[Optimization]], halved: bool = False) -> list[Trial]:
+        """The trials of a phase: each candidate with each of its settings, tuned with one seed, tested with all.
+
+        Args:
+            phase: "tune" or "test".
+            settings: by the candidates' names.
+            halved: whether the validation data is halved, for want of a test split.
+        """
         tuned = phase == "tune"
         epochs = (tuned and self.tuning.epochs) or self.epochs
         return [
@@ -231,6 +240,7 @@ class Study:
                 epochs,
                 self.device,
                 self.precision,
+                halved,
             )
             for name, candidate in self.candidates().items()
             for setting in settings.get(name, ())
