@@ -124,7 +124,7 @@ class Budget:
             Budget(parameters=0.5, macs=0.5, activations=None, time=None, measured=False)
         """
         if isinstance(budget, Mapping):
-            budget = cls(**budget)
+            budget = cls(**budget)  # pyright: ignore[reportArgumentType]
         shares = budget.shares if isinstance(budget, Budget) else (budget, budget)
         for share in shares:
             if isinstance(budget, Budget) and share is None:
@@ -139,7 +139,7 @@ class Budget:
         if all(share is None for share in shares):
             raise BudgetError("budget must limit something: give one of parameters, macs, activations and time.")
         is_measured = isinstance(budget, Budget) and budget.measured
-        if is_measured and budget.time is None:
+        if is_measured and shares[-1] is None:
             raise BudgetError("Budget(measured=True) needs a share of the time to measure: give time=.")
         return cls(*(None if share is None else float(share) for share in shares), measured=is_measured)
 
@@ -171,7 +171,7 @@ class Budget:
         return f"{', '.join(first)} and {last}" if first else last
 
     def __str__(self) -> str:
-        return self.of_limited(Shares(*self.shares), of="the base's")
+        return self.of_limited(Shares(*(share or 0.0 for share in self.shares)), of="the base's")
 
 
 _WORDS = {"macs": "MACs"}

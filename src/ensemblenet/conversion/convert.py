@@ -25,7 +25,7 @@ from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.finding import find_source
 from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe, Shape
 
-__all__ = ["convert", "convert_as", "plans", "rebuild", "split_points"]
+__all__ = ["convert", "convert_as", "plans", "plans_as", "rebuild", "split_points"]
 
 _RANKED = 4
 _MOST_MEASURED = 5
@@ -132,12 +132,7 @@ def convert_as(
     traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
-
-    def planner_of(num_heads: int) -> Planner:
-        combining = combining_cost(_output_shapes(traced), num_heads, wanted.combine, task)
-        return Planner(cuts, wanted, num_heads, base_cost, combining)
-
-    planner = choose_num_heads(planner_of) if wanted.num_heads == "auto" else planner_of(wanted.num_heads)
+    planner = _planner(traced, cuts, wanted, base_cost, task)
     tried: dict[str, float] = {}
     while True:
         design, plan = planner.choose()
@@ -156,14 +151,19 @@ def convert_as(
             combine=wanted.combine,
             task=task,
         )
-        lost: set[str] = set()
-        model = _assemble(design, recipe, base_cost, lost)
-        if _is_in_time(base, model, example_inputs, Budget.of(wanted.budget), tried):
+        if not Budget.of(wanted.budget).measured:
+            break
+        # inherited, as fresh weights would be drawn in the trace's own layers
+        timed = _assemble(design, replace(recipe, init="inherit"), base_cost)
+        tried[plan.split.name] = time_share(base, timed, example_inputs)
+        if tried[plan.split.name] <= (Budget.of(wanted.budget).time or 0.0):
             break
         if wanted.split_at != "auto" or len(tried) == _MOST_MEASURED:
             raise _too_slow(tried, Budget.of(wanted.budget))
         planner.pass_over(plan)
     _check_split(traced, named_cut(cuts, plan.split.name))
+    lost: set[str] = set()
+    model = _assemble(design, recipe, base_cost, lost)
     _refuse_lost(lost, recipe)
     _check_training_step(model, example_inputs)
     if wanted.init == "fresh" and _looks_trained(base):
@@ -257,6 +257,9 @@ def plans(
         output: as there.
         shape: as there.
 
+    Returns:
+        The plans in the network's order.
+
     Raises:
         ConversionError: the base, the inputs or the budget cannot be used.
 
@@ -265,11 +268,22 @@ def plans(
         >>> [(plan.split.name, plan.width is not None) for plan in plans(base, torch.randn(4, 8), budget=1.0)]
         [('input', True), ('0', True), ('1', True), ('2', False), ('3', False)]
     """
+    return plans_as(Conversion(num_heads, budget, output=output, shape=shape), base, example_inputs)
+
+
+@torch.inference_mode(False)
+def plans_as(wanted: Conversion, base: nn.Module, example_inputs: Tree) -> list[Plan]:
+    """Do what [`ensemblenet.plans`][] does, with its options in one object.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> [plan.split.name for plan in plans_as(Conversion(), base, torch.randn(4, 8)) if plan.rank == 0]
+        ['input']
+    """
     _check_inputs(base, example_inputs)
-    traced = trace(base, example_inputs, output)
+    traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
-    combining = combining_cost(_output_shapes(traced), num_heads)
-    planner = Planner(cuts, Conversion(num_heads, budget, shape=shape), num_heads, _base_cost(base, traced), combining)
+    planner = _planner(traced, cuts, wanted, _base_cost(base, traced))
     found = {cut.point.name: planner.at(cut)[1] for cut in cuts}
     for rank in range(_RANKED):
         try:
@@ -312,6 +326,14 @@ def _base_cost(base: nn.Module, traced: Trace) -> Cost:
 
 def _output_shapes(traced: Trace) -> list[tuple[int, ...]]:
     return [traced.refs[node].shape for node in traced.outputs]
+
+
+def _planner(traced: Trace, cuts: list[Cut], wanted: Conversion, base_cost: Cost, task: Task = "multiclass") -> Planner:
+    def planner_of(num_heads: int) -> Planner:
+        combining = combining_cost(_output_shapes(traced), num_heads, wanted.combine, task)
+        return Planner(cuts, wanted, num_heads, base_cost, combining)
+
+    return choose_num_heads(planner_of) if wanted.num_heads == "auto" else planner_of(wanted.num_heads)
 
 
 def _repair(design: HeadDesign, plan: Plan, planner: Planner) -> bool:
@@ -370,16 +392,6 @@ def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost, lost: set[str
         base_cost=base_cost,
         output_shapes=_output_shapes(design.trace),
     )
-
-
-def _is_in_time(base: nn.Module, model: EnsembleNet, x: Tree, budget: Budget, tried: dict[str, float]) -> bool:
-    """Whether a model takes no longer than a budget allows, where that is to be measured; `tried` takes up what was."""
-    if not budget.measured:
-        return True
-    assert budget.time is not None
-    assert model.recipe is not None
-    tried[model.recipe.split_at] = time_share(base, model, x)
-    return tried[model.recipe.split_at] <= budget.time
 
 
 def _too_slow(tried: Mapping[str, float], budget: Budget) -> BudgetError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 
@@ -167,10 +167,10 @@ class Planner:
         budget = Budget.of(wanted.budget)
         self._limit = budget.limit(base)
         self._fast = _FAST * max(1.0, budget.macs or 1.0)
-        work = [numbers for _, numbers in cuts[0].flow.trace.work]
-        self._is_small = ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
         self._must_shorten = wanted.shape == "short" or (wanted.depth is not None and wanted.depth < 1)
         self._runs = [] if wanted.shape == "narrow" else find_runs(cuts)
+        work = [numbers for _, numbers in cuts[0].flow.trace.work]
+        self._is_small = not self._runs and ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
         self._found: dict[str, tuple[HeadDesign, Plan]] = {}  # by split point
         self._passed: set[str] = set()
 
@@ -214,13 +214,21 @@ class Planner:
             return short
         if num_fitting == 0:
             return self._plan(cut, depths[0])
-        if self._used(short[1]) >= _WELL_USED:
-            return short
+        fast = [one for one in self._fuller(cut, depths, num_fitting) if self.is_fast(one[1])]
+        if self.is_fast(short[1]):
+            fast.insert(0, short)
+        well_used = (one for one in fast if self._used(one[1]) >= _WELL_USED)
+        return next(well_used, None) or max(fast, key=lambda one: self._used(one[1]), default=short)
+
+    def _fuller(self, cut: Cut, depths: list[Depth], num_fitting: int) -> Iterator[tuple[HeadDesign, Plan]]:
+        """Short heads that use what full width leaves of the budget, and those that give up blocks for more width."""
         deeper = self._plan(cut, depths[num_fitting])
-        fuller = [deeper] if (deeper[1].width or 0.0) >= _LEAST_WIDTH_OF_SHORT else []
-        if wanted.init == "fresh":
-            fuller.append(self._plan(cut, depths[num_fitting - 1], most=_MOST_WIDTH))
-        return max((short, *(one for one in fuller if self.is_fast(one[1]))), key=lambda one: self._used(one[1]))
+        if (deeper[1].width or 0.0) >= _LEAST_WIDTH_OF_SHORT:
+            yield deeper
+        if self._wanted.init == "fresh":
+            yield self._plan(cut, depths[num_fitting - 1], most=_MOST_WIDTH)
+            if num_fitting > 1:
+                yield self._plan(cut, depths[num_fitting - 2], most=_MOST_WIDTH)
 
     def _plan(self, cut: Cut, depth: Depth, width: float | None = None, most: float = 1.0) -> tuple[HeadDesign, Plan]:
         shortened = depth.shorten(cut)
@@ -234,7 +242,7 @@ class Planner:
     def is_fast(self, plan: Plan) -> bool:
         """Whether a model takes about the base's memory and time on an accelerator, or as much more as it may compute.
 
-        A base whose time goes into starting its operators is no measure: fused heads start theirs once.
+        Narrow heads of a base whose time goes into starting its operators count as fast: fused, they start theirs once.
         """
         shares = plan.cost.shares_of(self._base)
         return self._is_small or max(shares.activations, shares.time) <= self._fast
