@@ -17,10 +17,11 @@ from ensemblenet.cli.options import (
     add_trust,
     base_of,
     command_parser,
+    conversion_of,
     converted,
     positive_integer,
 )
-from ensemblenet.conversion.convert import convert
+from ensemblenet.conversion.convert import convert_as
 from ensemblenet.heads import capture, fuse, tune
 from ensemblenet.inputs import InputSpec
 from ensemblenet.timing import measure, step
@@ -52,7 +53,7 @@ def benchmark(arguments: Sequence[str]) -> None:
     looped = converted(options)
     base, x = base_of(options)
     if looped is None:
-        looped = convert(base, x, options.num_heads, options.budget, options.split_at, min_width=options.min_width)
+        looped = convert_as(conversion_of(options), base, x)
     looped = looped.to(options.device)
     models: dict[str, nn.Module] = {"base": base.to(options.device), "looped": looped}
     models["fused"] = fused = fuse(copy.deepcopy(looped))

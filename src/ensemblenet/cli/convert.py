@@ -9,11 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ensemblenet.cli.options import add_base, base_of, command_parser
+from ensemblenet.cli.options import add_base, base_of, command_parser, conversion_of
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.errors import ConversionError
 from ensemblenet.models.sources import source_named
-from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import COST_NOTE
 from ensemblenet.storage.checkpoint import save
 
@@ -41,15 +40,16 @@ def convert(arguments: Sequence[str]) -> None:
     if options.output.exists():
         raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
     base, x = base_of(options)
-    wanted = Conversion(options.num_heads, options.budget, options.split_at, options.seed, min_width=options.min_width)
-    model = convert_as(wanted, base, x)
+    model = convert_as(conversion_of(options), base, x)
     assert model.cost is not None
     assert model.base_cost is not None
     assert model.recipe is not None
     if model.recipe.base is None and ":" in options.model:
         model.recipe = replace(model.recipe, base=source_named(options.model, options.num_classes))
     save(model, options.output)
-    table = Table(title=f"{options.model}, split at {model.recipe.split_at}", caption=COST_NOTE)
+    head = model.recipe.head
+    found = f"split at {model.recipe.split_at}, heads of width {head.width:.2f} and depth {head.depth:.2f}"
+    table = Table(title=f"{options.model}, {found}", caption=COST_NOTE)
     table.add_column()
     for heading in ("parameters", "MACs", "activations", "time"):
         table.add_column(heading, justify="right")

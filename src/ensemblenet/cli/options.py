@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ensemblenet.cost import Budget
     from ensemblenet.ensemble import EnsembleNet
+    from ensemblenet.recipe import Conversion
 
 __all__ = [
     "CommandParser",
@@ -33,6 +34,7 @@ __all__ = [
     "budget_share",
     "check_new",
     "command_parser",
+    "conversion_of",
     "converted",
     "dashed",
     "positive_integer",
@@ -206,12 +208,12 @@ def _budget(text: str) -> float | Budget:
     from ensemblenet.cost import Budget
 
     shares = budget_share(text)
-    return Budget(**shares) if isinstance(shares, dict) else shares
+    return Budget.of(shares) if isinstance(shares, dict) else shares
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Add how many heads there are to be, where they begin, and what all may cost."""
-    parser.add_argument("--num-heads", type=positive_integer, default=2, help="K (default: %(default)s)")
+    parser.add_argument("--num-heads", type=_num_heads, default=2, metavar="K", help="or auto (default: %(default)s)")
     parser.add_argument(
         "--budget",
         type=_budget,
@@ -222,6 +224,28 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
     parser.add_argument("--min-width", type=float, metavar="SHARE", help="the least width of heads (default: found)")
+    parser.add_argument(
+        "--shape",
+        default="auto",
+        metavar="WORD",
+        help="of heads: narrow, short (fewer blocks) or auto, which may be both",
+    )
+    parser.add_argument(
+        "--width", type=float, metavar="SHARE", help="of its channels that a head keeps (default: found)"
+    )
+    parser.add_argument("--depth", type=float, metavar="SHARE", help="of the blocks that it may drop (default: found)")
+
+
+def _num_heads(text: str) -> int | str:
+    return text if text == "auto" else positive_integer(text)
+
+
+def conversion_of(options: argparse.Namespace) -> Conversion:
+    """What the options of `add_plan` ask for."""
+    from ensemblenet.recipe import Conversion
+
+    names = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
+    return Conversion(**{name: getattr(options, name) for name in names}, seed=getattr(options, "seed", 0))
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
@@ -291,7 +315,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
 
 
-def add_device(parser: argparse.ArgumentParser, default: str = "auto") -> None:
+def add_device(parser: argparse.ArgumentParser | argparse._ArgumentGroup, default: str = "auto") -> None:
     """Add --device."""
     parser.add_argument(
         "--device", default=default, metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: %(default)s)"
