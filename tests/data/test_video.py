@@ -26,10 +26,10 @@ KINDS = {
     "pictures.mov": {"codec": "mjpeg", "pixels": "yuvj420p"},
     "odd.mp4": {"size": (51, 33)},
     "uneven.mp4": {"moments": [t * t for t in range(20)]},
-    "invented.avi": {"bf": 2},
+    "invented.avi": {"x264-params": "b-adapt=0:scenecut=0:weightp=0", "g": 250},
     "invented_mpeg2.avi": {"codec": "mpeg2video", "pixels": "yuv420p", "g": 6, "bf": 2},
     "all_keys.avi": {"codec": "ffv1", "pixels": "bgr0"},
-    "program.mpg": {"codec": "mpeg1video", "pixels": "yuv420p", "g": 6, "bf": 2},
+    "program.mpg": {"codec": "mpeg1video", "pixels": "yuv420p", "bf": 2},
     "raw.h264": {"bf": 2},
     "hidden.webm": {"codec": "libvpx", "pixels": "yuv420p", "auto-alt-ref": 1, "lag-in-frames": 16, "b": "200k"},
 }
