@@ -74,7 +74,7 @@ def turn_clockwise(path: Path) -> Path:
 
 
 def make_packed(path: Path, frames: int = 20, size: tuple[int, int] = (48, 32)) -> Path:
-    """An AVI as XviD and DivX wrote it: a frame and the one that is shown before it in one packet, then an empty one."""
+    """An AVI as XviD wrote it: a frame and the one that is shown before it in one packet, then an empty packet."""
     context = av.CodecContext.create("mpeg4", "w")
     context.width, context.height = size
     context.pix_fmt, context.time_base, context.framerate = "yuv420p", Fraction(1, 25), Fraction(25)

@@ -246,8 +246,8 @@ class TorchcodecVideo(Video):
     PyAV still opens the file and lists its packets, so time stamps, frame numbers and messages for files that cannot
     be opened are the same. Frames of MP4 files are equal at the file's size; resized ones differ a little, as FFmpeg
     and torchvision resize in different ways. With open groups of pictures, in transport streams and in old
-    AVI files torchcodec 0.17 gives wrong frames where PyAV here gives the right ones; files without time stamps are left
-    to PyAV.
+    AVI files torchcodec 0.17 gives wrong frames where PyAV here gives the right ones; files without time stamps are
+    left to PyAV.
     """
 
     def __init__(self, path: Path | str, short_side: int | None = None) -> None:
