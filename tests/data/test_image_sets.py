@@ -142,9 +142,10 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
 
 def test_class_maps_number_classes_and_other_arguments_are_refused(tmp_path: Path) -> None:
     in_folders(tmp_path, "cat/1.png", "dog/1.png", "owl/1.png")
-    (tmp_path / "map.txt").write_text("owl\ncat\n")
-    assert found(tmp_path, class_map="map.txt") == {"owl": ["owl/1.png"], "cat": ["cat/1.png"]}
-    for options, message in (({"class_map": "no.txt"}, "class_map=no.txt: Cannot locate"), ({"x": 1}, "got x")):
+    (tmp_path / "train" / "map.txt").write_text("owl\ncat\n")
+    for class_map in ("map.txt", str(tmp_path / "train" / "map.txt"), {"owl": 0, "cat": 1}):
+        assert found(tmp_path, class_map=class_map) == {"owl": ["owl/1.png"], "cat": ["cat/1.png"]}
+    for options, message in (({"class_map": "no.txt"}, "class_map=no.txt is neither a file"), ({"x": 1}, "got x")):
         with pytest.raises(DataError, match=message):
             found(tmp_path, **options)
 

@@ -140,8 +140,8 @@ def open_images(
 
 def _class_folders(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     """Images in the order of their names; those of one class lie in one folder, at any depth."""
-    class_map = _class_map(folder, options)
     path = _find_split(folder, split)
+    class_map = _class_map(path, options)
     found: dict[str, list[tuple[str, Path | TarFile]]]
     if path.is_dir():
         by_class = class_folders(path, IMAGE_SUFFIXES)
@@ -183,22 +183,20 @@ def _classes_of_tar(path: Path) -> dict[str, list[tuple[str, Path | TarFile]]]:
     return found
 
 
-def _class_map(folder: Path, options: Mapping[str, Any]) -> dict[str, int] | None:
-    """The numbers of classes that the user gives."""
+def _class_map(split: Path, options: Mapping[str, Any]) -> dict[str, int] | None:
+    """The numbers of classes that the user gives: by name, or as a file with a name a line."""
     if unknown := set(options) - {"class_map"}:
-        raise DataError(
-            f"Of the reader's arguments class folders take class_map alone, got {', '.join(sorted(unknown))}."
-        )
-    if not options.get("class_map"):
+        given = ", ".join(sorted(unknown))
+        raise DataError(f"Of the reader's arguments class folders take class_map alone, got {given}.")
+    given = options.get("class_map")
+    if not given:
         return None
-    from timm.data.readers.class_map import load_class_map  # slow to import
-
-    try:
-        return {
-            class_name(name): int(number) for name, number in load_class_map(options["class_map"], str(folder)).items()
-        }
-    except (AssertionError, OSError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"class_map={options['class_map']}: {first_line(error)}") from error
+    if isinstance(given, Mapping):
+        return {class_name(name): int(number) for name, number in given.items()}
+    for path in (Path(given), split / given):
+        if (names := _named_classes(path)) is not None:
+            return {name: number for number, name in enumerate(names)}
+    raise DataError(f"class_map={given} is neither a file with the name of a class in each line, nor in {split}.")
 
 
 def _find_split(folder: Path, split: str) -> Path:

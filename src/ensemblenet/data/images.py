@@ -33,7 +33,7 @@ class ImageData(DataModule):
 
     Args:
         folder: of the data.
-        dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or `train.tar` and `val.tar` that hold
+        dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg` at any depth, or `train.tar` and `val.tar` that hold
             the same; `wds/` for WebDataset shards on a local disk (an image and a `.cls` for each sample; `classes.txt`
             may name the classes, one a line); `hfds/NAME` for a name that `datasets.load_dataset` takes, or a folder of
             Parquet files; `torch/NAME` for torchvision's sets, see `timm.data.create_dataset`.
@@ -52,7 +52,8 @@ class ImageData(DataModule):
         std: standard deviation of each channel.
         on_broken: "error" or "skip", for an image that cannot be decoded; a skipped one is left out, counted and named.
         max_broken: how many images of a split may be skipped.
-        reader: arguments of timm's reader, such as `input_key` and `target_key` for `hfds/`.
+        reader: arguments of timm's reader, such as `input_key` and `target_key` for `hfds/`; for class folders
+            `class_map` alone: numbers of classes by name, or a file with a name a line.
         seed: of order and augmentation; None takes the run's own.
 
     Raises:
