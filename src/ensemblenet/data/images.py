@@ -33,10 +33,11 @@ class ImageData(DataModule):
 
     Args:
         folder: of the data.
-        dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg` at any depth, or `train.tar` and `val.tar` that hold
-            the same; `wds/` for WebDataset shards on a local disk (an image and a `.cls` for each sample; `classes.txt`
-            may name the classes, one a line); `hfds/NAME` for a name that `datasets.load_dataset` takes, or a folder of
-            Parquet files; `torch/NAME` for torchvision's sets, see `timm.data.create_dataset`.
+        dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg` at any depth, or `train.tar` and
+            `val.tar` that hold the same; `wds/` for WebDataset shards on a local disk (an image and a `.cls` for each
+            sample; `classes.txt` may name the classes, one a line); `hfds/NAME` for a name that
+            `datasets.load_dataset` takes, or a folder of Parquet files; `torch/NAME` for torchvision's sets, see
+            `timm.data.create_dataset`.
         train: the training split: a name, or for `wds/` a pattern such as `train-*.tar`.
         val: the validation split.
         test: the test split; None takes the validation split.
