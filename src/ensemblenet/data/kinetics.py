@@ -157,7 +157,9 @@ class Kinetics(DataModule):
         refuse_strange_classes(videos.where, classes, videos.labels)
         if videos.missing:
             total = videos.missing + len(videos.paths)
-            rank_zero_info(f"{videos.missing:,} of the {total:,} videos of {videos.where} do not exist.")
+            rank_zero_info(
+                f"{videos.missing:,} of the {total:,} videos of {videos.where} do not exist, such as {videos.example}."
+            )
         self.classes = classes
         numbers = {name: number for number, name in enumerate(classes)}
         return LabelledViews(

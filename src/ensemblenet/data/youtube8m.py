@@ -96,7 +96,7 @@ class YouTube8M(DataModule):
             on_broken = on_damage
         super().__init__(batch_size, None, num_workers, on_broken, max_broken, seed)
         self.folder = folder
-        self.level = make_level(level, features, num_classes, num_frames, sample_frames)
+        self.level = replace(make_level(level, features, num_classes, num_frames, sample_frames), needs_labels=True)
         self.preprocessing = {
             "level": level,
             "features": features,
