@@ -85,7 +85,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ensemblenet.storage.checkpoint.save_model", full)
+    monkeypatch.setattr("ensemblenet.weights.save_model", full)
     with pytest.raises(OSError, match="No space left"):
         save(convert(perceptron(), X), tmp_path / "model")
     assert not list(tmp_path.iterdir())
