@@ -48,7 +48,7 @@ class Header:
             LoadError: they differ.
         """
         seal = self.notes.get(_SEAL)
-        if seal is not None and _digest_of(self.path, seal) != seal:
+        if self.notes and (seal is None or _digest_of(self.path, seal) != seal):
             raise LoadError(
                 f"{self.path} is damaged: its SHA-256 is not the one that was saved with it. Copy it again."
             )

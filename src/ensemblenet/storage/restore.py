@@ -145,8 +145,10 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *,
     if not (folder / _MODEL).is_dir():
         raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
     match config:
-        case {"model": {"base": {"class_path": str()} as spec} as model, "data": {"class_path": str()}}:
-            make = partial(_made, _without_weights(spec), folder)
+        case {"model": {"base": {"class_path": str()} as spec} as model, "data": {"class_path": str()} as data} if all(
+            isinstance(part.get("init_args") or {}, dict) for part in (spec, data)
+        ):
+            make = partial(_made, nn.Module, _without_weights(spec), folder)
         case _:
             raise LoadError(f"{folder / CONFIG} does not say by class_path what model.base and data are.")
     if model.get("conversion") is not None:
@@ -177,7 +179,7 @@ def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) ->
     load_all()
     data = dict(restored.config["data"])
     data["init_args"] = {**(data.get("init_args") or {}), **(changes or {})}
-    made = instantiate(LightningDataModule, data)
+    made = _made(LightningDataModule, data, restored.folder)
     expect_classes(restored.classes, made)
     return made
 
@@ -238,11 +240,11 @@ def _without_weights(base: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**base, "init_args": {**arguments, "weights": None}}
 
 
-def _made(spec: Mapping[str, Any], folder: Path) -> nn.Module:
-    """The base that a run's configuration describes."""
+def _made(kind: type[Any], spec: Mapping[str, Any], folder: Path) -> Any:
+    """What a run's configuration describes."""
     try:
-        return instantiate(nn.Module, spec)
+        return instantiate(kind, spec)
     except EnsembleNetError:
         raise
-    except Exception as error:  # whatever a network makes of arguments that are none
-        raise LoadError(f"{folder / CONFIG}: model.base cannot be made: {first_line(error)}") from error
+    except Exception as error:  # whatever a class makes of arguments that are none
+        raise LoadError(f"{folder / CONFIG}: {spec['class_path']} cannot be made: {first_line(error)}") from error
