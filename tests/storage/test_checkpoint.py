@@ -113,6 +113,14 @@ def rebuild_weights(directory: Path, keep: slice) -> None:
     (directory / "model.safetensors").write_bytes(data[keep])
 
 
+def nested(depth: int) -> list:
+    """A list in a list, and so on."""
+    found: list = [0]
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 OTHER_INPUT = {"shape": [7], "dtype": "float32", "is_batched": True, "fixed": []}
 DAMAGE = [
     (lambda d: (d / "recipe.json").unlink(), "holds no saved model: recipe.json is missing"),
@@ -140,6 +148,13 @@ DAMAGE = [
     (lambda d: edit(d, "inputs", tensors=[OTHER_INPUT | {"dtype": "Tensor"}]), "dtype of inputs must be"),
     (lambda d: edit(d, output=[[1]]), "output must be a name, a position or a list of them"),
     (lambda d: edit(d, init="exec"), "init must be one of"),
+    (lambda d: edit(d, combine="probabilities"), r"recipe\.json is damaged, or of another model: its checksum"),
+    (lambda d: edit(d, "inputs", tree=nested(900)), "tree of inputs must be"),
+    (lambda d: edit(d, "inputs", tensors=[OTHER_INPUT | {"fixed": [3]}]), "fixed of inputs must be"),
+    (lambda d: edit(d, seed=2**70), "seed must be an integer of 64 bits"),
+    (lambda d: edit(d, format=2, inputs=5), "The recipe's inputs must have fields by name, got 5"),
+    (lambda d: edit(d, format=2, head=None), "The recipe's head must have fields by name, got None"),
+    (lambda d: (d / "recipe.json").write_text("[" * 100_000), "The recipe is not JSON: maximum recursion depth"),
     (lambda d: edit(d, base={"factory": "os", "name": "system", "arguments": {}}), None),
     (lambda d: rebuild_weights(d, slice(1000)), "damaged or not a safetensors file"),
     (lambda d: rebuild_weights(d, slice(-100)), "damaged or not a safetensors file"),
