@@ -106,8 +106,7 @@ def check_base(base: nn.Module, header: Header, recipe: Recipe | None = None) ->
         for stored, is_whole in places:
             kept = header.shapes.get(stored, shape)
             if len(kept) != len(shape) or not all(
-                own == size or (not is_whole and own < size <= growth * own)
-                for own, size in zip(kept, shape, strict=True)
+                own == size or (not is_whole and size <= growth * own) for own, size in zip(kept, shape, strict=True)
             ):
                 raise LoadError(
                     f"{header.path} holds {stored} of shape {kept}, but the base has {shape}; is it the base that was "
@@ -233,7 +232,7 @@ def _within(header: Header, recipe: Recipe | None) -> Iterator[_Parts]:
 
 def _growth(recipe: Recipe | None) -> float:
     """By how much a size of the base may exceed that of a head, which is rounded and may be of two that shrank."""
-    return 1.0 if recipe is None else (2 / recipe.head.width) ** 2
+    return 1.0 if recipe is None else (2 / min(recipe.head.width, 1.0)) ** 2
 
 
 def _bound(limit: tuple[int, int], size: int) -> float:
