@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,9 +11,8 @@ from rich.table import Table
 from ensemblenet.cli.options import add_base, base_of, command_parser, conversion_of
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.errors import ConversionError
-from ensemblenet.models.sources import source_named
 from ensemblenet.reports.tables import COST_NOTE
-from ensemblenet.storage.checkpoint import save
+from ensemblenet.storage.checkpoint import how_to_load, save
 
 __all__ = ["convert"]
 
@@ -44,8 +42,6 @@ def convert(arguments: Sequence[str]) -> None:
     assert model.cost is not None
     assert model.base_cost is not None
     assert model.recipe is not None
-    if model.recipe.base is None and ":" in options.model:
-        model.recipe = replace(model.recipe, base=source_named(options.model, options.num_classes))
     save(model, options.output)
     head = model.recipe.head
     found = f"split at {model.recipe.split_at}, heads of width {head.width:.2f} and depth {head.depth:.2f}"
@@ -58,4 +54,4 @@ def convert(arguments: Sequence[str]) -> None:
     table.add_row("share", *(f"{share:.1%}" for share in model.cost.shares_of(model.base_cost)))
     console = Console()
     console.print(table)
-    console.print(f"Saved to {options.output}; load it with ensemblenet.load.", highlight=False)
+    console.print(f"Saved to {options.output}; load it with {how_to_load(model.recipe)}.", highlight=False)

@@ -52,7 +52,16 @@ def file_reader(input_shape: Sequence[int], description: Mapping[str, Any]) -> F
     name = description.get("data")
     if name not in ensemblenet.data.__all__:
         name = _BY_DIMENSIONS.get(len(input_shape)) if {"mean", "std"} <= preprocessing.keys() else None
-    return None if name is None else getattr(ensemblenet.data, name).file_reader(tuple(input_shape), preprocessing)
+    if name is None:
+        return None
+    try:
+        return getattr(ensemblenet.data, name).file_reader(tuple(input_shape), preprocessing)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"What is stored of the {name} that the network was trained on does not say how files are read: {error!r}."
+        ) from error
 
 
 class FileBatch(NamedTuple):

@@ -17,7 +17,8 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.extras import require
 from ensemblenet.metrics.scores import IN_PERCENT, SCORES, current_name
-from ensemblenet.storage.checkpoint import save
+from ensemblenet.storage.atomic import read_json
+from ensemblenet.storage.checkpoint import write_model
 from ensemblenet.storage.hub import PREFIX, upload
 
 __all__ = ["model_card", "push_to_hub"]
@@ -84,7 +85,8 @@ def push_to_hub(
         raise LoadError("Only a converted model can be loaded from the hub again, got a single network.")
     base_results = _read_row(Path(base_run, _RESULTS)) if base_run is not None else {}
     with tempfile.TemporaryDirectory() as aside:
-        saved = save(network, Path(aside, "model"), description)
+        saved = Path(aside, "model")
+        write_model(network, saved, description)
         card = model_card(network, repo_id, description or {}, results, base_results, config)
         (saved / "README.md").write_text(card, encoding="utf-8")
         if results:
@@ -239,7 +241,13 @@ def _read_row(path: Path) -> dict[str, Any]:
     """The first row of a run's results; empty where there are none."""
     if not path.is_file():
         return {}
-    results = json.loads(
-        path.read_text(), object_pairs_hook=lambda pairs: {current_name(key): value for key, value in pairs}
-    )
-    return results["rows"][0]
+    try:
+        return _with_current_names(read_json(path)["rows"][0])
+    except (LookupError, TypeError, RecursionError) as error:
+        raise LoadError(f"{path} holds no rows of results.") from error
+
+
+def _with_current_names(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {current_name(key): _with_current_names(item) for key, item in value.items()}

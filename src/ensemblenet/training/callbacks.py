@@ -21,7 +21,8 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets, num_examples
 from ensemblenet.storage.atomic import write_json
-from ensemblenet.storage.restore import DESCRIPTION, Describes, compare_classes, stored_classes
+from ensemblenet.storage.descriptions import DESCRIPTION
+from ensemblenet.storage.restore import Describes, compare_classes, stored_classes
 from ensemblenet.training.module import Classifier, plan_in_words
 
 __all__ = ["Announce", "AveragedWeights", "ConvertFirst", "EpochSeed", "KeepClasses", "Progress", "Speed", "time_left"]
