@@ -71,7 +71,6 @@ def info(arguments: Sequence[str]) -> None:
         base, x = base_of(options)
     wanted = conversion_of(options)
     found = plans_as(wanted, base, x)
-    measured = _measured(found, wanted, base, x, options) if options.measure else {}
     cost = measure_cost(base, x)
     table = Table(title=f"{options.model}: {cost.parameters:,} parameters, {cost.macs:,.0f} MACs", caption=COST_NOTE)
     table.add_column("split point", overflow="fold", min_width=20)
@@ -108,7 +107,7 @@ def _measured(
     """What a training step and a prediction of the plans that come first take of the base's time."""
     layout = torch.channels_last if options.channels_last and x.dim() == 4 else torch.preserve_format
     batch = InputSpec.of(x).random(options.batch_size).to(options.device, memory_format=layout)
-    base = base.to(options.device, memory_format=layout)
+    base = base.to(options.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     what = f"Time of {len(batch)} examples on {batch.device}{', bfloat16' * options.bf16}, of the base's"
     table = Table(title=what, caption="Heads run in the faster way, as `fit` runs them.")
     for column in ("split point", "training step", "prediction"):

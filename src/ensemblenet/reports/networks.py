@@ -306,8 +306,8 @@ def _card(run: _Run, example: Example) -> Card:
 def _notes(runs: Sequence[_Run], said: Callable[[str], str]) -> list[str]:
     counts = " and ".join(dict.fromkeys(f"{run.findings.count:,}" for run in runs))
     notes = [
-        f"All scores are of the {counts} examples of the {said('split')}, in evaluation mode and float32. Shares are in "
-        f"percent, NLL is in nats. {meanings(runs[0].rows[0].keys())}",
+        f"All scores are of the {counts} examples of the {said('split')}, in evaluation mode and float32. Shares are "
+        f"in percent, NLL is in nats. {meanings(runs[0].rows[0].keys())}",
     ]
     if len({run.findings.count for run in runs}) > 1:
         notes.append("The runs were scored on different numbers of examples: compare them with care.")
