@@ -1,6 +1,6 @@
 """Networks that timm lacks, as ordinary modules."""
 
-from ensemblenet.models.mnist1d import MNIST1DNet
+from ensemblenet.models.mnist1d import MNIST1DNet, MNIST1DResNet
 from ensemblenet.models.resnet import CifarResNet
 from ensemblenet.models.s3d import S3D
 from ensemblenet.models.sources import create
@@ -23,6 +23,7 @@ __all__ = [
     "LogisticTagger",
     "MLPTagger",
     "MNIST1DNet",
+    "MNIST1DResNet",
     "MoETagger",
     "NeXtVLAD",
     "create",

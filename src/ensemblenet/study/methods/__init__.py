@@ -27,6 +27,7 @@ METHODS: dict[str, Method] = {
     for method in (
         single.BASE,
         single.NARROW,
+        single.RESHAPED,
         single.HEAD_ALONE,
         codistillation.JOINT,
         codistillation.INDEPENDENT,

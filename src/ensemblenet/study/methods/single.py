@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ensemblenet.study.task import Method, codistilled
 
-__all__ = ["BASE", "HEAD_ALONE", "NARROW"]
+__all__ = ["BASE", "HEAD_ALONE", "NARROW", "RESHAPED"]
 
 BASE = Method(
     "base",
@@ -17,7 +17,22 @@ NARROW = Method(
     "narrow",
     "narrower base",
     "one narrower network within the conversion's budget",
-    lambda source, setup: codistilled(source.convert(setup, num_heads=1, split_at="input").head(0), 0.0, setup.task),
+    lambda source, setup: codistilled(
+        source.convert(setup, num_heads=1, split_at="input", shape="narrow", width=None, depth=None).head(0),
+        0.0,
+        setup.task,
+    ),
+    several=False,
+)
+RESHAPED = Method(
+    "reshaped",
+    "shorter, wider base",
+    "one network of few blocks, as wide as the conversion's budget allows",
+    lambda source, setup: codistilled(
+        source.convert(setup, num_heads=1, split_at="input", shape="short", width=None, depth=0.0).head(0),
+        0.0,
+        setup.task,
+    ),
     several=False,
 )
 HEAD_ALONE = Method(
