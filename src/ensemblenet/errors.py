@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "LoadError",
     "MissingExtraError",
+    "Terminated",
     "TrainingError",
     "first_line",
 ]
@@ -59,6 +60,10 @@ class TrainingError(EnsembleNetError, RuntimeError):
 
 class BusyError(TrainingError):
     """A run folder that another process is writing."""
+
+
+class Terminated(KeyboardInterrupt):
+    """The signal SIGTERM, such as a scheduler sends, ended a run between two steps."""
 
 
 class MissingExtraError(EnsembleNetError, ImportError):

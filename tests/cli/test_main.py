@@ -80,7 +80,7 @@ def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, caps
     assert ensemblenet.load(output).num_heads == 4
 
     assert main(arguments) == 2
-    assert "exists already; --output needs a new folder" in capsys.readouterr().err
+    assert "exists; --output needs a new folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

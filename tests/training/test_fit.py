@@ -190,7 +190,7 @@ def test_weights_that_become_non_finite_do_not_reach_the_checkpoint(config, monk
 
     monkeypatch.setattr(Classifier, "on_train_batch_end", break_weights)
     monkeypatch.setattr(Classifier, "training_step", lambda self, batch, i: self.network(batch[0]).square().mean())
-    with pytest.raises(TrainingError, match=r"The weights .* became non-finite at step 10 \(epoch 1, batch 4\)"):
+    with pytest.raises(TrainingError, match=r"The weights .* became non-finite at step 10 \(epoch 1\)"):
         fit(options(config))
     [folder] = (config.parent / "runs").iterdir()
     assert checkpoint(folder)["epoch"] == 0

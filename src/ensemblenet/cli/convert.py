@@ -9,9 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ensemblenet.cli.options import add_base, base_of, command_parser
+from ensemblenet.cli.options import add_base, base_of, check_new, command_parser
 from ensemblenet.conversion.convert import convert_as
-from ensemblenet.errors import ConversionError
 from ensemblenet.models.sources import source_named
 from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import COST_NOTE
@@ -27,7 +26,8 @@ def convert(arguments: Sequence[str]) -> None:
         arguments: command-line arguments.
 
     Raises:
-        ConversionError: the output exists, there is no such network, or it cannot be converted.
+        FileExistsError: the output exists.
+        ConversionError: there is no such network, or it cannot be converted.
     """
     parser = command_parser(
         "convert",
@@ -39,8 +39,7 @@ def convert(arguments: Sequence[str]) -> None:
     parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
+    check_new(options.output, "folder")
     base, x = base_of(options)
     wanted = Conversion(options.num_heads, options.budget, options.split_at, options.seed)
     model = convert_as(wanted, base, x)

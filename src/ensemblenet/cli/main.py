@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ensemblenet.cli.failures import check_paths, explain
+
 __all__ = ["COMMANDS", "main"]
 
 # Each is the function of that name in the module of that name beside this one, imported when it is called.
@@ -34,25 +36,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments behind the program's name; None takes those of the command line.
 
     Returns:
-        The exit status: 0, or 2 for an error that the user can mend, which is then one line on stderr. Bugs
-        keep their traceback.
+        The exit status: 0; 2 for what the user can mend, which is then one line on stderr; 130 for an interrupt
+        (Ctrl-C) and 143 for SIGTERM, with a line that says how to go on where a run can. Bugs keep their traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(arguments[:1]).command  # what follows is the command's own
-    from ensemblenet.errors import EnsembleNetError
+    from ensemblenet.errors import Terminated
     from ensemblenet.extras import require
 
     try:
+        check_paths(name, arguments[1:])
         require("study" if name in _STUDIES else "train")
         command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
         command(arguments[1:])
-    except (EnsembleNetError, FileNotFoundError, FileExistsError) as error:
-        print(f"ensemblenet {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"ensemblenet {name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+    except KeyboardInterrupt as interrupt:
+        error, status, said = interrupt, 130, "interrupted."
+        if isinstance(interrupt, Terminated):
+            status, said = 143, "terminated."
+    except Exception as failure:
+        error, status, said = failure, 2, explain(failure)
+        if said is None:
+            raise
+    advice = getattr(error, "__notes__", [])[-1:]  # how to go on, of the outermost run
+    print(f"ensemblenet {name}:", *" ".join([said, *advice]).split(), file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

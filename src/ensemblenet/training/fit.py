@@ -4,37 +4,38 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ensemblenet._moved import renamed
 from ensemblenet.cost import measure_cost
 from ensemblenet.data import load_all
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import Terminated, TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets
 from ensemblenet.metrics.scores import TASKS
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
-    CHECKPOINT,
     CONFIG,
-    ENVIRONMENT,
     RESULTS,
-    environment,
     quiet_lightning,
     scores_row,
 )
 from ensemblenet.storage.specs import plain
 from ensemblenet.storage.trust import config_option
+from ensemblenet.training.checkpoints import whole_checkpoint
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.options import (
     check_replaced,
@@ -75,9 +76,8 @@ def fit(arguments: Sequence[str]) -> Path:
 def _finished(cli: FitCLI) -> Path:
     """The folder of a run after its training, its test and its results."""
     folder, module, data = cli.folder, cli.model, cli.datamodule
-    if is_first_process():
-        write_json(folder / ENVIRONMENT, environment())
     _train(cli)
+    cli.keep_settings()  # where no step was left to train
     with _lightning_errors():
         [metrics] = cli.trainer.test(module, data, verbose=False)
     if not is_first_process():
@@ -109,9 +109,22 @@ def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = Non
 
 @contextmanager
 def _lightning_errors() -> Iterator[None]:
-    """What Lightning itself raises is of options that it cannot follow; errors of other code keep their traceback."""
+    """What Lightning itself raises is of options that it cannot follow; errors of other code keep their traceback.
+
+    Lightning ends the process at an interrupt, and ignores further ones: here they stay interrupts.
+    """
+    in_main_thread = current_thread() is main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
+    except SIGTERMException as error:
+        raise Terminated from error
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        if in_main_thread:
+            signal.signal(signal.SIGINT, on_interrupt)
+        raise KeyboardInterrupt from error
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_globals.get("__name__", "").startswith("lightning."):
@@ -120,20 +133,10 @@ def _lightning_errors() -> Iterator[None]:
 
 
 def _train(cli: FitCLI) -> None:
-    checkpoint = cli.folder / CHECKPOINT
-    resumed = str(checkpoint) if checkpoint.exists() else None
+    resumed = whole_checkpoint(cli.folder)
     expect_classes(stored_classes(cli.folder), cli.datamodule)
-    try:
-        with _lightning_errors():
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            f"A process that loads data died: {error} If memory ran out, use fewer num_workers or smaller batches."
-        ) from error
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
+    with _lightning_errors():
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
     if cli.trainer.global_step == 0 and 0 not in (cli.trainer.max_epochs, cli.trainer.max_steps):
         raise TrainingError(
             "The run ended before its first step, so nothing was trained: see whether trainer.max_time or a callback "
@@ -160,7 +163,8 @@ def _searched(cli: FitCLI) -> Candidate:
             stored = config_option(cli.folder / CONFIG, trust=True)
             proxy = _opened([*stored, *short, *_arguments(candidate)], held)
             _train(proxy)
-            [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
+            with _lightning_errors():
+                [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
         gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
         return metrics[f"val/{TASKS[proxy.model.task].main}"]
 

@@ -56,7 +56,10 @@ def agreed_folder(choose: Callable[[], Path]) -> Path:
     if cluster is None:
         return Path(os.environ[_FOLDER])
     store = _meet(cluster)
-    answer = json.loads(store.get(_FOLDER))
+    try:
+        answer = json.loads(store.get(_FOLDER))
+    except RuntimeError as error:  # also where the first process has ended
+        raise TrainingError(f"The first process of the run named no folder within {_PATIENCE}: {error}") from error
     if "error" in answer:
         store.set(f"{_FOLDER}/{cluster.global_rank()}", "heard")
         raise TrainingError(answer["error"])
