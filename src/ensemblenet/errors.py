@@ -12,7 +12,6 @@ __all__ = [
     "InputError",
     "LoadError",
     "MissingExtraError",
-    "Terminated",
     "TrainingError",
     "first_line",
 ]
@@ -62,15 +61,11 @@ class BusyError(TrainingError):
     """A run folder that another process is writing."""
 
 
-class Terminated(KeyboardInterrupt):
-    """The signal SIGTERM, such as a scheduler sends, ended a run between two steps."""
-
-
 class MissingExtraError(EnsembleNetError, ImportError):
     """A library that a part of the package needs is not installed; the message says how to install it."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another library says, for a message of one line.
 
     Example:

@@ -61,11 +61,11 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path: Path, write: st
         "torch": lambda name: torch.save(tensors, name),
         "safetensors": lambda name: save_file(tensors, name),
     }
-    with pytest.raises(OSError, match="File too large|is the disk full") as caught, atomic_path(path) as unfinished:
+    with pytest.raises(OSError, match=r"File too large|is the disk full") as caught, atomic_path(path) as unfinished:
         writers[write](unfinished)
     assert caught.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OSError, match="File too large|is the disk full") as caught, atomic_folder(path) as unfinished:
+    with pytest.raises(OSError, match=r"File too large|is the disk full") as caught, atomic_folder(path) as unfinished:
         writers[write](unfinished / "model")
     assert caught.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []

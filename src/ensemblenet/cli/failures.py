@@ -15,7 +15,9 @@ from pathlib import Path
 from ensemblenet.cli.options import check_new
 from ensemblenet.errors import EnsembleNetError, first_line
 
-__all__ = ["check_paths", "explain"]
+__all__ = ["INTERRUPTED", "check_paths", "explain"]
+
+INTERRUPTED, _TERMINATED, _MENDABLE = 130, 143, 2  # exit codes: as a shell's for the signals, and as argparse's
 
 _ADVICE = {
     errno.ENOSPC: "free some space",
@@ -51,17 +53,29 @@ _WORDS = (
 )
 
 
-def explain(error: Exception) -> str | None:
-    """What an error says to whoever runs a command; None for a bug of the program, which keeps its traceback.
+def explain(error: BaseException) -> tuple[int, str | None]:
+    """The exit code of a command that an error ended, and what the error says to whoever runs it.
+
+    Returns:
+        None as the second, for a bug of the program, which keeps its traceback, and for an exit that was asked for.
 
     Example:
         >>> explain(PermissionError(errno.EACCES, "Permission denied", "runs"))
-        'runs: Permission denied; give a place where you may read and write.'
-        >>> explain(RuntimeError("CUDA error: out of memory"))
-        'Memory ran out: CUDA error: out of memory. Use smaller batches, fewer num_workers or a smaller network.'
-        >>> explain(KeyError("a bug")) is None
-        True
+        (2, 'runs: Permission denied; give a place where you may read and write.')
+        >>> explain(KeyboardInterrupt())
+        (130, 'interrupted.')
+        >>> explain(KeyError("a bug"))
+        (1, None)
     """
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits
+        return INTERRUPTED, "interrupted."
+    if type(error).__name__ == "SIGTERMException":  # Lightning's, between two steps
+        return _TERMINATED, "terminated."
+    said = _mendable(error)
+    return (1, None) if said is None else (_MENDABLE, said)
+
+
+def _mendable(error: BaseException) -> str | None:
     if isinstance(error, EnsembleNetError):
         return str(error)
     text = str(error).rstrip()
@@ -77,7 +91,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, RuntimeError | AssertionError):
         for words, line in _WORDS:
             if re.search(words, text):
-                return line.format(f"{said.rstrip('.')}.").rstrip()
+                return line.format(f"{said.rstrip('.')}.")
     return None
 
 

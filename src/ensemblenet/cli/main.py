@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
-from ensemblenet.cli.failures import check_paths, explain
+from ensemblenet.cli.failures import INTERRUPTED, check_paths, explain
 
 __all__ = ["COMMANDS", "main"]
 
@@ -41,26 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(arguments[:1]).command  # what follows is the command's own
-    from ensemblenet.errors import Terminated
     from ensemblenet.extras import require
 
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         check_paths(name, arguments[1:])
         require("study" if name in _STUDIES else "train")
         command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
         command(arguments[1:])
         return 0
-    except KeyboardInterrupt as interrupt:
-        error, status, said = interrupt, 130, "interrupted."
-        if isinstance(interrupt, Terminated):
-            status, said = 143, "terminated."
-    except Exception as failure:
-        error, status, said = failure, 2, explain(failure)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        status, said = explain(error)
         if said is None:
             raise
-    advice = getattr(error, "__notes__", [])[-1:]  # how to go on, of the outermost run
-    print(f"ensemblenet {name}:", *" ".join([said, *advice]).split(), file=sys.stderr)
-    return status
+        if status == INTERRUPTED:
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning ignores further ones
+        advice = getattr(error, "__notes__", [])[-1:]  # how to go on, of the outermost run
+        print(f"ensemblenet {name}:", *" ".join([said, *advice]).split(), file=sys.stderr)
+        return status
 
 
 def _parser() -> argparse.ArgumentParser:

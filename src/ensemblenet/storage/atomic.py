@@ -112,7 +112,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write plain data for people to read, complete or not at all; JSON has no NaN and no infinity: they become null."""
+    """Write plain data for people to read, complete or not at all; NaN and infinity, which JSON lacks, become null."""
     with atomic_path(path) as unfinished:
         unfinished.write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
 

@@ -35,8 +35,8 @@ __all__ = [
     "keep_earlier",
     "keep_environment",
     "quiet_lightning",
-    "resumable",
     "result_row",
+    "resumable",
     "scores_row",
     "unfinished_runs",
 ]
@@ -104,7 +104,7 @@ def resumable(folder: Path, command: str, begun: Callable[[], bool], new: bool =
 
 
 def keep_earlier(path: Path) -> None:
-    """Keep what a file of a run says, before it says something else: as `config-1.yaml`, the next time as `config-2.yaml`.
+    """Keep what a file of a run says before it is written anew: as `config-1.yaml`, the next time as `config-2.yaml`.
 
     Example:
         >>> import tempfile
@@ -135,7 +135,7 @@ def keep_config(folder: Path, text: str) -> None:
 
 
 def keep_environment(folder: Path, now: Mapping[str, Any]) -> None:
-    """Write what [`environment`][ensemblenet.storage.runs.environment] says; of a resumed run, behind what the first said.
+    """Write what [`environment`][ensemblenet.storage.runs.environment] says; of a resumed run behind what it said.
 
     Example:
         >>> import tempfile

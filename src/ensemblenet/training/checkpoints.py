@@ -26,7 +26,7 @@ _BEFORE = CHECKPOINT.with_stem("previous")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves a checkpoint under another name first, so that a kill leaves the last one whole; keeps the run's last but one."""
+    """Saves a checkpoint under another name first, so that a kill leaves the last one whole, and the one before."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -45,7 +45,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     path.replace(path.with_name(_BEFORE.name))
         except OSError as error:
             raise TrainingError(
-                f"The checkpoint {path} cannot be written: {error.strerror}. The last good one is kept: free some space."
+                f"The checkpoint {path} cannot be written: {error.strerror}. The last good one is kept; see that "
+                "there is space."
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:

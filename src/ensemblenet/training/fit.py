@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
-import signal
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from threading import current_thread, main_thread
 from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ensemblenet._moved import renamed
 from ensemblenet.cost import measure_cost
 from ensemblenet.data import load_all
-from ensemblenet.errors import Terminated, TrainingError
+from ensemblenet.errors import TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets
 from ensemblenet.metrics.scores import TASKS
 from ensemblenet.recipe import Conversion
@@ -109,22 +106,9 @@ def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = Non
 
 @contextmanager
 def _lightning_errors() -> Iterator[None]:
-    """What Lightning itself raises is of options that it cannot follow; errors of other code keep their traceback.
-
-    Lightning ends the process at an interrupt, and ignores further ones: here they stay interrupts.
-    """
-    in_main_thread = current_thread() is main_thread()
-    on_interrupt = signal.getsignal(signal.SIGINT)
+    """What Lightning itself raises is of options that it cannot follow; errors of other code keep their traceback."""
     try:
         yield
-    except SIGTERMException as error:
-        raise Terminated from error
-    except SystemExit as error:
-        if not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        if in_main_thread:
-            signal.signal(signal.SIGINT, on_interrupt)
-        raise KeyboardInterrupt from error
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_globals.get("__name__", "").startswith("lightning."):
@@ -163,8 +147,7 @@ def _searched(cli: FitCLI) -> Candidate:
             stored = config_option(cli.folder / CONFIG, trust=True)
             proxy = _opened([*stored, *short, *_arguments(candidate)], held)
             _train(proxy)
-            with _lightning_errors():
-                [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
+            [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
         gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
         return metrics[f"val/{TASKS[proxy.model.task].main}"]
 

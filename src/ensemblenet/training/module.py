@@ -59,8 +59,8 @@ class Classifier(LightningModule):
             is, 0 where none is, and -1 where it is not known.
         heads: how the heads of a converted model run, see [`ensemblenet.heads.choose`][]: "auto" measures it on the
             first batch and says what it chose, and a resumed run keeps to that. Looped and fused heads round
-            differently and draw other numbers for dropout, and which convolutions of fused heads run grouped is measured:
-            for runs that must be the same to the last bit take "looped", or `deterministic` of Lightning's Trainer.
+            differently and draw other numbers for dropout, and it is measured which convolutions of fused heads run
+            grouped: for runs that must be the same to the last bit take "looped", or Lightning's `deterministic`.
         loss: for task "multiclass": "binary_cross_entropy" takes each class for a label of its own, and the mean over
             classes, as Wightman et al. 2021 (arXiv 2110.00476) do. Its logits give the same best classes, but as
             probabilities, which NLL, ECE and Brier score judge, they are not calibrated.
@@ -250,8 +250,8 @@ class Classifier(LightningModule):
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         place = f"epoch {self.current_epoch}" + ("" if batch_index is None else f", batch {batch_index}")
         return (
-            f"at step {self.global_step} ({place}) with learning rate {lr:.3g}. The last good checkpoint is kept. Lower "
-            "--model.optimization.lr, warm up for longer (--model.optimization.warmup), clip gradients "
+            f"at step {self.global_step} ({place}) with learning rate {lr:.3g}. The last good checkpoint is kept. "
+            "Lower --model.optimization.lr, warm up for longer (--model.optimization.warmup), clip gradients "
             "(--trainer.gradient_clip_val), or look at the data of the steps before."
         )
 
@@ -323,7 +323,8 @@ class Classifier(LightningModule):
         A resumed run then goes on with the learning rates and the weight decay of today: its checkpoint had others.
         """
         self._check_training()
-        if isinstance(schedule := self._schedule, LambdaLR) and not isinstance(self.trainer.strategy, DeepSpeedStrategy):
+        schedule, in_copies = self._schedule, isinstance(self.trainer.strategy, DeepSpeedStrategy)
+        if isinstance(schedule, LambdaLR) and not in_copies:
             schedule.base_lrs = [lr for lr, _ in self._planned]
             for group, factor, (lr, decay) in zip(
                 schedule.optimizer.param_groups, schedule.lr_lambdas, self._planned, strict=True

@@ -238,7 +238,7 @@ class FitCLI(LightningCLI):
 
     def _begun(self, folder: Path) -> bool:
         trainer = getattr(self, "trainer", None)
-        return trainer is not None and trainer.global_step > 0 or any(folder.rglob("*.ckpt"))
+        return (trainer is not None and trainer.global_step > 0) or any(folder.rglob("*.ckpt"))
 
     def _change(self, folder: Path, stored: Mapping[str, Any], named: bool = False) -> str | None:
         """The first setting that decides the result and that the folder's run was made with otherwise."""
