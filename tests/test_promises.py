@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
+import ensemblenet
 from ensemblenet.cli import failures
 from ensemblenet.cli.main import main
+from ensemblenet.deploy.export import export
 from ensemblenet.storage.lock import sole_writer
 
 OWN = """
@@ -394,6 +397,19 @@ def test_a_full_disk_names_the_file(config: Path, capsys: pytest.CaptureFixture[
     assert not [path for path in Path().iterdir() if "model" in path.name]
 
 
+@pytest.mark.parametrize("form", ["torch", "onnx", "safetensors"])
+def test_an_export_to_a_full_disk_names_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], small_files: None, form: str
+) -> None:
+    torch.manual_seed(0)
+    model = ensemblenet.convert(nn.Sequential(nn.Linear(8, 99), nn.ReLU(), nn.Linear(99, 99)), torch.ones(2, 8))
+    path = tmp_path / {"torch": "x.pt2", "onnx": "x.onnx", "safetensors": "x"}[form]
+    with pytest.raises(OSError, match="File too large") as caught:
+        export(model, path, form)  # pyright: ignore[reportArgumentType]
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_process_writes_a_folder(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit(*callback("Signals", name="SIGINT", step=5)) == 130
     [folder] = runs()
@@ -408,9 +424,25 @@ def test_one_process_writes_a_folder(config: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("heads", ["auto", "fused"])
 def test_one_seed_gives_the_same_weights_where_nothing_is_measured(config: Path, heads: str) -> None:
     two = ["--model.conversion.num_heads", "2", "--model.heads", heads, "--trainer.deterministic", "true"]
-    for _ in range(2):
-        assert fit(*two, "--trainer.max_epochs", "1") == 0
+    try:
+        for _ in range(2):
+            assert fit(*two, "--trainer.max_epochs", "1") == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
     first, second = (saved(folder) for folder in runs())
     assert first["heads"] == second["heads"] == [{"auto": "looped"}.get(heads, heads)]
+    [row] = json.loads((runs()[0] / "results.json").read_text())["rows"]
+    assert row["heads"]["heads"] == first["heads"][0]
     for name, value in first["state_dict"].items():
         assert torch.equal(value, second["state_dict"][name]), name
+
+
+def test_a_resumed_run_keeps_how_each_convolution_runs(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = ["--model.conversion.num_heads", "2", "--model.heads", "fused"]
+    measured = iter([{"conv3.0"}, set()])  # what a clock says the first and the second time
+    monkeypatch.setattr("ensemblenet.heads.choice.tune", lambda *_: next(measured))
+    assert fit(*two, *callback("Signals", name="SIGINT", step=5)) == 130
+    [folder] = runs()
+    assert saved(folder)["heads"] == ["fused", "conv3.0"]
+    assert resume(folder, "--trainer.callbacks", "null") == 0
+    assert saved(folder)["heads"] == ["fused", "conv3.0"]

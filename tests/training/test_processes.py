@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from made_images import make_folders
 
 OWN_CODE = """
 import os
+import signal
 import torch
 from lightning.pytorch import Callback
 from torch import nn
@@ -35,6 +37,12 @@ class Dies(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_rank == 1 and trainer.global_step == 3:
             os._exit(1)
+
+
+class Stops(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Fails(Callback):
@@ -151,8 +159,22 @@ def test_a_process_that_dies_ends_the_run(tmp_path, callback):
     done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, "--trainer.callbacks", f"own.{callback}"])
     assert done.returncode != 0
     assert callback == "Dies" or "the first process fails" in done.stderr
+    if callback == "Dies":  # whether its connection or Lightning's launcher notices first
+        line = done.stderr.strip().splitlines()[-1]
+        mended = done.returncode == 2 and "ensemblenet fit: Another process of the run has ended" in line
+        assert mended or (done.returncode == -signal.SIGKILL and "terminated with code 1" in line), done.stderr
     [folder] = (tmp_path / "runs").iterdir()
     assert not (folder / "results.json").exists()
+
+
+def test_a_process_that_stands_still_ends_the_run_after_the_time_limit(tmp_path):
+    limit = '{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: "0:00:05"}}'
+    more = ["--trainer.devices", "2", "--trainer.strategy", limit, "--trainer.callbacks", "own.Stops"]
+    done = start(tmp_path, [*make(tmp_path, batch_size=2), *more])
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("ensemblenet fit: Another process of the run has ended, or does not answer: ")
+    assert "Timed out" in line
 
 
 FSDP = """

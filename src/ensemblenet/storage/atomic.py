@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from ensemblenet.errors import first_line
 
-__all__ = ["atomic_folder", "atomic_path", "remove_unfinished", "write_json"]
+__all__ = ["atomic_folder", "atomic_path", "errors_name", "remove_unfinished", "write_json"]
 
 _UNFINISHED = re.compile(r"\..+\.\d+")
 # how PyTorch and safetensors say that a file could not be written: they know no errno
@@ -44,7 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with _errors_name(path, unfinished):
+        with errors_name(path, unfinished):
             yield unfinished
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())
@@ -77,11 +77,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         ['recipe.json']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _errors_name(path, path.parent):
+    with errors_name(path, path.parent):
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=f".{os.getpid()}", dir=path.parent))
     try:
         unfinished = aside / path.name
-        with _errors_name(path, unfinished):
+        with errors_name(path, unfinished):
             unfinished.mkdir()
             mode = unfinished.stat().st_mode  # what the umask leaves; safetensors gives files to their owner alone
             yield unfinished
@@ -126,8 +126,16 @@ def _finite(data: Any) -> Any:
 
 
 @contextmanager
-def _errors_name(path: Path, unfinished: Path) -> Iterator[None]:
-    """Errors of writing name what was to be written: a full disk's name nothing, others the name aside."""
+def errors_name(path: Path, unfinished: Path) -> Iterator[None]:
+    """Errors of writing name what was to be written: a full disk's name nothing, others the name aside.
+
+    Args:
+        path: what is to be written.
+        unfinished: where it is written first.
+
+    Raises:
+        OSError: instead of other errors by which libraries say that a file could not be written.
+    """
     try:
         yield
     except OSError as error:

@@ -174,4 +174,7 @@ def _row(cli: FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
         scores = {name: [100 * test[name]] for name in ("gap", "head_gap", "map")}
     else:
         scores = {f"{head}error": [100 * (1 - test[f"{head}accuracy"])] for head in ("", "head_")}
-    return scores_row(method, cost, scores, num_heads=module.num_heads, seed=cli.config["seed_everything"], test=test)
+    more = {"num_heads": module.num_heads, "seed": cli.config["seed_everything"], "test": test}
+    if module.conversion is not None:
+        more["heads"] = {name: getattr(module.choice, name) for name in ("heads", "reason", "separate")}
+    return scores_row(method, cost, scores, **more)
