@@ -221,7 +221,7 @@ def test_paths_are_checked_before_anything_is_imported(
         (OSError("stream closed"), "stream closed"),
         (RuntimeError("Found no NVIDIA driver on your system."), "The device cannot be used: Found no NVIDIA driver"),
         (AssertionError("Torch not compiled with CUDA enabled"), "The device cannot be used: Torch not compiled"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "Memory ran out: CUDA out of memory. Tried. Use smaller"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "Memory ran out: CUDA out of memory. Use smaller"),
         (RuntimeError("[../gloo/tcp/pair.cc:545] Read error: Connection reset by peer"), "Another process of the run"),
         (MemoryError(), "Memory ran out. Use smaller batches"),
         (

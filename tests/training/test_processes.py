@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import pytest
 import torch
 import yaml
+from commands import own_environment
 from made_images import make_folders
 
 OWN_CODE = """
@@ -99,7 +99,7 @@ def start(folder, arguments, launch=("-m", "ensemblenet")):
     free.close()
     done = subprocess.run(
         [sys.executable, *(part.format(port=port) for part in launch), "fit", *arguments],
-        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        env=own_environment(folder),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -168,7 +168,7 @@ def test_a_process_that_dies_ends_the_run(tmp_path, callback):
 
 
 def test_a_process_that_stands_still_ends_the_run_after_the_time_limit(tmp_path):
-    limit = '{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: "0:00:05"}}'
+    limit = '{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: "0:00:20"}}'
     more = ["--trainer.devices", "2", "--trainer.strategy", limit, "--trainer.callbacks", "own.Stops"]
     done = start(tmp_path, [*make(tmp_path, batch_size=2), *more])
     assert done.returncode == 2, done.stderr
@@ -213,7 +213,8 @@ def test_fully_sharded_training_steps(tmp_path):
     (tmp_path / "own.py").write_text(OWN_CODE)
     (tmp_path / "sharded.py").write_text(FSDP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "sharded.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=own_environment(tmp_path), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sharded step") == 2

@@ -47,7 +47,7 @@ _WORDS = (
     ),
     (
         r"(?i)gloo.*(timed out|closed by peer|reset by peer|refused)|NCCL.*(timeout|remote process|aborted)|"
-        r"Connection (closed|reset) by peer",
+        r"Connection (closed|reset) by peer|socket has (timed out|failed)|wait timeout after",
         "Another process of the run has ended, or does not answer: {}",
     ),
 )
@@ -91,7 +91,7 @@ def _mendable(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError | AssertionError):
         for words, line in _WORDS:
             if re.search(words, text):
-                return line.format(f"{said.rstrip('.')}.")
+                return line.format(f"{said.split('. ')[0].rstrip('.')}.")  # what follows are guesses of the library
     return None
 
 
