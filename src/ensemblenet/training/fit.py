@@ -38,7 +38,7 @@ from ensemblenet.training.options import (
     check_replaced,
     replaced_options,
 )
-from ensemblenet.training.processes import is_first_process
+from ensemblenet.training.processes import end_processes, is_first_process
 from ensemblenet.training.search import Candidate, candidates, search
 from ensemblenet.training.settings import FitCLI, complete_arguments
 
@@ -119,8 +119,12 @@ def _lightning_errors() -> Iterator[None]:
 def _train(cli: FitCLI) -> None:
     resumed = whole_checkpoint(cli.folder)
     expect_classes(stored_classes(cli.folder), cli.datamodule)
-    with _lightning_errors():
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+    try:
+        with _lightning_errors():
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
+    except Exception:
+        end_processes(cli.trainer.strategy.launcher)
+        raise
     if cli.trainer.global_step == 0 and 0 not in (cli.trainer.max_epochs, cli.trainer.max_steps):
         raise TrainingError(
             "The run ended before its first step, so nothing was trained: see whether trainer.max_time or a callback "
