@@ -67,7 +67,11 @@ def fit(arguments: Sequence[str]) -> Path:
             # what is stored was checked or typed before
             found = [*config_option(cli.folder / CONFIG, trust=True), *_arguments(_searched(cli))]
             cli = _opened(found, held, cli.folder)
-        return _finished(cli)
+        try:
+            return _finished(cli)
+        except Exception:
+            end_processes(cli.trainer.strategy.launcher)
+            raise
 
 
 def _finished(cli: FitCLI) -> Path:
@@ -119,12 +123,8 @@ def _lightning_errors() -> Iterator[None]:
 def _train(cli: FitCLI) -> None:
     resumed = whole_checkpoint(cli.folder)
     expect_classes(stored_classes(cli.folder), cli.datamodule)
-    try:
-        with _lightning_errors():
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
-    except Exception:
-        end_processes(cli.trainer.strategy.launcher)
-        raise
+    with _lightning_errors():
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
     if cli.trainer.global_step == 0 and 0 not in (cli.trainer.max_epochs, cli.trainer.max_steps):
         raise TrainingError(
             "The run ended before its first step, so nothing was trained: see whether trainer.max_time or a callback "
