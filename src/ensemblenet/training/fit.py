@@ -180,5 +180,5 @@ def _row(cli: FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
         scores = {f"{head}error": [100 * (1 - test[f"{head}accuracy"])] for head in ("", "head_")}
     more = {"num_heads": module.num_heads, "seed": cli.config["seed_everything"], "test": test}
     if module.conversion is not None:
-        more["heads"] = {name: getattr(module.choice, name) for name in ("heads", "reason", "separate")}
+        more["heads"] = {"run": module.choice.heads, "separate": module.choice.separate}
     return scores_row(method, cost, scores, **more)
