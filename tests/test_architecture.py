@@ -40,7 +40,9 @@ MAY_IMPORT = {
     "recipe": {"errors", "functional", "inputs", "cost", "models", "operations"},
     "ensemble": {"functional", "cost", "recipe"},
     "operations": {"errors", "work"},
-    "conversion": {"errors", "functional", "inputs", "cost", "ensemble", "recipe", "operations", "models", "work"},
+    "conversion": {
+        *("errors", "functional", "inputs", "cost", "timing", "ensemble", "recipe", "operations", "models", "work"),
+    },
     "heads": {"errors", "functional", "inputs", "timing", "ensemble", "operations"},
     "deploy": {"errors", "inputs", "cost", "ensemble", "conversion", "heads", "storage", "timing", "metrics"},
     "testing": {"storage", "conversion", "cost", "ensemble", "inputs", "recipe"},

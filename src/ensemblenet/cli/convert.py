@@ -9,10 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ensemblenet.cli.options import add_base, base_of, check_new, command_parser
+from ensemblenet.cli.options import add_base, base_of, check_new, command_parser, conversion_of
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.models.sources import source_named
-from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import COST_NOTE
 from ensemblenet.storage.checkpoint import save
 
@@ -36,20 +35,20 @@ def convert(arguments: Sequence[str]) -> None:
     )
     add_base(parser)
     parser.add_argument("--output", type=Path, required=True, help="the folder to create")
-    parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
     check_new(options.output, "folder")
     base, x = base_of(options)
-    wanted = Conversion(options.num_heads, options.budget, options.split_at, options.seed)
-    model = convert_as(wanted, base, x)
+    model = convert_as(conversion_of(options), base, x)
     assert model.cost is not None
     assert model.base_cost is not None
     assert model.recipe is not None
     if model.recipe.base is None and ":" in options.model:
         model.recipe = replace(model.recipe, base=source_named(options.model, options.num_classes))
     save(model, options.output)
-    table = Table(title=f"{options.model}, split at {model.recipe.split_at}", caption=COST_NOTE)
+    head = model.recipe.head
+    found = f"split at {model.recipe.split_at}, heads of width {head.width:.2f} and depth {head.depth:.2f}"
+    table = Table(title=f"{options.model}, {found}", caption=COST_NOTE)
     table.add_column()
     for heading in ("parameters", "MACs", "activations", "time"):
         table.add_column(heading, justify="right")

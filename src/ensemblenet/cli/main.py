@@ -7,6 +7,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from ensemblenet.cli.failures import INTERRUPTED, check_paths, explain
 
@@ -26,6 +27,17 @@ COMMANDS = {
     "predict": "what a trained network says of examples, as CSV or Parquet",
     "report": "one page about trained networks: curves, calibration, heads, examples",
 }
+
+# what messages name in Python, and what that is in the shell
+_SPELLED = (
+    ("ensemblenet.split_points(base, x) lists", "`ensemblenet info` lists"),
+    ("pass trust=True (on the command line --trust); else pass base, a fresh instance", "add --trust"),
+    ("add --trust (in Python: trust=True)", "add --trust"),
+    ('pass init="inherit"', "use --model.conversion.init inherit"),
+    ('Pass init="inherit"', "Use --model.conversion.init inherit"),
+    ("output= takes", "--model.conversion.output takes"),
+    ("a smaller min_width", "a smaller --min-width"),
+)
 
 _STUDIES = ("demo", "compare", "report")  # what draws figures needs more than what trains
 
@@ -58,8 +70,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status == INTERRUPTED:
             signal.signal(signal.SIGINT, on_interrupt)  # Lightning ignores further ones
         advice = getattr(error, "__notes__", [])[-1:]  # how to go on, of the outermost run
-        print(f"ensemblenet {name}:", *" ".join([said, *advice]).split(), file=sys.stderr)
+        line = " ".join(" ".join([said, *advice]).split())
+        print(f"ensemblenet {name}: {_in_shell(line)}", file=sys.stderr)
         return status
+
+
+def _in_shell(message: str) -> str:
+    """A message with options of the command line where it names those of Python."""
+    for spelled, option in _SPELLED:
+        message = message.replace(spelled, option)
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,5 +91,6 @@ def _parser() -> argparse.ArgumentParser:
         + "\n\n`ensemblenet COMMAND --help` says what a command needs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ensemblenet {version('ensemblenet')}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     return parser

@@ -23,6 +23,7 @@ from ensemblenet.storage.hub import PREFIX, upload
 __all__ = ["model_card", "push_to_hub"]
 
 _RESULTS = "results.json"
+_LABELS = {"accuracy": "accuracy, %", "top5": "top-5 accuracy, %"}  # the hub sorts by these, where tables show errors
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PIPELINES = {3: "image-classification", 4: "video-classification"}  # by the dimensions of an example
 _TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -137,7 +138,7 @@ def model_card(
             dataset_name=data_class.rpartition(".")[2],
             dataset_split="test",
             metric_type=score,
-            metric_name=SCORES[score].label,
+            metric_name=_LABELS.get(score) or SCORES[score].label,
             metric_value=value,
         )
         for score, value in measured.items()
@@ -160,9 +161,10 @@ def model_card(
         others=[
             f"{SCORES[score].heading} {f'in {SCORES[score].unit} ' * bool(SCORES[score].unit)}{value:.4g}"
             for score, value in measured.items()
-            if score not in IN_PERCENT
+            if score not in IN_PERCENT and score not in _LABELS
         ],
         seeds=results.get("seeds"),
+        tested_on=results.get("tested_on"),
         classes=description.get("classes"),
         preprocessing=description.get("preprocessing"),
         training=_settings(config),
@@ -172,9 +174,9 @@ def model_card(
 
 
 def _measured(results: Mapping[str, Any]) -> dict[str, float]:
-    """The scores on test data of a row of results, scaled as they are shown."""
+    """The scores on test data of a row of results, in the units that are shown."""
     test = results.get("test") or {}
-    measured = {name: score.scale * test[name] for name, score in SCORES.items() if name in test}
+    measured = {name: abs(score.scale) * test[name] for name, score in SCORES.items() if name in test}
     return measured | {name: results[f"{name}_mean"] for name in IN_PERCENT if f"{name}_mean" in results}
 
 

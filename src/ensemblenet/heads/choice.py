@@ -57,8 +57,9 @@ def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[Ense
             grouped or head by head as [`ensemblenet.heads.tune`][] finds faster; "compiled" is that under
             `torch.compile`, whose first steps take a minute or more; "checkpointed" is looped with
             `EnsembleNet.checkpoint_activations`, for less memory. "auto" measures the first two, and takes the faster
-            one. Under `torch.use_deterministic_algorithms(True)` nothing is decided by measuring: "auto" is looped, and
-            fused convolutions run grouped.
+            one; checkpointed heads where `checkpoint_activations` was set by hand, or where a training step does not
+            fit the memory of a GPU without. Under `torch.use_deterministic_algorithms(True)` nothing is decided by
+            measuring: "auto" is looped, and fused convolutions run grouped.
 
     Returns:
         The model, with the very trunk and heads, and the choice.
@@ -75,6 +76,8 @@ def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[Ense
         Choice(heads='looped', reason='as asked', seconds={}, separate=())
     """
     heads = current_mode(heads)
+    if heads == "auto" and model.checkpoint_activations:
+        return unfuse(model), Choice("checkpointed", "checkpoint_activations was set by hand")
     deterministic = torch.are_deterministic_algorithms_enabled()
     if heads in ("looped", "checkpointed") or (heads == "auto" and (deterministic or model.num_heads == 1)):
         model = unfuse(model)
@@ -82,7 +85,17 @@ def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[Ense
         reason = "deterministic algorithms are asked for" if deterministic else "there is one head"
         return model, Choice("looped", reason) if heads == "auto" else Choice(heads, "as asked")
     trial = copy.deepcopy(unfuse(model))  # a step changes statistics
-    step(trial, x)()  # what fails here is no matter of how heads run
+    try:
+        step(trial, x)()  # what fails here is no matter of how heads run, but for the memory
+    except torch.OutOfMemoryError:
+        if heads != "auto" or not model.training:
+            raise
+        del trial
+        torch.cuda.empty_cache()
+        model = unfuse(model)
+        model.checkpoint_activations = True
+        reason = f"a training step of {num_examples(x)} examples does not fit the memory without"
+        return model, Choice("checkpointed", reason)
     try:
         fused, fused_trial = fuse(model, x), fuse(trial, x)
         with torch.random.fork_rng(cuda_devices(x)):

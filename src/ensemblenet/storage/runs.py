@@ -59,7 +59,7 @@ CHECKPOINT = Path("checkpoints", "last.ckpt")
 def create_run_folder(runs: Path, name: str) -> Path:
     """Create `runs/<name>-<time>`, with a number behind it where that exists already: never an old folder."""
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    runs.mkdir(parents=True, exist_ok=True)
+    (runs / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have folders in it
     for attempt in count(1):
         folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:
@@ -155,9 +155,10 @@ def keep_environment(folder: Path, now: Mapping[str, Any]) -> None:
 
 
 def unfinished_runs(runs: Path, name: str) -> list[Path]:
-    """The runs of that name that have begun and have no results yet, the newest first."""
-    names = re.compile(re.escape(name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
-    made = {path: match for path in runs.glob("*") if (match := names.fullmatch(path.name))}
+    """The runs of that name, `a/b` in the folder `a`, that have begun and have no results yet, the newest first."""
+    stem = runs / name
+    names = re.compile(re.escape(stem.name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
+    made = {path: match for path in stem.parent.glob("*") if (match := names.fullmatch(path.name))}
     begun = [path for path in made if (path / CONFIG).exists() and not (path / RESULTS).exists()]
     return sorted(begun, key=lambda path: (made[path][1], int(made[path][2] or 1)), reverse=True)
 

@@ -181,4 +181,13 @@ def _row(cli: FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
     more = {"num_heads": module.num_heads, "seed": cli.config["seed_everything"], "test": test}
     if module.conversion is not None:
         more["heads"] = {"run": module.choice.heads, "separate": module.choice.separate}
-    return scores_row(method, cost, scores, **more)
+    return scores_row(method, cost, scores, **more, **_tested_on(cli))
+
+
+def _tested_on(cli: FitCLI) -> dict[str, str]:
+    """The mark of a result that is not of a whole test split of its own."""
+    limit = cli.trainer.limit_test_batches  # a number of batches, or a share of them
+    part = f"{limit} batches of " if isinstance(limit, int) else f"{limit:.3g} of " if limit < 1 else ""
+    validation = getattr(cli.datamodule, "tests_on_validation", False)
+    split = "the validation data, as there is no test split" if validation else "the test data"
+    return {"tested_on": f"{part}{split}"} if part or validation else {}
