@@ -1,6 +1,8 @@
 """Heads without some of the base's blocks, against the base with those blocks taken out by hand."""
 
 import copy
+import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -284,3 +286,89 @@ def test_one_network_alone_may_be_short_and_wide() -> None:
 def test_what_cannot_be_asked(asked: dict[str, float], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         ensemblenet.convert(_stages(), IMAGES, **asked)  # type: ignore[arg-type]
+
+
+def test_as_many_heads_as_stay_whole() -> None:
+    deep, shallow = CifarResNet(depth=44, width=16), CifarResNet(depth=8, width=16)
+    found = [ensemblenet.convert(base, IMAGES, num_heads="auto", budget=0.95).recipe for base in (deep, shallow)]
+    assert all(recipe is not None for recipe in found)
+    many, two = found
+    assert many is not None
+    assert two is not None
+    assert many.num_heads > 2
+    assert many.head.width >= 1
+    assert many.head.depth < 1
+    assert two.num_heads == 2
+
+
+def test_plans_are_ranked_as_auto_takes_them() -> None:
+    base = CifarResNet(depth=20, width=16)
+    found = ensemblenet.plans(base, IMAGES, budget=0.95)
+    ranked = sorted((plan for plan in found if plan.rank is not None), key=lambda plan: plan.rank or 0)
+    assert [plan.rank for plan in ranked] == [0, 1, 2, 3]
+    recipe = ensemblenet.convert(base, IMAGES, budget=0.95).recipe
+    assert recipe is not None
+    assert (ranked[0].split.name, ranked[0].head) == (recipe.split_at, recipe.head)
+
+
+def test_a_time_may_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = CifarResNet(depth=20, width=16)
+    names = [
+        plan.split.name for plan in sorted(ensemblenet.plans(base, IMAGES), key=lambda p: (p.rank is None, p.rank))
+    ]
+    told = iter([1.4, 1.2, 1.0])
+    module = importlib.import_module("ensemblenet.conversion.convert")
+    monkeypatch.setattr(module, "time_share", lambda *_: next(told))
+    budget = ensemblenet.Budget(time=1.05, measured=True)
+    recipe = ensemblenet.convert(base, IMAGES, budget=budget).recipe
+    assert recipe is not None
+    assert recipe.split_at == names[2]
+    told = iter([2.0] * 5)
+    with pytest.raises(BudgetError, match=r"No plan .* at most 1\.05 of the base's time: 2\.00 at 'stem', 2\.00 at "):
+        ensemblenet.convert(base, IMAGES, budget=budget)
+    told = iter([2.0])
+    with pytest.raises(BudgetError, match=r"at most 1\.05 .* 2\.00 at 'stem'. Use fewer heads"):
+        ensemblenet.convert(base, IMAGES, budget=budget, split_at="stem")
+    with pytest.raises(BudgetError, match="needs a share of the time to measure"):
+        ensemblenet.convert(base, IMAGES, budget=ensemblenet.Budget(measured=True))
+
+
+def test_measuring_changes_neither_the_base_nor_the_model() -> None:
+    base = CifarResNet(depth=20, width=16).eval()
+    before = copy.deepcopy(base.state_dict())
+    budget = ensemblenet.Budget(time=10.0, measured=True)
+    measured, plain = (ensemblenet.convert(base, IMAGES, budget=b, seed=3) for b in (budget, 1.0))
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, measured.state_dict()[name])
+
+
+def test_heads_are_laid_out_in_memory_as_the_base() -> None:
+    base = CifarResNet(depth=14, width=16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for init in ("fresh", "inherit"):
+        model = ensemblenet.convert(base, IMAGES, budget=0.9, init=init)  # type: ignore[arg-type]
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3):
+                assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# of small networks of timm's, the size of images and the modules that heads of no depth are without
+TIMM = {
+    "resnet18": (64, r"layer\d\.1"),
+    "test_convnext": (64, r"stages\.\d\.blocks\.[1-9]"),
+    "test_vit": (160, r"blocks\.[1-9]\d*"),
+    "regnety_002": (64, r"s[34]\.b([2-9]|1\d)"),
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_blocks_of_timm_networks_are_their_modules(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    size, pattern = TIMM[name]
+    base, x = timm.create_model(name).eval(), torch.randn(2, 3, size, size)
+    model = ensemblenet.convert(base, x, 1, 4.0, "input", depth=0.0, width=1.0, init="inherit").eval()
+    skipped = [name for name, _ in base.named_modules() if re.fullmatch(pattern, name)]
+    assert model.recipe is not None
+    assert len(model.recipe.head.dropped) == len(skipped) > 0
+    torch.testing.assert_close(model(x), _without(base, skipped)(x), rtol=1e-4, atol=1e-5)

@@ -57,7 +57,7 @@ def demo_study(seeds: int = 5, epochs: int = _EPOCHS) -> Study:
     """The demo's study: the base, its conversion to short heads, one network of the same cost, and other conversions.
 
     Args:
-        seeds: the number of runs of the base and of its conversion; the others have one.
+        seeds: the number of runs of the base, of its conversion and of the one network; the others have one.
         epochs: the length of a training.
 
     Example:
@@ -93,5 +93,6 @@ def _headline(rows: Sequence[Mapping[str, Any]], task: str = "multiclass") -> st
     seeds = f"{ours['seeds']} seed{'s' * (ours['seeds'] > 1)} each"
     return (
         f"{ours['num_heads']} heads at {parameters:.2f} of the base's parameters, {macs:.2f} of its MACs and "
-        f"{seconds:.2f} of its training time: test error {with_spread(ours, 'error')} % instead of {with_spread(base, 'error')} % ({change:+.0%}), {seeds}."
+        f"{seconds:.2f} of its training time: test error {with_spread(ours, 'error')} % instead of "
+        f"{with_spread(base, 'error')} % ({change:+.0%}), {seeds}."
     )
