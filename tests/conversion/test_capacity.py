@@ -70,11 +70,16 @@ def test_a_network_trained_for_long_has_spare_capacity_and_one_that_was_not_has_
 
 
 def test_convert_says_when_it_is_likely_to_hurt() -> None:
-    with pytest.warns(UserWarning, match="0.50 of its validation loss .0.4000 against 0.8000.*likely to lose"):
-        convert(MNIST1DNet(16), X, capacity=Capacity(0.4, 0.8))
+    with pytest.warns(
+        UserWarning, match="0.50 of its validation loss .0.4000 against 0.8000.*expect no gain in accuracy"
+    ):
+        none = convert(MNIST1DNet(16), X, capacity=Capacity(0.4, 0.8)).recipe
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        convert(MNIST1DNet(16), X, capacity=Capacity(0.04, 0.8))
+        spare = convert(MNIST1DNet(16), X, capacity=Capacity(0.04, 0.8)).recipe
+    assert none is not None
+    assert spare is not None
+    assert (spare.split_at, none.split_at) == ("conv1", "conv3")  # where the last stage begins
 
 
 def test_info_says_it_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

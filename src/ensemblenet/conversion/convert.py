@@ -14,7 +14,7 @@ from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, ch
 from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.initialise import Initialiser
 from ensemblenet.conversion.measuring import time_share
-from ensemblenet.conversion.planning import Plan, Planner, choose_num_heads
+from ensemblenet.conversion.planning import LATE, STEM, Plan, Planner, choose_num_heads
 from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.cost import Budget, Cost, count_parameters
@@ -74,8 +74,8 @@ def convert(
         output: which tensor is to be learned where the base returns a dictionary, a tuple or an object of several: a
             key, an attribute or a position; a list of them makes heads give one stack for each. None takes the only
             one, or the one that is called "logits".
-        capacity: what [`ensemblenet.spare_capacity`][] found of the trained base; a warning is given where it shows
-            that the conversion is likely to lose.
+        capacity: what [`ensemblenet.spare_capacity`][] found of the trained base. Where it has none to spare, "auto"
+            splits late, as heads of the last stage lose least, and a warning says that no gain is to be expected.
         shape: "narrow" heads keep all blocks of the base and lose width; "short" ones keep their width and lose blocks:
             like ones that follow each other, each with a matrix product or a convolution, and give a tensor of the
             shape that they take, such as the layers of a transformer or all but the first of a ResNet's stage. "auto"
@@ -132,7 +132,8 @@ def convert_as(
     traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
-    planner = _planner(traced, cuts, wanted, base_cost, task)
+    share = STEM if capacity is None or capacity.is_spare else LATE
+    planner = _planner(traced, cuts, wanted, base_cost, task, share)
     tried: dict[str, float] = {}
     while True:
         design, plan = planner.choose()
@@ -328,10 +329,17 @@ def _output_shapes(traced: Trace) -> list[tuple[int, ...]]:
     return [traced.refs[node].shape for node in traced.outputs]
 
 
-def _planner(traced: Trace, cuts: list[Cut], wanted: Conversion, base_cost: Cost, task: Task = "multiclass") -> Planner:
+def _planner(
+    traced: Trace,
+    cuts: list[Cut],
+    wanted: Conversion,
+    base_cost: Cost,
+    task: Task = "multiclass",
+    share: float = STEM,
+) -> Planner:
     def planner_of(num_heads: int) -> Planner:
         combining = combining_cost(_output_shapes(traced), num_heads, wanted.combine, task)
-        return Planner(cuts, wanted, num_heads, base_cost, combining)
+        return Planner(cuts, wanted, num_heads, base_cost, combining, share)
 
     return choose_num_heads(planner_of) if wanted.num_heads == "auto" else planner_of(wanted.num_heads)
 

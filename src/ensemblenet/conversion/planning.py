@@ -16,11 +16,13 @@ from ensemblenet.cost import ROOFLINE, Budget, Cost
 from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.recipe import Conversion, HeadShape
 
-__all__ = ["STEM", "Plan", "Planner", "choose_num_heads", "is_eligible", "preferred"]
+__all__ = ["LATE", "STEM", "Plan", "Planner", "choose_num_heads", "is_eligible", "preferred"]
 
 # The share of the base's MACs that the trunk keeps in the automatic plan, which is a stem's: heads that share little
 # had the lowest errors, see docs/procedure.md.
 STEM = 0.05
+# The same where the base has no capacity to spare: heads of its last stage lose least.
+LATE = 0.75
 _NEAR = 0.05
 # Heads narrower than this are bottlenecks rather than networks.
 _LEAST_WIDTH = 0.1
@@ -152,18 +154,28 @@ class Planner:
         num_heads: K.
         base: what the base costs.
         combining: what it costs to combine the heads' outputs.
+        share: of the base's MACs, that the trunk should have where the split point is not named.
 
     Attributes:
         num_heads: K.
     """
 
-    def __init__(self, cuts: list[Cut], wanted: Conversion, num_heads: int, base: Cost, combining: Cost) -> None:
+    def __init__(
+        self,
+        cuts: list[Cut],
+        wanted: Conversion,
+        num_heads: int,
+        base: Cost,
+        combining: Cost,
+        share: float = STEM,
+    ) -> None:
         self.num_heads = num_heads
         self._pinned: set[fx.Node] = set()
         self._cuts = cuts
         self._wanted = wanted
         self._base = base
         self._combining = combining
+        self._share = share
         budget = Budget.of(wanted.budget)
         self._limit = budget.limit(base)
         self._fast = _FAST * max(1.0, budget.macs or 1.0)
@@ -270,9 +282,9 @@ class Planner:
         return design, plan
 
     def _automatic(self) -> tuple[HeadDesign, Plan]:
-        points = preferred([cut.point for cut in self._cuts if cut.has_parameters])
+        points = preferred([cut.point for cut in self._cuts if cut.has_parameters], self._share)
         slow: tuple[HeadDesign, Plan] | None = None  # the first choice, where it is slower than the base
-        for _, near in groupby(points, key=lambda point: _distance(point, STEM)):
+        for _, near in groupby(points, key=lambda point: _distance(point, self._share)):
             found = self._best(near)
             if found and self.is_fast(found[1]):
                 return found
