@@ -244,7 +244,7 @@ def test_a_search_that_lives_is_left_alone_and_a_killed_one_goes_on(
     assert fit(arguments[1:]) == folder
     assert len(list((folder / "search").glob("base-*"))) == 1  # the run that was killed went on
     assert not [path for name in (LOCK, NOTE) for path in folder.rglob(name)]
-    assert "Passed over" not in capsys.readouterr().out
+    assert f"Passed over: {folder}" not in capsys.readouterr().out
 
 
 def held_study(folder: Path, arguments: list[str]) -> int:
