@@ -17,7 +17,6 @@ from torch import nn
 
 from ensemblenet import BudgetError, convert
 from ensemblenet.cli.main import main
-from ensemblenet.cost import Shares
 from ensemblenet.data import MNIST1D
 from ensemblenet.evaluation.scoring import score
 from ensemblenet.models import MNIST1DNet
@@ -25,7 +24,7 @@ from ensemblenet.recipe import Conversion
 from ensemblenet.storage.restore import restore
 from ensemblenet.training.fit import fit
 from ensemblenet.training.module import Classifier
-from ensemblenet.training.search import Outcome, candidates, chance, choose, take_over
+from ensemblenet.training.search import candidates, chance, choose, show, take_over
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,9 +88,9 @@ def test_a_budget_that_no_heads_fit_ends_the_search() -> None:
 # -- what is kept
 
 
-def outcome(name: str, accuracy: float, examples: int = 1000) -> Outcome:
-    scores = {"accuracy": accuracy, "head_accuracy": accuracy, "nll": float("inf")}
-    return Outcome(name, Path("runs", name), None, None, Shares(1.0, 1.0, 1.0, 1.0), scores, examples)
+def outcome(accuracy: float) -> dict[str, Any]:
+    plan = {"split_at": None, "width": 1.0, "depth": 1.0, "shares": {"parameters": 1.0, "macs": 0.5, "time": 0.25}}
+    return {**plan, "scores": {"accuracy": accuracy, "head_accuracy": accuracy, "nll": None}, "examples": 1000}
 
 
 @pytest.mark.parametrize(
@@ -104,19 +103,18 @@ def outcome(name: str, accuracy: float, examples: int = 1000) -> Outcome:
     ],
 )
 def test_the_best_is_kept_and_what_chance_explains_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], scores: tuple[float, ...], best: str, ties: list[str]
+    capsys: pytest.CaptureFixture[str], scores: tuple[float, ...], best: str, ties: list[str]
 ) -> None:
-    among = [outcome(name, value) for name, value in zip(("base", "a", "b"), scores, strict=True)]
-    assert choose(tmp_path, among, "accuracy", "A note.").name == best
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert (plan["chosen"], plan["not_told_apart"]) == (best, ties)
-    assert [entry["scores"]["accuracy"] for entry in plan["candidates"]] == list(scores)
-    assert plan["candidates"][0]["scores"]["nll"] is None
+    among = {name: outcome(value) for name, value in zip(("base", "a", "b"), scores, strict=True)}
+    assert choose(among, "accuracy") == (best, ties)
+    show(among, "accuracy", best, ties)
     printed = capsys.readouterr().out
     assert f"Plan: {best}" in printed
-    assert "A note." in printed
+    assert all(f"{100 * (1 - value):.2f}" in printed for value in scores)
+    assert "100/50/25" in printed
     assert (f"{' and '.join(ties)} may be as good as {best}: " in printed) == bool(ties)
     assert ("is ahead by more than the choice of 1,000 validation examples explains" in printed) == (not ties)
+    assert "what other seeds would do, one run does not say." in printed
 
 
 def test_chance_is_twice_the_spread_of_a_difference() -> None:
@@ -168,19 +166,20 @@ def test_a_search_trains_all_in_full_and_becomes_the_best(tmp_path: Path, capsys
     assert list((tmp_path / "runs").iterdir()) == [folder]  # the candidates' runs lie within it
     plan = json.loads((folder / "plan.json").read_text())
     data = MNIST1D(num_train=200, num_val=100, num_test=50, batch_size=20)
-    runs = {entry["name"]: folder / entry["run"] for entry in plan["candidates"]}
-    assert set(runs) == {"base", "2-heads", "reshaped"}
-    for entry in plan["candidates"]:
-        run = runs[entry["name"]]
+    runs = {name: folder / entry["run"] for name, entry in plan["candidates"].items()}
+    assert list(runs) == ["base", "2-heads", "reshaped"]
+    for name, entry in plan["candidates"].items():
+        run = runs[name]
+        assert entry["examples"] == 100
         whole = score(restore(run), data, "val")[0]
-        for name in ("accuracy", "nll"):
-            assert entry["scores"][name] == pytest.approx(whole[name], abs=1e-6)
+        for score_name in ("accuracy", "nll"):
+            assert entry["scores"][score_name] == pytest.approx(whole[score_name], abs=1e-6)
         with next((run / "csv").rglob("metrics.csv")).open() as file:
             epochs = [float(line["val/nll"]) for line in csv.DictReader(file) if line["val/nll"]]
         assert len(epochs) == 2
         assert entry["scores"]["nll"] == pytest.approx(epochs[-1], rel=1e-4)
         assert (row(run)["num_heads"], row(run)["parameters"]) == (entry["num_heads"], whole["parameters"])
-    scores = {entry["name"]: entry["scores"]["accuracy"] for entry in plan["candidates"]}
+    scores = {name: entry["scores"]["accuracy"] for name, entry in plan["candidates"].items()}
     assert scores[plan["chosen"]] == max(scores.values())
     assert row(folder) == row(runs[plan["chosen"]])
     assert (folder / "checkpoints" / "last.ckpt").exists()
@@ -228,9 +227,9 @@ def test_the_users_run_of_the_base_is_taken_as_it_is(tmp_path: Path, capsys: pyt
     assert contents(own) == before
     assert not list((folder / "search").glob("base-*"))
     plan = json.loads((folder / "plan.json").read_text())
-    assert (folder / plan["candidates"][0]["run"]).resolve() == own.resolve()
+    assert (folder / plan["candidates"]["base"]["run"]).resolve() == own.resolve()
     whole = score(restore(own), MNIST1D(num_train=200, num_val=100, num_test=50, batch_size=20), "val")[0]
-    assert plan["candidates"][0]["scores"]["accuracy"] == pytest.approx(whole["accuracy"], abs=1e-6)
+    assert plan["candidates"]["base"]["scores"]["accuracy"] == pytest.approx(whole["accuracy"], abs=1e-6)
     assert plan["note"] == f"The base is {own}, which was made with model.optimization.lr 0.02, not 0.01."
     assert plan["note"] in capsys.readouterr().out
 

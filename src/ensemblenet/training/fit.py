@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from ensemblenet.training.options import (
     replaced_options,
 )
 from ensemblenet.training.processes import is_first_process
-from ensemblenet.training.search import SEARCH, candidates, check_base_run, choose, take_over, validate
+from ensemblenet.training.search import PLAN, SEARCH, candidates, check_base_run, choose, show, take_over, validate
 from ensemblenet.training.settings import FitCLI, complete_arguments
 
 __all__ = ["fit"]
@@ -148,12 +149,19 @@ def _searched(cli: FitCLI) -> Path:
     data.prepare_data()
     data.setup("fit")
     inputs, _ = inputs_and_targets(next(iter(data.train_dataloader())))
-    outcomes = []
+    runs, outcomes = {}, {}
     for name, conversion in candidates(cli.model.network, inputs, cli.model.conversion or Conversion()).items():
-        run = base_run if conversion is None and base_run is not None else _trained(cli, name, conversion)
-        outcomes.append(validate(name, run, conversion, cli.trainer, data))
-    best = choose(cli.folder, outcomes, TASKS[cli.model.task].main, note)
-    take_over(best.run, cli.folder)
+        runs[name] = base_run if name == "base" and base_run is not None else _trained(cli, name, conversion)
+        place = os.path.relpath(runs[name], cli.folder)
+        outcomes[name] = {"run": place, **validate(runs[name], cli.trainer, data)}
+    main = TASKS[cli.model.task].main
+    best, ties = choose(outcomes, main)
+    plan = {"chosen": best, "score": main, "not_told_apart": ties, "note": note, "candidates": outcomes}
+    write_json(cli.folder / PLAN, plan)
+    show(outcomes, main, best, ties)
+    if note:
+        print(note)
+    take_over(runs[best], cli.folder)
     return cli.folder
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ensemblenet.conversion.convert import convert_as
-from ensemblenet.cost import Shares
+from ensemblenet.cost import Shares, count_parameters
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError, LoadError, TrainingError
 from ensemblenet.inputs import inputs_and_targets, num_examples
 from ensemblenet.metrics.scores import SCORES
-from ensemblenet.recipe import Conversion, Recipe
-from ensemblenet.storage.atomic import atomic_path, write_json
+from ensemblenet.recipe import Conversion
+from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.lock import LOCK, NOTE
 from ensemblenet.storage.restore import compare_classes, restore
 from ensemblenet.storage.runs import CONFIG, RESULTS
@@ -32,9 +31,9 @@ from ensemblenet.storage.trust import read_config
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.resume import changed_setting
 
-__all__ = ["SEARCH", "Outcome", "candidates", "chance", "check_base_run", "choose", "take_over", "validate"]
+__all__ = ["PLAN", "SEARCH", "candidates", "chance", "check_base_run", "choose", "show", "take_over", "validate"]
 
-_PLAN = "plan.json"
+PLAN = "plan.json"
 SEARCH = "search"  # the folder of the candidates' runs, within the run's own
 _ERRORS = 2.0  # standard errors within which a difference may be chance
 
@@ -75,10 +74,10 @@ def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) ->
     alone = replace(rule, num_heads=1, split_at="input", shape="narrow")
     for wanted in (replace(alone, shape="auto", depth=0.0), alone):
         try:
-            model = convert(wanted)
+            parameters = count_parameters(convert(wanted))
         except ConversionError:  # no blocks to drop, or too little budget
             continue
-        if model.cost.parameters != model.base_cost.parameters:
+        if parameters != count_parameters(base):
             found["reshaped"] = wanted
         break
     return found
@@ -122,42 +121,6 @@ def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A candidate after its training.
-
-    Args:
-        name: of the candidate.
-        run: its folder.
-        conversion: what was asked; None for the base.
-        recipe: what was made of it; None for the base.
-        shares: of the base's cost.
-        scores: on validation data, by name.
-        examples: how many there were.
-    """
-
-    name: str
-    run: Path
-    conversion: Conversion | None
-    recipe: Recipe | None
-    shares: Shares
-    scores: Mapping[str, float]
-    examples: int
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """The number of heads, where they split, and their shape, as plain data."""
-        if self.recipe is None:
-            return {"num_heads": 1, "split_at": None, "width": 1.0, "depth": 1.0}
-        head = self.recipe.head
-        return {
-            "num_heads": self.recipe.num_heads,
-            "split_at": self.recipe.split_at,
-            "width": head.width,
-            "depth": head.depth,
-        }
-
-
 class _Counting(Classifier):
     examples = 0
 
@@ -166,16 +129,12 @@ class _Counting(Classifier):
         self.examples += num_examples(inputs_and_targets(batch)[0])
 
 
-def validate(
-    name: str, run: Path, conversion: Conversion | None, trainer: Trainer, data: LightningDataModule
-) -> Outcome:
-    """Score a candidate's finished run on validation data.
+def validate(run: Path, trainer: Trainer, data: LightningDataModule) -> dict[str, Any]:
+    """What a finished run trained, what that costs as shares of the base, and its scores, as plain data.
 
     Args:
-        name: of the candidate.
         run: its folder.
-        conversion: what was asked; None for the base.
-        trainer: to do it with; it logs nothing from then on.
+        trainer: to validate with; it logs nothing from then on.
         data: set up for training.
 
     Raises:
@@ -187,11 +146,13 @@ def validate(
     network, module = restored.network, _Counting(restored.network, task=restored.task)
     trainer.loggers = []
     [metrics] = trainer.validate(module, data, verbose=False)
-    scores = {key.removeprefix("val/"): value for key, value in metrics.items()}
-    recipe, shares = None, Shares(1.0, 1.0, 1.0, 1.0)
-    if isinstance(network, EnsembleNet):
+    plan, shares = {"num_heads": 1, "split_at": None, "width": 1.0, "depth": 1.0}, Shares(1.0, 1.0, 1.0, 1.0)
+    if isinstance(network, EnsembleNet) and network.recipe and network.cost and network.base_cost:
         recipe, shares = network.recipe, network.cost.shares_of(network.base_cost)
-    return Outcome(name, run, conversion, recipe, shares, scores, module.examples)
+        head = {"width": recipe.head.width, "depth": recipe.head.depth}
+        plan = {"num_heads": recipe.num_heads, "split_at": recipe.split_at, **head}
+    scores = {name.removeprefix("val/"): value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {**plan, "shares": shares._asdict(), "scores": scores, "examples": module.examples}
 
 
 def chance(first: float, second: float, examples: int) -> float:
@@ -207,56 +168,34 @@ def chance(first: float, second: float, examples: int) -> float:
     return _ERRORS * math.sqrt((first * (1 - first) + second * (1 - second)) / examples)
 
 
-def choose(folder: Path, outcomes: Sequence[Outcome], main: str, note: str | None = None) -> Outcome:
-    """The best outcome, of equals the first; all are written to `plan.json` and printed.
+def choose(outcomes: Mapping[str, Mapping[str, Any]], main: str) -> tuple[str, list[str]]:
+    """The name of the best, of equals the first; and of those that chance may have put behind it.
 
     Args:
-        folder: of the run.
-        outcomes: the base's first.
+        outcomes: what [`validate`][] gives, by name, the base first.
         main: the score that decides; higher is better.
-        note: what else to say.
     """
-    best = max(outcomes, key=lambda outcome: outcome.scores[main])
-    top, examples = best.scores[main], best.examples
-    margins = {other.name: chance(top, other.scores[main], examples) for other in outcomes if other is not best}
-    ties = [other.name for other in outcomes if top - other.scores[main] <= margins.get(other.name, -math.inf)]
-    rows = [
-        {
-            "name": outcome.name,
-            "run": os.path.relpath(outcome.run, folder),
-            **outcome.plan,
-            "conversion": None if outcome.conversion is None else asdict(outcome.conversion),
-            "shares": outcome.shares._asdict(),
-            "scores": {name: value if math.isfinite(value) else None for name, value in outcome.scores.items()},
-        }
-        for outcome in outcomes
-    ]
-    plan = {"chosen": best.name, "score": main, "validation_examples": examples, "not_told_apart": ties, "note": note}
-    write_json(folder / _PLAN, {**plan, "candidates": rows})
-    if ties:
-        points = SCORES[main].text(max(margins[name] for name in ties))
-        said = (
-            f"{' and '.join(ties)} may be as good as {best.name}: the choice of {examples:,} validation examples alone "
-            f"moves a difference by up to {points} points, and what other seeds would do, one run does not say. Take "
-            "the cheapest, or train them with other seeds (--seed_everything)."
-        )
-    else:
-        said = (
-            f"{best.name} is ahead by more than the choice of {examples:,} validation examples explains; what other "
-            "seeds would do, one run does not say."
-        )
-    console = Console()
-    console.print(_table(outcomes, best, main))
-    for line in filter(None, (said, note)):
-        console.print(line, highlight=False, soft_wrap=True)
-    return best
+    scores = {name: outcome["scores"][main] for name, outcome in outcomes.items()}
+    best = max(scores, key=scores.__getitem__)
+    top, examples = scores[best], outcomes[best]["examples"]
+    ties = [name for name, value in scores.items() if name != best and top - value <= chance(top, value, examples)]
+    return best, ties
 
 
-def _table(outcomes: Sequence[Outcome], best: Outcome, main: str) -> Table:
+def show(outcomes: Mapping[str, Mapping[str, Any]], main: str, best: str, ties: Sequence[str]) -> None:
+    """Print all outcomes, and how far to trust them.
+
+    Args:
+        outcomes: as for `choose`.
+        main: as for `choose`.
+        best: what `choose` gives.
+        ties: what `choose` gives.
+    """
+    examples = f"{outcomes[best]['examples']:,} validation examples"
     table = Table(
-        title=f"Plan: {best.name}",
-        caption=f"Scores of {best.examples:,} validation examples, one seed, shares in %. cost: parameters/MACs/time "
-        "as shares of the base's, time as estimated for an accelerator.",
+        title=f"Plan: {best}",
+        caption=f"Scores of {examples}, one seed, in %. cost: parameters/MACs/time against the base's, time as "
+        "estimated for an accelerator.",
         box=box.SIMPLE_HEAD,
     )
     shown = {main: SCORES[main].heading, f"head_{main}": "one head", "nll": "NLL"}
@@ -264,17 +203,25 @@ def _table(outcomes: Sequence[Outcome], best: Outcome, main: str) -> Table:
     table.add_column("split", overflow="fold")
     for column in (*shown.values(), "width/depth", "cost, %"):
         table.add_column(column, justify="right", overflow="fold")
-    for outcome in outcomes:
-        plan, (parameters, macs, _, time) = outcome.plan, outcome.shares
+    for name, outcome in outcomes.items():
+        scores = {key: (SCORES[key.removeprefix("head_")], outcome["scores"][key]) for key in shown}
         table.add_row(
-            outcome.name,
-            plan["split_at"] or "",
-            *(SCORES[name.removeprefix("head_")].text(outcome.scores[name]) for name in shown),
-            f"{plan['width']:.2f}/{plan['depth']:.2f}",
-            "/".join(f"{100 * share:.0f}" for share in (parameters, macs, time)),
-            style="bold" if outcome is best else None,
+            name,
+            outcome["split_at"],
+            *("" if value is None else score.text(value) for score, value in scores.values()),
+            f"{outcome['width']:.2f}/{outcome['depth']:.2f}",
+            "/".join(f"{100 * outcome['shares'][part]:.0f}" for part in ("parameters", "macs", "time")),
+            style="bold" if name == best else None,
         )
-    return table
+    console = Console()
+    console.print(table)
+    if ties:
+        said = f"{' and '.join(ties)} may be as good as {best}: the choice of {examples} alone explains the difference"
+        advice = "Take the cheapest, or train them with other seeds (--seed_everything)."
+    else:
+        said, advice = f"{best} is ahead by more than the choice of {examples} explains", ""
+    seeds = "what other seeds would do, one run does not say."
+    console.print(f"{said}; {seeds} {advice}".rstrip(), highlight=False, soft_wrap=True)
 
 
 def take_over(run: Path, folder: Path) -> None:
@@ -292,7 +239,7 @@ def take_over(run: Path, folder: Path) -> None:
         if source.is_dir() and source.name != SEARCH:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target)
-        elif source.is_file() and source.name not in (_PLAN, LOCK, NOTE, *last):
+        elif source.is_file() and source.name not in (PLAN, LOCK, NOTE, *last):
             shutil.copyfile(source, target)
     for name in last:
         with atomic_path(folder / name) as unfinished:
