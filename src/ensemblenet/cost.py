@@ -134,7 +134,7 @@ class Budget:
                     "budget must be a positive number, a share of the base's cost such as 0.95, or shares by name "
                     f"(parameters, macs, activations, time), got {share!r}."
                 )
-            if (share := float(share)) >= _PERCENT:
+            if (share := float(share)) > _PERCENT:
                 raise BudgetError(f"budget is a share of the base's cost, got {share:g}: did you mean {share / 100:g}?")
         if all(share is None for share in shares):
             raise BudgetError("budget must limit something: give one of parameters, macs, activations and time.")
@@ -175,7 +175,7 @@ class Budget:
 
 
 _WORDS = {"macs": "MACs"}
-_PERCENT = 10.0  # a share from here on is one in percent
+_PERCENT = 10.0  # a share above is one in percent
 
 
 def count_parameters(module: nn.Module) -> int:

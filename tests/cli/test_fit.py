@@ -37,7 +37,7 @@ def test_a_file_needs_no_option_and_short_names_are_those_of_other_commands(
     stored = yaml.safe_load((run / "config.yaml").read_text())
     conversion = stored["model"]["conversion"]
     assert [conversion[name] for name in ("num_heads", "split_at", "min_width")] == [3, "input", 0.1]
-    assert conversion["budget"] == {"parameters": 1.0, "macs": 0.9, "activations": None, "time": 9.0}
+    assert conversion["budget"] == {"parameters": 1.0, "macs": 0.9, "activations": None, "time": 9.0, "measured": False}
     assert (stored["model"]["codistillation_weight"], stored["model"]["label_smoothing"]) == (1.5, 0.1)
     assert (stored["seed_everything"], stored["trainer"]["max_epochs"]) == (7, 0)
     assert stored["trainer"]["accelerator"] == "cpu"

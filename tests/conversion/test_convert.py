@@ -250,9 +250,9 @@ BAD = [
     ("no heads", make, X, {"num_heads": 0}, 'num_heads must be an integer of at least 1, or "auto", got 0'),
     ("half a head", make, X, {"num_heads": 1.5}, 'num_heads must be an integer of at least 1, or "auto", got 1.5'),
     ("budget", make, X, {"budget": 0}, "budget must be a positive number.*, got 0"),
-    ("negative", make, X, {"budget": -1.0}, "budget must be a positive number .*, got -1.0"),
-    ("not a number", make, X, {"budget": "half"}, "budget must be a positive number .*, got 'half'"),
-    ("nan", make, X, {"budget": float("nan")}, "budget must be a positive number .*, got nan"),
+    ("negative", make, X, {"budget": -1.0}, "budget must be a positive number.*, got -1.0"),
+    ("not a number", make, X, {"budget": "half"}, "budget must be a positive number.*, got 'half'"),
+    ("nan", make, X, {"budget": float("nan")}, "budget must be a positive number.*, got nan"),
     ("small", make, X, {"budget": 0.001}, r"The least possible is 0\.\d+ of the parameters and 0\.\d+ of the MACs"),
     ("device", make, X.to("meta"), {}, "example_inputs are on meta and the base is on cpu"),
     (

@@ -142,12 +142,12 @@ def test_a_file_names_no_folders_of_this_machine(tmp_path, model):
 
 def test_an_aot_package(tmp_path):
     model = convert(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(2, 4)).eval()
-    exported = export(model, tmp_path / "model.pt2", "aot", description={"classes": CLASSES})
+    exported = export(model, tmp_path / "model.pt2", "aot", description={"classes": CLASSES[:3]})
     package = torch._inductor.aoti_load_package(str(exported.path))
     x = torch.randn(11, 4)
     with torch.no_grad():
         torch.testing.assert_close(package(x), model(x))
-    assert json.loads(package.get_metadata()["data.json"])["classes"] == CLASSES
+    assert json.loads(package.get_metadata()["data.json"])["classes"] == CLASSES[:3]
 
 
 @pytest.mark.parametrize("choice", [{}, {"head": 1}, {"first": 2}])

@@ -343,9 +343,9 @@ def _is_word(value: Any) -> bool:
 def _source_of(name: str, source: str, rest: str, arguments: dict[str, Any]) -> BaseSource:
     if not rest:
         return BaseSource("timm", name, arguments)
-    return (
-        BaseSource("torchvision", rest, arguments) if source == "torchvision" else BaseSource("module", name, arguments)
-    )
+    if is_known(name):
+        return BaseSource("ensemblenet" if source == _OWN else source, rest, arguments)
+    return BaseSource("module", name, arguments)
 
 
 def source_of(network: nn.Module) -> BaseSource | None:
