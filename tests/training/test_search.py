@@ -90,7 +90,7 @@ def test_a_budget_that_no_heads_fit_ends_the_search() -> None:
 
 def outcome(accuracy: float) -> dict[str, Any]:
     plan = {"split_at": None, "width": 1.0, "depth": 1.0, "shares": {"parameters": 1.0, "macs": 0.5, "time": 0.25}}
-    return {**plan, "scores": {"accuracy": accuracy, "head_accuracy": accuracy, "nll": None}, "examples": 1000}
+    return {**plan, "scores": {"accuracy": accuracy, "head_accuracy": accuracy, "nll": 1.0}, "examples": 1000}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +185,7 @@ def test_a_search_trains_all_in_full_and_becomes_the_best(tmp_path: Path, capsys
     assert (folder / "checkpoints" / "last.ckpt").exists()
     stored = yaml.safe_load((folder / "config.yaml").read_text())
     assert stored["plan"] == "given"
+    assert yaml.safe_load((folder / "config-1.yaml").read_text())["plan"] == "search"
     best, copy = (restore(run).network.state_dict() for run in (runs[plan["chosen"]], folder))
     assert all(torch.equal(value, copy[name]) for name, value in best.items())
     assert f"Plan: {plan['chosen']}" in capsys.readouterr().out
@@ -255,8 +256,8 @@ def test_a_run_that_is_taken_over_leaves_nothing_of_what_was_there(tmp_path: Pat
     [
         ([], ["--model.base.init_args.width", "9"], "was made with model.base.init_args.width 8, not 9"),
         ([], ["--data.init_args.num_train", "160"], "was made with data.init_args.num_train 200, not 160"),
-        ([], ["--trainer.max_epochs", "3"], "was made with length.max_epochs 2, not 3"),
-        ([], ["--trainer.max_epochs", "1"], "was made with length.max_epochs 2, not 1"),
+        ([], ["--trainer.max_epochs", "3"], "was made with trainer.max_epochs 2, not 3"),
+        ([], ["--trainer.max_epochs", "1"], "was made with trainer.max_epochs 2, not 1"),
         ([], ["--plan", "given"], "--base_run is for --plan search alone"),
         (["--model.conversion", "{num_heads: 2}"], [], "was made with model.conversion.num_heads 2, not null"),
         (["unfinished"], [], "is not finished: end it with `ensemblenet fit --resume "),
@@ -284,6 +285,23 @@ def test_another_run_than_the_bases_is_refused(
     assert said in line
 
 
-def test_a_search_needs_whole_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_needs_whole_runs_and_validation_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["fit", *write(tmp_path), "--trainer.fast_dev_run", "2"]) == 2
     assert "--plan search takes whole runs in one process" in capsys.readouterr().err
+    monkeypatch.setattr(MNIST1D, "val_dataloader", lambda self: [])
+    assert main(["fit", *write(tmp_path)]) == 2
+    assert "--plan search chooses by validation examples, and the data has none." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [["--trainer.max_epochs", "3"], ["--model.optimization.lr", "0.02"]])
+def test_candidates_of_one_search_are_trained_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: list[str]
+) -> None:
+    monkeypatch.setattr("ensemblenet.training.fit._searched", lambda cli: cli.folder)  # killed as it began
+    folder = fit(write(tmp_path))
+    monkeypatch.setattr("ensemblenet.training.fit._searched", lambda cli: pytest.fail("it went on"))
+    assert main(["fit", "--resume", str(folder), *change]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{folder} was made with {change[0].removeprefix('--')} " in line

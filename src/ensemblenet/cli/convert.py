@@ -8,9 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ensemblenet.cli.options import add_base, base_of, command_parser, conversion_of
+from ensemblenet.cli.options import add_base, base_of, check_new, command_parser, conversion_of
 from ensemblenet.conversion.convert import convert_as
-from ensemblenet.errors import ConversionError
 from ensemblenet.reports.tables import COST_NOTE
 from ensemblenet.storage.checkpoint import how_to_load, save
 
@@ -24,7 +23,8 @@ def convert(arguments: Sequence[str]) -> None:
         arguments: command-line arguments.
 
     Raises:
-        ConversionError: the output exists, there is no such network, or it cannot be converted.
+        FileExistsError: the output exists.
+        ConversionError: there is no such network, or it cannot be converted.
     """
     parser = command_parser(
         "convert",
@@ -35,8 +35,7 @@ def convert(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder to create")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if options.output.exists():
-        raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
+    check_new(options.output, "folder")
     base, x = base_of(options)
     model = convert_as(conversion_of(options), base, x)
     assert model.cost is not None

@@ -26,22 +26,20 @@ from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
-    CHECKPOINT,
     CONFIG,
-    ENVIRONMENT,
     RESULTS,
-    environment,
     quiet_lightning,
     scores_row,
 )
 from ensemblenet.storage.specs import plain
 from ensemblenet.storage.trust import config_option, read_config
+from ensemblenet.training.checkpoints import whole_checkpoint
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.options import (
     check_replaced,
     replaced_options,
 )
-from ensemblenet.training.processes import is_first_process
+from ensemblenet.training.processes import end_processes, is_first_process
 from ensemblenet.training.search import PLAN, SEARCH, candidates, check_base_run, choose, show, take_over, validate
 from ensemblenet.training.settings import FitCLI, complete_arguments
 
@@ -66,15 +64,18 @@ def fit(arguments: Sequence[str]) -> Path:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
     with ExitStack() as held:
         cli = _opened(arguments, held)
-        return _searched(cli) if cli.config["plan"] == "search" else _finished(cli)
+        try:
+            return _searched(cli) if cli.config["plan"] == "search" else _finished(cli)
+        except Exception:
+            end_processes(cli.trainer.strategy.launcher)
+            raise
 
 
 def _finished(cli: FitCLI) -> Path:
     """The folder of a run after its training, its test and its results."""
     folder, module, data = cli.folder, cli.model, cli.datamodule
-    if is_first_process():
-        write_json(folder / ENVIRONMENT, environment())
     _train(cli)
+    cli.keep_settings()  # where no step was left to train
     with _lightning_errors():
         [metrics] = cli.trainer.test(module, data, verbose=False)
     if not is_first_process():
@@ -117,20 +118,10 @@ def _lightning_errors() -> Iterator[None]:
 
 
 def _train(cli: FitCLI) -> None:
-    checkpoint = cli.folder / CHECKPOINT
-    resumed = str(checkpoint) if checkpoint.exists() else None
+    resumed = whole_checkpoint(cli.folder)
     expect_classes(stored_classes(cli.folder), cli.datamodule)
-    try:
-        with _lightning_errors():
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            f"A process that loads data died: {error} If memory ran out, use fewer num_workers or smaller batches."
-        ) from error
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
+    with _lightning_errors():
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
     if cli.trainer.global_step == 0 and 0 not in (cli.trainer.max_epochs, cli.trainer.max_steps):
         raise TrainingError(
             "The run ended before its first step, so nothing was trained: see whether trainer.max_time or a callback "
@@ -142,12 +133,16 @@ def _searched(cli: FitCLI) -> Path:
     """The folder of a run that is the best of its candidates, each of which is a run within it."""
     if cli.trainer.world_size > 1 or cli.config["trainer"]["fast_dev_run"]:
         raise TrainingError("--plan search takes whole runs in one process: one device and no fast_dev_run.")
+    cli.keep_settings()
     data, base_run, note = cli.datamodule, cli.config["base_run"], None
     if base_run is not None:
         note = check_base_run(base_run, read_config(cli.folder / CONFIG, trust=True))
         expect_classes(stored_classes(base_run), data)
     data.prepare_data()
     data.setup("fit")
+    with _lightning_errors():
+        if next(iter(data.val_dataloader()), None) is None:
+            raise TrainingError("--plan search chooses by validation examples, and the data has none.")
     inputs, _ = inputs_and_targets(next(iter(data.train_dataloader())))
     runs, outcomes = {}, {}
     for name, conversion in candidates(cli.model.network, inputs, cli.model.conversion or Conversion()).items():
@@ -195,8 +190,10 @@ def _row(cli: FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
         scores = {name: [100 * test[name]] for name in ("gap", "head_gap", "map")}
     else:
         scores = {f"{head}error": [100 * (1 - test[f"{head}accuracy"])] for head in ("", "head_")}
-    seed, limited = cli.config["seed_everything"], _tested_on(cli)
-    return scores_row(method, cost, scores, num_heads=module.num_heads, seed=seed, test=test, **limited)
+    more = {"num_heads": module.num_heads, "seed": cli.config["seed_everything"], "test": test}
+    if module.conversion is not None:
+        more["heads"] = {"run": module.choice.heads, "separate": module.choice.separate}
+    return scores_row(method, cost, scores, **more, **_tested_on(cli))
 
 
 def _tested_on(cli: FitCLI) -> dict[str, str]:

@@ -26,7 +26,7 @@ from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.lock import LOCK, NOTE
 from ensemblenet.storage.restore import compare_classes, restore
-from ensemblenet.storage.runs import CONFIG, RESULTS
+from ensemblenet.storage.runs import CONFIG, RESULTS, keep_config
 from ensemblenet.storage.trust import read_config
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.resume import changed_setting
@@ -35,6 +35,11 @@ __all__ = ["PLAN", "SEARCH", "candidates", "chance", "check_base_run", "choose",
 
 PLAN = "plan.json"
 SEARCH = "search"  # the folder of the candidates' runs, within the run's own
+# What a run of the base must have in common with the search; its seed and optimizer may be others.
+_DECISIVE = (
+    *("model.base", "model.conversion", "model.task", "data"),
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.overfit_batches"),
+)
 _ERRORS = 2.0  # standard errors within which a difference may be chance
 
 
@@ -102,23 +107,13 @@ def check_base_run(run: Path, config: Mapping[str, Any]) -> str | None:
         raise LoadError(f"--base_run {run} has no {CONFIG}: give the folder of a finished run of the base.")
     base = {**config, "plan": "given", "model": {**config["model"], "conversion": None}}
     stored = read_config(run / CONFIG, trust=True)  # it is compared alone: what the two have in common was typed
-    if change := changed_setting(_decisive(stored), _decisive(base), ("model", "data", "length")):
+    if change := changed_setting(stored, base, _DECISIVE, grows=False):
         raise TrainingError(f"--base_run {run} was made with {change}: give a run of the same base, data and length.")
     if not (run / RESULTS).exists():
         raise TrainingError(f"--base_run {run} is not finished: end it with `ensemblenet fit --resume {run}`.")
     weight = base["model"]["codistillation_weight"]  # which decides nothing where there is one network
     change = changed_setting({**stored, "model": {**stored["model"], "codistillation_weight": weight}}, base)
     return None if change is None else f"The base is {run}, which was made with {change}."
-
-
-def _decisive(config: Mapping[str, Any]) -> dict[str, Any]:
-    model, trainer = (part if isinstance(part := config.get(name), Mapping) else {} for name in ("model", "trainer"))
-    length = ("max_epochs", "max_steps", "limit_train_batches", "overfit_batches")
-    return {
-        "model": {name: model.get(name) for name in ("base", "conversion", "task")},
-        "data": config.get("data"),
-        "length": {name: trainer.get(name) for name in length},
-    }
 
 
 class _Counting(Classifier):
@@ -151,7 +146,7 @@ def validate(run: Path, trainer: Trainer, data: LightningDataModule) -> dict[str
         recipe, shares = network.recipe, network.cost.shares_of(network.base_cost)
         head = {"width": recipe.head.width, "depth": recipe.head.depth}
         plan = {"num_heads": recipe.num_heads, "split_at": recipe.split_at, **head}
-    scores = {name.removeprefix("val/"): value if math.isfinite(value) else None for name, value in metrics.items()}
+    scores = {name.removeprefix("val/"): value for name, value in metrics.items()}
     return {**plan, "shares": shares._asdict(), "scores": scores, "examples": module.examples}
 
 
@@ -204,11 +199,11 @@ def show(outcomes: Mapping[str, Mapping[str, Any]], main: str, best: str, ties: 
     for column in (*shown.values(), "width/depth", "cost, %"):
         table.add_column(column, justify="right", overflow="fold")
     for name, outcome in outcomes.items():
-        scores = {key: (SCORES[key.removeprefix("head_")], outcome["scores"][key]) for key in shown}
+        scores = [(SCORES[key.removeprefix("head_")], outcome["scores"][key]) for key in shown]
         table.add_row(
             name,
             outcome["split_at"],
-            *("" if value is None else score.text(value) for score, value in scores.values()),
+            *(score.text(value) for score, value in scores),
             f"{outcome['width']:.2f}/{outcome['depth']:.2f}",
             "/".join(f"{100 * outcome['shares'][part]:.0f}" for part in ("parameters", "macs", "time")),
             style="bold" if name == best else None,
@@ -227,20 +222,19 @@ def show(outcomes: Mapping[str, Mapping[str, Any]], main: str, best: str, ties: 
 def take_over(run: Path, folder: Path) -> None:
     """Make a finished run's copy of a run whose plan was searched: model, checkpoints, logs, settings and results.
 
-    The results come last, so that a killed copy is made again.
+    The results come last, so that a killed copy is made again; what was asked stays as `config-1.yaml`.
 
     Args:
         run: the best candidate's folder; it stays as it is.
         folder: of the run.
     """
-    last = (CONFIG, RESULTS)
     for source in run.iterdir():
         target = folder / source.name
         if source.is_dir() and source.name != SEARCH:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target)
-        elif source.is_file() and source.name not in (PLAN, LOCK, NOTE, *last):
+        elif source.is_file() and source.name not in (PLAN, LOCK, NOTE, CONFIG, RESULTS):
             shutil.copyfile(source, target)
-    for name in last:
-        with atomic_path(folder / name) as unfinished:
-            shutil.copyfile(run / name, unfinished)
+    keep_config(folder, (run / CONFIG).read_text(encoding="utf-8"))
+    with atomic_path(folder / RESULTS) as unfinished:
+        shutil.copyfile(run / RESULTS, unfinished)
