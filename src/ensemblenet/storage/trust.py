@@ -172,7 +172,7 @@ _KNOWN: list[tuple[str, Callable[[Any], bool]]] = [
     (_DATA + r"init_args\.reader\.(input_key|target_key)", _SIMPLE_TEXT),
     (_DATA + r"init_args\.(folder|(train|val|test)(\[\])?|dataset)", _PLACE),
     (_DATA + r"init_args\.(level|short|decoder|interpolation|on_broken|on_damage)", _SIMPLE_TEXT),
-    (r"name|runs|resume|plan|log_to|task|device|precision|split_at|shape", _ANY_TEXT),
+    (r"name|runs|resume|plan|base_run|log_to|task|device|precision|split_at|shape", _ANY_TEXT),
     (r"methods\[\](\.(method|name|split_at))?", _ANY_TEXT),
     (r"optimizer", _word("adamw", "sgd")),
     (r"model\.(task|heads|loss|optimization\.optimizer)", _ANY_TEXT),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from ensemblenet.storage.runs import (
     scores_row,
 )
 from ensemblenet.storage.specs import plain
-from ensemblenet.storage.trust import config_option
+from ensemblenet.storage.trust import config_option, read_config
 from ensemblenet.training.checkpoints import whole_checkpoint
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.options import (
@@ -39,7 +40,7 @@ from ensemblenet.training.options import (
     replaced_options,
 )
 from ensemblenet.training.processes import end_processes, is_first_process
-from ensemblenet.training.search import Candidate, candidates, search
+from ensemblenet.training.search import PLAN, SEARCH, candidates, check_base_run, choose, show, take_over, validate
 from ensemblenet.training.settings import FitCLI, complete_arguments
 
 __all__ = ["fit"]
@@ -63,12 +64,8 @@ def fit(arguments: Sequence[str]) -> Path:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
     with ExitStack() as held:
         cli = _opened(arguments, held)
-        if cli.config["plan"] == "search":
-            # what is stored was checked or typed before
-            found = [*config_option(cli.folder / CONFIG, trust=True), *_arguments(_searched(cli))]
-            cli = _opened(found, held, cli.folder)
         try:
-            return _finished(cli)
+            return _searched(cli) if cli.config["plan"] == "search" else _finished(cli)
         except Exception:
             end_processes(cli.trainer.strategy.launcher)
             raise
@@ -93,7 +90,7 @@ def _finished(cli: FitCLI) -> Path:
     return folder
 
 
-def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = None) -> FitCLI:
+def _opened(arguments: Sequence[str], held: ExitStack) -> FitCLI:
     """A run that is ready to begin, or to go on; its folder is this process's until held ends."""
     quiet_lightning()
     check_replaced(replaced_options(arguments))
@@ -101,7 +98,7 @@ def _opened(arguments: Sequence[str], held: ExitStack, folder: Path | None = Non
     load_all()
     try:
         with _lightning_errors():
-            return FitCLI(complete, held, folder)
+            return FitCLI(complete, held)
     except ArgumentError as error:
         raise TrainingError(plain(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
@@ -132,35 +129,50 @@ def _train(cli: FitCLI) -> None:
         )
 
 
-def _searched(cli: FitCLI) -> Candidate:
-    """The plan that short runs in a folder within the run's chose."""
-    if cli.trainer.world_size > 1:
-        raise TrainingError("--plan search runs in one process; train the plan that it finds in several.")
-    epochs = cli.config["trainer"]["max_epochs"]
-    if epochs is None:
-        raise TrainingError("--plan search shortens runs by epochs: give --trainer.max_epochs.")
-    cli.datamodule.prepare_data()
-    cli.datamodule.setup("fit")
-    inputs, _ = inputs_and_targets(next(iter(cli.datamodule.train_dataloader())))
-    among = candidates(cli.model.network, inputs, cli.model.conversion or Conversion())
+def _searched(cli: FitCLI) -> Path:
+    """The folder of a run that is the best of its candidates, each of which is a run within it."""
+    if cli.trainer.world_size > 1 or cli.config["trainer"]["fast_dev_run"]:
+        raise TrainingError("--plan search takes whole runs in one process: one device and no fast_dev_run.")
+    cli.keep_settings()
+    data, base_run, note = cli.datamodule, cli.config["base_run"], None
+    if base_run is not None:
+        note = check_base_run(base_run, read_config(cli.folder / CONFIG, trust=True))
+        expect_classes(stored_classes(base_run), data)
+    data.prepare_data()
+    data.setup("fit")
+    with _lightning_errors():
+        if next(iter(data.val_dataloader()), None) is None:
+            raise TrainingError("--plan search chooses by validation examples, and the data has none.")
+    inputs, _ = inputs_and_targets(next(iter(data.train_dataloader())))
+    runs, outcomes = {}, {}
+    for name, conversion in candidates(cli.model.network, inputs, cli.model.conversion or Conversion()).items():
+        runs[name] = base_run if name == "base" and base_run is not None else _trained(cli, name, conversion)
+        place = os.path.relpath(runs[name], cli.folder)
+        outcomes[name] = {"run": place, **validate(runs[name], cli.trainer, data)}
+    main = TASKS[cli.model.task].main
+    best, ties = choose(outcomes, main)
+    plan = {"chosen": best, "score": main, "not_told_apart": ties, "note": note, "candidates": outcomes}
+    write_json(cli.folder / PLAN, plan)
+    show(outcomes, main, best, ties)
+    if note:
+        print(note)
+    take_over(runs[best], cli.folder)
+    return cli.folder
 
-    def score(candidate: Candidate, length: int) -> float:
-        where = ["--runs", str(cli.folder / "search"), "--name", f"{candidate.name}-{length}-epochs"]
-        short = ["--resume", "auto", *where, "--trainer.max_epochs", str(length)]
-        with ExitStack() as held:
-            stored = config_option(cli.folder / CONFIG, trust=True)
-            proxy = _opened([*stored, *short, *_arguments(candidate)], held)
-            _train(proxy)
-            [metrics] = proxy.trainer.validate(proxy.model, proxy.datamodule, verbose=False)
-        gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
-        return metrics[f"val/{TASKS[proxy.model.task].main}"]
 
-    return search(cli.folder, among, epochs, score)
-
-
-def _arguments(chosen: Candidate) -> list[str]:
-    conversion = None if chosen.conversion is None else asdict(chosen.conversion)
-    return ["--plan", "given", "--model.conversion", json.dumps(conversion)]
+def _trained(cli: FitCLI, name: str, conversion: Conversion | None) -> Path:
+    """The folder of a candidate's finished run, which is not trained again."""
+    runs = cli.folder / SEARCH
+    for results in runs.glob(f"{name}-*/{RESULTS}"):
+        return results.parent
+    plan = None if conversion is None else asdict(conversion)
+    where = ["--resume", "auto", "--runs", str(runs), "--name", name]
+    chosen = ["--plan", "given", "--base_run", "null", "--model.conversion", json.dumps(plan)]
+    with ExitStack() as held:
+        stored = config_option(cli.folder / CONFIG, trust=True)  # it was checked or typed before
+        folder = _finished(_opened([*stored, *where, *chosen], held))
+    gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
+    return folder
 
 
 def _innermost(error: BaseException) -> BaseException:

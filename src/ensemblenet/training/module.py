@@ -98,7 +98,7 @@ class Classifier(LightningModule):
         self.criterion = CoDistillationLoss(
             codistillation_weight,
             "multilabel" if self.binary else task,
-            combine=conversion.combine if conversion else "logits",
+            combine=conversion.combine if conversion else base.combine if isinstance(base, EnsembleNet) else "logits",
             label_smoothing=0.0 if self.binary else label_smoothing,
         )
         self.depths: Mapping[str, int] | None = layer_depths(base) if optimization.layer_decay < 1 else None

@@ -46,7 +46,12 @@ _SHOWN = 3  # runs that one line names
 
 
 def changed_setting(
-    stored: Mapping[str, Any], now: Mapping[str, Any], fixed: Sequence[str] = _FIXED, *, named: bool = False
+    stored: Mapping[str, Any],
+    now: Mapping[str, Any],
+    fixed: Sequence[str] = _FIXED,
+    *,
+    named: bool = False,
+    grows: bool = True,
 ) -> str | None:
     """The first setting that decides the result, is not what it was, and may not change.
 
@@ -58,6 +63,7 @@ def changed_setting(
         fixed: the settings, or groups of them, that decide the result.
         named: whether the user names the run: then its data may lie elsewhere though its folder is still there, and the
             optimizer's course may change, as where a loss became non-finite.
+        grows: whether it may be made longer.
 
     Returns:
         Its name with both values; None if there is no such setting.
@@ -67,7 +73,8 @@ def changed_setting(
         'seed_everything 3, not 4'
     """
     for name, old, new in _changes(stored, now):
-        if _decides(name, fixed) and not _is_allowed(name, old, new, named):
+        is_allowed = _is_allowed(name, old, new, named) and (grows or name not in _MAY_GROW)
+        if _decides(name, fixed) and not is_allowed:
             return f"{name} {json.dumps(old)}, not {json.dumps(new)}"
     return None
 

@@ -1,168 +1,240 @@
-"""`fit --plan search`: which plan suits the user's own data, or whether the base does, by short runs."""
+"""`fit --plan search`: the base, the rule's plans and one reshaped network, all trained in full; the best is kept."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import math
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningDataModule, Trainer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet.conversion.convert import plans
-from ensemblenet.conversion.planning import STEM, is_eligible, preferred
-from ensemblenet.cost import Budget
-from ensemblenet.errors import TrainingError
+from ensemblenet.conversion.convert import convert_as
+from ensemblenet.cost import Shares, count_parameters
+from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.errors import ConversionError, LoadError, TrainingError
+from ensemblenet.inputs import inputs_and_targets, num_examples
+from ensemblenet.metrics.scores import SCORES
 from ensemblenet.recipe import Conversion
-from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.atomic import atomic_path
+from ensemblenet.storage.lock import LOCK, NOTE
+from ensemblenet.storage.restore import compare_classes, restore
+from ensemblenet.storage.runs import CONFIG, RESULTS, keep_config
+from ensemblenet.storage.trust import read_config
+from ensemblenet.training.module import Classifier
+from ensemblenet.training.resume import changed_setting
 
-__all__ = ["Candidate", "before_search", "candidates", "rungs", "search"]
+__all__ = ["PLAN", "SEARCH", "candidates", "chance", "check_base_run", "choose", "show", "take_over", "validate"]
 
-_PLAN = "plan.json"
-_HEADS = (2, 4)
-_TRUNK_SHARES = (STEM, 0.5)
-_RUNGS = (1 / 8, 1 / 4, 1 / 2)
-
-Score = Callable[["Candidate", int], float]
-
-
-@dataclass
-class Candidate:
-    """What could be trained: the base, or a conversion of it.
-
-    Args:
-        name: for people, and for its runs' folders.
-        conversion: None for the base itself.
-        scores: on validation data, higher is better, of each length in epochs that has run.
-    """
-
-    name: str
-    conversion: Conversion | None = None
-    scores: dict[int, float] = field(default_factory=dict)
+PLAN = "plan.json"
+SEARCH = "search"  # the folder of the candidates' runs, within the run's own
+# What a run of the base must have in common with the search; its seed and optimizer may be others.
+_DECISIVE = (
+    *("model.base", "model.conversion", "model.task", "data"),
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.overfit_batches"),
+)
+_ERRORS = 2.0  # standard errors within which a difference may be chance
 
 
-def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) -> list[Candidate]:
-    """The base, and its conversions to 2 and 4 heads that share about a twentieth, as "auto" does, or half of its MACs.
+def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) -> dict[str, Conversion | None]:
+    """What is trained, by name: the base, the automatic plans for 2 and for "auto" heads, and one reshaped network.
+
+    The last is the control of all heads: the same budget spent on one network, with as few blocks as can be and as wide
+    as fits; where the base has no blocks to drop, narrower, unless that is the base itself.
 
     Args:
-        base: a fresh base.
+        base: a fresh base; None stands for it.
         example_inputs: a batch for it, (N, *).
-        settings: budget, seed and the rest of all conversions.
+        settings: of which budget, shape, seed and the rest hold, and number of heads, split, width and depth are found.
 
     Raises:
-        ConversionError: the base cannot be converted.
-        TrainingError: no conversion fits the budget.
+        ConversionError: the base cannot be converted, or not within the budget.
 
     Example:
         >>> import torch
         >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
-        >>> [candidate.name for candidate in candidates(base, torch.randn(4, 8), Conversion(budget=1.0))]
-        ['base', '2-heads-input', '2-heads-1', '4-heads-input', '4-heads-1']
+        >>> list(candidates(base, torch.randn(4, 8), Conversion(budget=1.0)))
+        ['base', '2-heads']
+        >>> list(candidates(base, torch.randn(4, 8), Conversion(budget=0.9)))
+        ['base', '2-heads', 'reshaped']
     """
-    found = {"base": Candidate("base")}
-    for heads in _HEADS:
-        found_plans = plans(base, example_inputs, heads, settings.budget)
-        points = [plan.split for plan in found_plans if is_eligible(plan, settings)]
-        for share in _TRUNK_SHARES if points else ():
-            name = preferred(points, share)[0].name
-            plan = replace(settings, num_heads=heads, split_at=name)
-            found.setdefault(f"{heads}-heads-{name}", Candidate(f"{heads}-heads-{name}", plan))
-    if len(found) == 1:
-        raise TrainingError(f"No conversion of the base fits a budget of {Budget.of(settings.budget)}; allow more.")
-    return list(found.values())
+
+    def convert(wanted: Conversion) -> EnsembleNet:
+        with warnings.catch_warnings():  # its training will give them
+            warnings.simplefilter("ignore")
+            return convert_as(wanted, base, example_inputs)
+
+    found: dict[str, Conversion | None] = {"base": None}
+    rule = replace(settings, num_heads=2, split_at="auto", width=None, depth=None)
+    for wanted in (rule, replace(rule, num_heads="auto")):
+        num_heads = convert(wanted).num_heads
+        found[f"{num_heads}-heads"] = replace(rule, num_heads=num_heads)
+    alone = replace(rule, num_heads=1, split_at="input", shape="narrow")
+    for wanted in (replace(alone, shape="auto", depth=0.0), alone):
+        try:
+            parameters = count_parameters(convert(wanted))
+        except ConversionError:  # no blocks to drop, or too little budget
+            continue
+        if parameters != count_parameters(base):
+            found["reshaped"] = wanted
+        break
+    return found
 
 
-def rungs(epochs: int) -> list[int]:
-    """The lengths of the short runs: an eighth, a quarter and half of the run itself.
-
-    Example:
-        >>> rungs(40), rungs(3)
-        ([5, 10, 20], [1, 2])
-    """
-    return sorted({max(1, round(share * epochs)) for share in _RUNGS if share * epochs < epochs})
-
-
-def search(folder: Path, among: Sequence[Candidate], epochs: int, score: Score) -> Candidate:
-    """Successive halving (Jamieson and Talwalkar 2016): all conversions for a short time, the better half for longer.
-
-    The base runs along on every rung and is chosen if no conversion beats it on the last one. Every run starts anew
-    and ends with its own learning-rate schedule. Short runs favour the base and wide heads, so the search errs towards
-    keeping the base: a conversion that wins only at full length is missed.
+def check_base_run(run: Path, config: Mapping[str, Any]) -> str | None:
+    """Refuse a run that is no finished one of the base, on the same data and as long as all others will be.
 
     Args:
-        folder: of the run; `plan.json` there keeps what is finished, and a search that was killed goes on after it.
-        among: what [`candidates`][] gives, the base first.
-        epochs: of the run itself.
-        score: trains a candidate for so many epochs and gives its score on validation data.
+        run: its folder.
+        config: of the search, as plain data.
 
     Returns:
-        The candidate to train in full.
+        A line that names the first other setting that decides its result and differs, such as the learning rate; None
+        if none does.
 
     Raises:
-        TrainingError: the folder has a search with other settings.
+        TrainingError: it is another run; in which setting.
+        LoadError: it is no run's folder.
     """
-    _recall(folder / _PLAN, among)
-    base, conversions = among[0], list(among[1:])
-    length = 0
-    for length in rungs(epochs):
-        for candidate in (base, *conversions):
-            if length not in candidate.scores:
-                candidate.scores[length] = score(candidate, length)
-                write_json(folder / _PLAN, {"epochs": epochs, "candidates": [asdict(candidate) for candidate in among]})
-        conversions.sort(key=lambda candidate: candidate.scores[length], reverse=True)
-        if length != rungs(epochs)[-1]:
-            conversions = conversions[: max(1, len(conversions) // 2)]
-    best = conversions[0]
-    chosen = best if best.scores[length] > base.scores[length] else base
-    described = [asdict(candidate) for candidate in among]
-    write_json(folder / _PLAN, {"epochs": epochs, "candidates": described, "chosen": chosen.name})
-    _show(among, chosen, rungs(epochs))
-    return chosen
+    if not (run / CONFIG).is_file():
+        raise LoadError(f"--base_run {run} has no {CONFIG}: give the folder of a finished run of the base.")
+    base = {**config, "plan": "given", "model": {**config["model"], "conversion": None}}
+    stored = read_config(run / CONFIG, trust=True)  # it is compared alone: what the two have in common was typed
+    if change := changed_setting(stored, base, _DECISIVE, grows=False):
+        raise TrainingError(f"--base_run {run} was made with {change}: give a run of the same base, data and length.")
+    if not (run / RESULTS).exists():
+        raise TrainingError(f"--base_run {run} is not finished: end it with `ensemblenet fit --resume {run}`.")
+    weight = base["model"]["codistillation_weight"]  # which decides nothing where there is one network
+    change = changed_setting({**stored, "model": {**stored["model"], "codistillation_weight": weight}}, base)
+    return None if change is None else f"The base is {run}, which was made with {change}."
 
 
-def before_search(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """A configuration with what a search keeps of it: the rest of model.conversion is what the search finds.
+class _Counting(Classifier):
+    examples = 0
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        super().validation_step(batch, batch_index)
+        self.examples += num_examples(inputs_and_targets(batch)[0])
+
+
+def validate(run: Path, trainer: Trainer, data: LightningDataModule) -> dict[str, Any]:
+    """What a finished run trained, what that costs as shares of the base, and its scores, as plain data.
 
     Args:
-        config: of a run that searches its plan, as plain data.
-        folder: the run's, if it has one: its `plan.json` knows what was asked, where config has what was found.
+        run: its folder.
+        trainer: to validate with; it logs nothing from then on.
+        data: set up for training.
+
+    Raises:
+        LoadError: the run has no trained model.
+        ClassesError: its classes are not those of the data.
     """
-    model = config.get("model") or {}
-    conversion = model.get("conversion") or asdict(Conversion())
-    if folder is not None and (folder / _PLAN).exists():
-        found = json.loads((folder / _PLAN).read_text())["candidates"]
-        conversion = next(entry["conversion"] for entry in found if entry["conversion"])
-        config = {**config, "plan": "search"}
-    kept = {key: value for key, value in conversion.items() if key not in ("num_heads", "split_at")}
-    return {**config, "model": {**model, "conversion": kept}}
+    restored = restore(run, trust=True)  # its base is one that was typed
+    compare_classes(restored.classes, data)
+    network, module = restored.network, _Counting(restored.network, task=restored.task)
+    trainer.loggers = []
+    [metrics] = trainer.validate(module, data, verbose=False)
+    plan, shares = {"num_heads": 1, "split_at": None, "width": 1.0, "depth": 1.0}, Shares(1.0, 1.0, 1.0, 1.0)
+    if isinstance(network, EnsembleNet) and network.recipe and network.cost and network.base_cost:
+        recipe, shares = network.recipe, network.cost.shares_of(network.base_cost)
+        head = {"width": recipe.head.width, "depth": recipe.head.depth}
+        plan = {"num_heads": recipe.num_heads, "split_at": recipe.split_at, **head}
+    scores = {name.removeprefix("val/"): value for name, value in metrics.items()}
+    return {**plan, "shares": shares._asdict(), "scores": scores, "examples": module.examples}
 
 
-def _recall(path: Path, among: Sequence[Candidate]) -> None:
-    if not path.exists():
-        return
-    known: dict[str, dict[str, Any]] = {entry["name"]: entry for entry in json.loads(path.read_text())["candidates"]}
-    for candidate in among:
-        if candidate.name in known:
-            settings = asdict(candidate)["conversion"] or {}
-            stored = known[candidate.name]["conversion"] or {}
-            if any(settings[key] != value for key, value in stored.items()):
-                raise TrainingError(f"{path} is of a search with other settings of {candidate.name}; start a new run.")
-            scores = known[candidate.name]["scores"]
-            candidate.scores = {int(length): value for length, value in scores.items()}
+def chance(first: float, second: float, examples: int) -> float:
+    """How far two scores of equally good networks may lie apart by the choice of validation examples alone.
+
+    Twice the standard error of the difference of two shares, as if each were of examples of its own. It knows nothing
+    of other seeds; for scores that are no mean over examples, such as GAP, it is a rough idea.
+
+    Example:
+        >>> round(chance(0.9, 0.9, examples=5000), 3)
+        0.012
+    """
+    return _ERRORS * math.sqrt((first * (1 - first) + second * (1 - second)) / examples)
 
 
-def _show(among: Sequence[Candidate], chosen: Candidate, lengths: Sequence[int]) -> None:
-    table = Table(title=f"Plan: {chosen.name}", caption="Scores on validation data; higher is better.")
+def choose(outcomes: Mapping[str, Mapping[str, Any]], main: str) -> tuple[str, list[str]]:
+    """The name of the best, of equals the first; and of those that chance may have put behind it.
+
+    Args:
+        outcomes: what [`validate`][] gives, by name, the base first.
+        main: the score that decides; higher is better.
+    """
+    scores = {name: outcome["scores"][main] for name, outcome in outcomes.items()}
+    best = max(scores, key=scores.__getitem__)
+    top, examples = scores[best], outcomes[best]["examples"]
+    ties = [name for name, value in scores.items() if name != best and top - value <= chance(top, value, examples)]
+    return best, ties
+
+
+def show(outcomes: Mapping[str, Mapping[str, Any]], main: str, best: str, ties: Sequence[str]) -> None:
+    """Print all outcomes, and how far to trust them.
+
+    Args:
+        outcomes: as for `choose`.
+        main: as for `choose`.
+        best: what `choose` gives.
+        ties: what `choose` gives.
+    """
+    examples = f"{outcomes[best]['examples']:,} validation examples"
+    table = Table(
+        title=f"Plan: {best}",
+        caption=f"Scores of {examples}, one seed, in %. cost: parameters/MACs/time against the base's, time as "
+        "estimated for an accelerator.",
+        box=box.SIMPLE_HEAD,
+    )
+    shown = {main: SCORES[main].heading, f"head_{main}": "one head", "nll": "NLL"}
     table.add_column("candidate")
-    for length in lengths:
-        table.add_column(f"{length} epochs", justify="right")
-    for candidate in among:
+    table.add_column("split", overflow="fold")
+    for column in (*shown.values(), "width/depth", "cost, %"):
+        table.add_column(column, justify="right", overflow="fold")
+    for name, outcome in outcomes.items():
+        scores = [(SCORES[key.removeprefix("head_")], outcome["scores"][key]) for key in shown]
         table.add_row(
-            candidate.name,
-            *(f"{100 * candidate.scores[length]:.2f}" if length in candidate.scores else "" for length in lengths),
-            style="bold" if candidate is chosen else None,
+            name,
+            outcome["split_at"],
+            *(score.text(value) for score, value in scores),
+            f"{outcome['width']:.2f}/{outcome['depth']:.2f}",
+            "/".join(f"{100 * outcome['shares'][part]:.0f}" for part in ("parameters", "macs", "time")),
+            style="bold" if name == best else None,
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if ties:
+        said = f"{' and '.join(ties)} may be as good as {best}: the choice of {examples} alone explains the difference"
+        advice = "Take the cheapest, or train them with other seeds (--seed_everything)."
+    else:
+        said, advice = f"{best} is ahead by more than the choice of {examples} explains", ""
+    seeds = "what other seeds would do, one run does not say."
+    console.print(f"{said}; {seeds} {advice}".rstrip(), highlight=False, soft_wrap=True)
+
+
+def take_over(run: Path, folder: Path) -> None:
+    """Make a finished run's copy of a run whose plan was searched: model, checkpoints, logs, settings and results.
+
+    The results come last, so that a killed copy is made again; what was asked stays as `config-1.yaml`.
+
+    Args:
+        run: the best candidate's folder; it stays as it is.
+        folder: of the run.
+    """
+    for source in run.iterdir():
+        target = folder / source.name
+        if source.is_dir() and source.name != SEARCH:
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target)
+        elif source.is_file() and source.name not in (PLAN, LOCK, NOTE, CONFIG, RESULTS):
+            shutil.copyfile(source, target)
+    keep_config(folder, (run / CONFIG).read_text(encoding="utf-8"))
+    with atomic_path(folder / RESULTS) as unfinished:
+        shutil.copyfile(run / RESULTS, unfinished)

@@ -56,7 +56,6 @@ from ensemblenet.training.options import (
 )
 from ensemblenet.training.processes import agreed_folder, is_first_process
 from ensemblenet.training.resume import applied_settings, changed_setting, is_longer, take_unfinished
-from ensemblenet.training.search import before_search
 
 __all__ = ["FitCLI", "complete_arguments"]
 
@@ -79,15 +78,14 @@ class FitCLI(LightningCLI):
     Args:
         args: command-line arguments.
         held: when it ends, other processes may write the folder.
-        folder: of a run that this process has opened before; None makes or finds one.
     """
 
     folder: Path
 
-    def __init__(self, args: list[str], held: ExitStack, folder: Path | None = None) -> None:
-        self.held, self.opened = held, folder
+    def __init__(self, args: list[str], held: ExitStack) -> None:
+        self.held = held
         self.changed: list[str] = []  # of a resumed run: what decides its result and is not what it was
-        self._environment = environment() if folder is None else {}
+        self._environment = environment()
         super().__init__(
             Classifier,
             LightningDataModule,
@@ -116,8 +114,13 @@ class FitCLI(LightningCLI):
             "--plan",
             type=Literal["given", "search"],
             default="given",
-            help="'search' finds by short runs whether the base or which of its conversions to train in full; of "
-            "model.conversion the budget, seed, init and combine stay",
+            help="'search' trains the base, the automatic plans and one reshaped network in full and keeps the best on "
+            "validation data; of model.conversion it finds num_heads, split_at, width and depth",
+        )
+        parser.add_argument(
+            "--base_run",
+            type=Path | None,
+            help="with --plan search: a finished run of the base on the same data, which is not trained again",
         )
         parser.add_argument(
             "--checkpoint_steps",
@@ -156,6 +159,8 @@ class FitCLI(LightningCLI):
         check_replaced({name: self.config.pop(name, None) for name in REPLACED})
         if (steps := self.config["checkpoint_steps"]) is not None and steps < 1:
             raise TrainingError(f"checkpoint_steps must be at least 1, got {steps}.")
+        if self.config["base_run"] is not None and self.config["plan"] != "search":
+            raise TrainingError("--base_run is for --plan search alone; to go on with a run, use --resume.")
         rename_scores(listed(self.config["trainer"]["callbacks"]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -217,8 +222,6 @@ class FitCLI(LightningCLI):
     def _choose_folder(self) -> Path:
         """The run's folder, whose one writer this process is from now on."""
         name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
-        if self.opened is not None:
-            return self.opened
         if resume == "auto" and (found := take_unfinished(Path(runs), name, self._change, self.held)):
             return self._resumable(found)
         if resume in (None, "auto"):
@@ -250,10 +253,9 @@ class FitCLI(LightningCLI):
     def _change(self, folder: Path, stored: Mapping[str, Any], named: bool = False) -> str | None:
         """The first setting that decides the result and that the folder's run was made with otherwise."""
         now = self._plain(self.config)
-        if now["plan"] == "search":
-            stored, now = before_search(stored, folder), before_search(now)
         self.changed[:] = applied_settings(stored, now)
-        return changed_setting(stored, now, named=named)
+        searches = now["plan"] == "search"  # what is finished of it was trained as it was begun
+        return changed_setting(stored, now, named=named and not searches, grows=not searches)
 
     def _plain(self, config: Namespace) -> dict[str, Any]:
         return yaml.safe_load(self.parser.dump(config, skip_unset=False))
