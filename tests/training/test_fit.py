@@ -235,7 +235,7 @@ def test_what_a_run_says(config, capfd):
         (["--data=nowhere"], "data: ensemblenet.data.MNIST1D cannot be made: Option 'folder' is not accepted"),
         (["--resume"], "--resume: expected one argument"),
         (["--model.conversion.num_hedas", "3"], "Option 'num_hedas' is not accepted"),
-        (["--model.conversion.num_heads", "x"], "Expected a <class 'int'>. Got value: x"),
+        (["--model.conversion.num_heads", "x"], "Expected one of int, 'auto'. Got value: x"),
         (["--trainer.devices", "0"], "devices='0'"),
     ],
 )

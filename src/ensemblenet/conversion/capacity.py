@@ -57,8 +57,8 @@ class Capacity:
             f"below {_SPARE}, so it has capacity to spare and a conversion is likely to gain."
             if self.is_spare
             else f"not below {_SPARE}, so it shows no capacity to spare: expect no gain in accuracy from heads, "
-            "calibration apart. Late splits and a co-distillation weight of 1 lose least. Train it for longer or widen it "
-            "until it overfits, or keep the base."
+            "calibration apart. Late splits and a co-distillation weight of 1 lose least. Train it for longer or widen "
+            "it until it overfits, or keep the base."
         )
 
 

@@ -103,6 +103,17 @@ def with_data_folder(arguments: Sequence[str]) -> list[str]:
     return written
 
 
+_NONE_OF_THEM = (
+    r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: (?:(?!Problem|Errors).)*?"
+    r" Given value type: <[^>]*> Given value: (\S+)"
+)
+
+
+def _expected(found: re.Match[str]) -> str:
+    types = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"typing\.Literal\[(.*?)\]", r"\1", found[1]))
+    return f"Expected one of {types}. Got value: {found[2]}"
+
+
 def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
     """What jsonargparse says, in one line, without the other types that it tried, and what was perhaps meant.
 
@@ -117,7 +128,7 @@ def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
         >>> plain(ValueError("Problem with given class_path 'torch.nn.ReLU': Option 'inplce' is not accepted"))
         "Problem with given class_path 'torch.nn.ReLU': Option 'inplce' is not accepted. Did you mean inplace?"
     """
-    text = " ".join(str(error).split())
+    text = re.sub(_NONE_OF_THEM, _expected, " ".join(str(error).split()))
     text = re.sub(
         r"^(Parser key \"[\w.]+\"): .*Expected a dot import path string: (\w+).*$", r"\1: there is no class '\2'", text
     )
