@@ -31,7 +31,7 @@ def made(name: str, **options: Any) -> tuple[EnsembleNet, Tree]:
     """A converted model, and inputs of another size than those that it was converted for."""
     torch.manual_seed(0)
     make, batch, settings = CASES[name]
-    return convert(make(), batch(), **{"budget": 1.2, **settings, **options}), batch(6, 14)
+    return convert(make(), batch(), **{"budget": 1.2, "shape": "narrow", **settings, **options}), batch(6, 14)
 
 
 @pytest.fixture(params=CASES)

@@ -39,8 +39,8 @@ TORCHVISION = [
 def check(base: nn.Module, shape: tuple[int, ...], num_heads: int, budget: float) -> None:
     x = torch.randn(2, *shape)
     report = check_conversion(base, x, num_heads, budget)
-    assert 0 < report.width < 1
-    assert report.spread is None or 0.4 < report.spread < 2.5
+    assert 0 < report.width < 1 or report.depth < 1
+    assert report.spread is None or 0.3 < report.spread < 2.5
     assert max(report.parameters_share, report.macs_share) > 0.8 * budget
 
 
@@ -66,7 +66,7 @@ def test_odd_graphs(name: str, num_heads: int, budget: float) -> None:
     make, shape = ODD[name]
     base, x = make(), torch.randn(3, *shape)
     report = check_conversion(base, x, num_heads, budget)
-    assert 0 < report.width < 1
+    assert 0 < report.width < 1 or report.depth < 1
 
 
 SAMPLE = {

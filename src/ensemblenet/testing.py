@@ -36,6 +36,7 @@ class ConversionReport:
         spread: the standard deviation of a head's first outputs, as a share of the base's; None where the base
             begins with outputs of zero.
         seconds: how long `convert` took.
+        depth: the share of the blocks that may be dropped which a head keeps.
 
     Example:
         >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
@@ -50,6 +51,7 @@ class ConversionReport:
     macs_share: float
     spread: float | None
     seconds: float
+    depth: float = 1.0
 
 
 def check_conversion(
@@ -88,7 +90,8 @@ def check_conversion(
     _check_round_trips(model, base, x)
     _check_gradients(model, x)
     check_full_width(base, x, model.recipe.split_at, wanted.output)
-    return ConversionReport(model.recipe.split_at, model.recipe.head.width, *shares, spread, seconds)
+    head = model.recipe.head
+    return ConversionReport(model.recipe.split_at, head.width, *shares, spread, seconds, head.depth)
 
 
 def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> tuple[float, float]:

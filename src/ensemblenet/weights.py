@@ -73,7 +73,7 @@ def write_weights(network: nn.Module, path: Path, notes: Mapping[str, str] | Non
         notes: more to keep in the header.
 
     Raises:
-        OSError: it cannot be written.
+        SafetensorError: it cannot be written, as on a full disk.
 
     Example:
         >>> import tempfile
@@ -85,10 +85,7 @@ def write_weights(network: nn.Module, path: Path, notes: Mapping[str, str] | Non
         ((3, 8), 'by hand')
     """
     own = {_SEAL: _UNSEALED, **(notes or {})}
-    try:
-        save_model(network, str(path), {_PREFIX + name: value for name, value in own.items()})
-    except SafetensorError as error:  # as on a full disk
-        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
+    save_model(network, str(path), {_PREFIX + name: value for name, value in own.items()})
     seal = _digest_of(path, _UNSEALED)
     with path.open("r+b") as file:
         _, header = _read_raw_header(file)

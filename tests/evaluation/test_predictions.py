@@ -213,7 +213,7 @@ def nothing_but_broken(images):
         (lambda images: None, ["--data", "nowhere"], "nowhere is neither a file nor a folder"),
         (lambda images: None, ["--data.folder", "x"], "--config and --data.KEY are for the data of a run"),
         (lambda images: None, ["--data.class_path=MNIST1D"], "--config and --data.KEY are for the data of a run"),
-        (lambda images: None, ["--config", "x.yaml"], "--config and --data.KEY are for the data of a run"),
+        (lambda images: None, ["--config", __file__], "--config and --data.KEY are for the data of a run"),
         (lambda images: None, ["--output", "x.txt"], "must end in .csv or .parquet, got x.txt"),
         (lambda images: None, ["--output", __file__], "exists; --output needs a new file"),
     ],

@@ -28,7 +28,7 @@ class Messages(nn.Module):
 def test_sums_of_rows_are_narrowed(in_place: bool) -> None:
     torch.manual_seed(0)
     x, edges = torch.randn(10, 8), torch.randint(10, (2, 30))
-    model = convert(Messages(in_place), (x, edges), num_heads=2, split_at="input")
+    model = convert(Messages(in_place), (x, edges), num_heads=2, split_at="input", shape="narrow")
     assert model.recipe is not None
     assert model.recipe.head.width < 0.8
     assert model.recipe.head.pinned == ()

@@ -172,9 +172,11 @@ def test_the_classes_are_kept_when_training_begins(tmp_path: Path) -> None:
 
 
 class Failing(Callback):
-    """Ends a run in its first step."""
+    """Ends a run behind its first step."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         raise ZeroDivisionError
 
 

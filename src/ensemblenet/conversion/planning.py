@@ -28,6 +28,7 @@ _NEAR = 0.05
 _LEAST_WIDTH = 0.1
 _MULTIPLES = (8, 4, 2, 1)
 _MOST_WIDTH = 4.0
+_MOST_GROWTH = 1.5  # of short heads, that nobody asked to be wider
 # Short heads keep their width, or nearly; what they would leave of the budget lets them keep one block more.
 _WELL_USED = 0.95
 _LEAST_WIDTH_OF_SHORT = 0.75
@@ -238,9 +239,9 @@ class Planner:
         if (deeper[1].width or 0.0) >= _LEAST_WIDTH_OF_SHORT:
             yield deeper
         if self._wanted.init == "fresh":
-            yield self._plan(cut, depths[num_fitting - 1], most=_MOST_WIDTH)
+            yield self._plan(cut, depths[num_fitting - 1], most=_MOST_GROWTH)
             if num_fitting > 1:
-                yield self._plan(cut, depths[num_fitting - 2], most=_MOST_WIDTH)
+                yield self._plan(cut, depths[num_fitting - 2], most=_MOST_GROWTH)
 
     def _plan(self, cut: Cut, depth: Depth, width: float | None = None, most: float = 1.0) -> tuple[HeadDesign, Plan]:
         shortened = depth.shorten(cut)

@@ -26,7 +26,8 @@ import torch
 from ensemblenet._moved import renamed
 from ensemblenet.cost import Cost
 from ensemblenet.errors import BusyError
-from ensemblenet.storage.atomic import atomic_path, write_json
+from ensemblenet.storage import atomic
+from ensemblenet.storage.atomic import atomic_path
 
 __all__ = [
     "create_run_folder",
@@ -151,7 +152,7 @@ def keep_environment(folder: Path, now: Mapping[str, Any]) -> None:
         resumed = [*first.pop("resumed", []), now]
     except (FileNotFoundError, ValueError, AttributeError):
         first, resumed = now, []
-    write_json(path, {**first, **({"resumed": resumed} if resumed else {})})
+    atomic.write_json(path, {**first, **({"resumed": resumed} if resumed else {})})
 
 
 def unfinished_runs(runs: Path, name: str) -> list[Path]:

@@ -104,7 +104,7 @@ def with_data_folder(arguments: Sequence[str]) -> list[str]:
 
 
 _NONE_OF_THEM = (
-    r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: (?:(?!Problem|Errors).)*?"
+    r"Does not validate against any of the Union subtypes Subtypes: \[((?:(?!Subtypes).)*?)\] Errors: (?:(?!Problem|Errors).)*?"
     r" Given value type: <[^>]*> Given value: (\S+)"
 )
 
