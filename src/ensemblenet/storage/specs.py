@@ -104,8 +104,8 @@ def with_data_folder(arguments: Sequence[str]) -> list[str]:
 
 
 _NONE_OF_THEM = (
-    r"Does not validate against any of the Union subtypes Subtypes: \[((?:(?!Subtypes).)*?)\] Errors: (?:(?!Problem|Errors).)*?"
-    r" Given value type: <[^>]*> Given value: (\S+)"
+    r"Does not validate against any of the Union subtypes Subtypes: \[((?:(?!Subtypes: ).)*?)\] "
+    r"Errors: (?:(?!Problem|Errors).)*? Given value type: <[^>]*> Given value: (\S+)"
 )
 
 
