@@ -152,6 +152,7 @@ class Planner:
     Attributes:
         num_heads: K.
         pinned: nodes that must keep their sizes, because they failed with smaller ones.
+        runs: of blocks that heads may drop.
     """
 
     def __init__(self, cuts: list[Cut], wanted: Conversion, num_heads: int, base: Cost, combining: Cost) -> None:
@@ -167,7 +168,7 @@ class Planner:
         work = [numbers for _, numbers in cuts[0].flow.trace.work]
         self._is_small = ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
         self._must_shorten = wanted.shape == "short" or (wanted.depth is not None and wanted.depth < 1)
-        self._runs = [] if wanted.shape == "narrow" else find_runs(cuts)
+        self.runs = [] if wanted.shape == "narrow" else find_runs(cuts)
         # by split point; what does not fit with few pinned nodes does not with more, so it is not solved again
         self._misfits: dict[str, Plan] = {}
 
@@ -177,7 +178,7 @@ class Planner:
         Raises:
             ConversionError: heads behind it have no blocks to drop, where some shall be dropped.
         """
-        depths = depths_behind(self._runs, cut)
+        depths = depths_behind(self.runs, cut)
         wanted = self._wanted
         if len(depths) == 1 and self._must_shorten:
             where = f"Heads behind {cut.point.name!r} have no blocks to drop"
@@ -266,7 +267,7 @@ class Planner:
         slow: tuple[HeadDesign, Plan] | None = None
         for point in points:
             cut = named_cut(self._cuts, point.name)
-            if point.name in self._misfits or (self._must_shorten and len(depths_behind(self._runs, cut)) == 1):
+            if point.name in self._misfits or (self._must_shorten and len(depths_behind(self.runs, cut)) == 1):
                 continue
             design, plan = self.at(cut)
             if not is_eligible(plan, self._wanted):
