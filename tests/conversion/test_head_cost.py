@@ -30,7 +30,7 @@ def test_plans_of_timm_networks(name: str, budget: float) -> None:
     base, x = timm.create_model(name), torch.randn(2, 3, TIMM[name], TIMM[name])
     model = convert(base, x, 2, budget)
     assert model.recipe is not None
-    assert (model.recipe.head.width == 1) == (budget > 1)
+    assert (model.recipe.head.width == model.recipe.head.depth == 1) == (budget > 1)
     check(model, x)
 
 

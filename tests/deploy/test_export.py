@@ -23,7 +23,7 @@ from ensemblenet.cli import main
 from ensemblenet.deploy import formats
 from ensemblenet.models import MLPTagger, MNIST1DNet, MoETagger
 
-CLASSES = ["cat", 'a "quoted" dog', "Ünicode"]
+CLASSES = ["cat", 'a "quoted" dog', "Ünicode", *"3456789"]
 
 
 def runs(path, x):
@@ -111,6 +111,12 @@ def test_fused_heads_stay_fused_in_the_file(tmp_path):
     assert convolutions(fuse(model), "fused.onnx") < looped
 
 
+def test_names_of_other_classes_are_refused(tmp_path: Path, model: EnsembleNet) -> None:
+    with pytest.raises(ExportError, match=r"^The description names 11 classes, but the model has 10 outputs\.$"):
+        export(model, tmp_path / "m.onnx", description={"classes": [*CLASSES, "another"]})
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_program_of_torch_export_says_of_itself(tmp_path, model):
     preprocessing = {"mean": [0.5], "input_shape": [40]}
     path = export(
@@ -136,12 +142,12 @@ def test_a_file_names_no_folders_of_this_machine(tmp_path, model):
 
 def test_an_aot_package(tmp_path):
     model = convert(nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(2, 4)).eval()
-    exported = export(model, tmp_path / "model.pt2", "aot", description={"classes": CLASSES})
+    exported = export(model, tmp_path / "model.pt2", "aot", description={"classes": CLASSES[:3]})
     package = torch._inductor.aoti_load_package(str(exported.path))
     x = torch.randn(11, 4)
     with torch.no_grad():
         torch.testing.assert_close(package(x), model(x))
-    assert json.loads(package.get_metadata()["data.json"])["classes"] == CLASSES
+    assert json.loads(package.get_metadata()["data.json"])["classes"] == CLASSES[:3]
 
 
 @pytest.mark.parametrize("choice", [{}, {"head": 1}, {"first": 2}])

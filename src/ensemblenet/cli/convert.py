@@ -13,16 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet.cli.options import add_base, base_of, command_parser
+from ensemblenet.cli.options import add_base, base_of, check_new, command_parser, conversion_of
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import ConversionError
 from ensemblenet.evaluation.scoring import chosen_data, score
 from ensemblenet.inputs import Inputs, inputs_and_targets
-from ensemblenet.models.sources import source_named
 from ensemblenet.recipe import Conversion, Criterion, Init
 from ensemblenet.reports.tables import COST_NOTE, results_table, scores_columns
-from ensemblenet.storage.checkpoint import save
+from ensemblenet.storage.checkpoint import how_to_load, save
 from ensemblenet.storage.restore import Restored
 from ensemblenet.storage.runs import quiet_lightning
 
@@ -38,7 +36,8 @@ def convert(arguments: Sequence[str]) -> None:
         arguments: command-line arguments.
 
     Raises:
-        ConversionError: the output exists, there is no such network, or it cannot be converted.
+        FileExistsError: the output exists.
+        ConversionError: there is no such network, or it cannot be converted.
     """
     parser = command_parser(
         "convert",
@@ -49,7 +48,6 @@ def convert(arguments: Sequence[str]) -> None:
     )
     add_base(parser)
     parser.add_argument("--output", type=Path, required=True, help="the folder to create")
-    parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     inherit = parser.add_argument_group("of a trained network")
     inherit.add_argument(
@@ -70,20 +68,14 @@ def convert(arguments: Sequence[str]) -> None:
         "--data.KEY VALUE is an argument of it. Some training batches repair inherited heads; what the network, each "
         "head and their mean reach on validation data before any training is printed",
     )
-    options, changes = parser.parse_known_args(arguments)
-    if changes and options.calibrate is None:
-        parser.error(f"unrecognized arguments: {' '.join(changes)}")
-    if options.output.exists():
-        raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
+    options, changes = parser.parse_with_data(arguments)
+    if options.calibrate is None and changes:
+        parser.error(f"{' '.join(changes)} needs --calibrate, which names the data")
+    if options.calibrate is not None and options.init != "inherit":
+        parser.error("--calibrate needs --init inherit")
+    check_new(options.output, "folder")
     base, x = base_of(options)
-    wanted = Conversion(
-        options.num_heads,
-        options.budget,
-        options.split_at,
-        options.seed,
-        init=options.init,
-        importance=options.importance,
-    )
+    wanted = replace(conversion_of(options), init=options.init, importance=options.importance)
     rows: list[dict[str, Any]] = []
     if options.calibrate is None:
         model = convert_as(wanted, base, x)
@@ -92,10 +84,10 @@ def convert(arguments: Sequence[str]) -> None:
     assert model.cost is not None
     assert model.base_cost is not None
     assert model.recipe is not None
-    if model.recipe.base is None and ":" in options.model:
-        model.recipe = replace(model.recipe, base=source_named(options.model, options.num_classes))
     save(model, options.output)
-    table = Table(title=f"{options.model}, split at {model.recipe.split_at}", caption=COST_NOTE)
+    head = model.recipe.head
+    found = f"split at {model.recipe.split_at}, heads of width {head.width:.2f} and depth {head.depth:.2f}"
+    table = Table(title=f"{options.model}, {found}", caption=COST_NOTE)
     table.add_column()
     for heading in ("parameters", "MACs", "activations", "time"):
         table.add_column(heading, justify="right")
@@ -105,10 +97,9 @@ def convert(arguments: Sequence[str]) -> None:
     console = Console()
     console.print(table)
     if rows:
-        console.print(
-            results_table(rows, f"{options.model}, val, before any training; shares in %", scores_columns(rows))
-        )
-    console.print(f"Saved to {options.output}; load it with ensemblenet.load.", highlight=False)
+        title = f"{options.model}, val, before any training; shares in %"
+        console.print(results_table(rows, title, scores_columns(rows)))
+    console.print(f"Saved to {options.output}; load it with {how_to_load(model.recipe)}.", highlight=False)
 
 
 def _calibrated(
