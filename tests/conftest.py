@@ -1,5 +1,6 @@
 """Shared settings of all tests."""
 
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,3 +18,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow above 20 kB, as on a disk that is full; Python ignores the signal that goes with it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)

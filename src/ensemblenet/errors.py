@@ -65,7 +65,7 @@ class MissingExtraError(EnsembleNetError, ImportError):
     """A library that a part of the package needs is not installed; the message says how to install it."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of another library says, for a message of one line.
 
     Example:

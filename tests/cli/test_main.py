@@ -110,7 +110,7 @@ def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, caps
     assert ensemblenet.load(output).num_heads == 4
 
     assert main(arguments) == 2
-    assert "exists already; --output needs a new folder" in capsys.readouterr().err
+    assert "exists; --output needs a new folder" in capsys.readouterr().err
 
 
 def test_info_and_benchmark_take_what_convert_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

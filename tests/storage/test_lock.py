@@ -343,11 +343,9 @@ def test_all_processes_of_a_run_end_if_the_first_one_finds_its_folder_taken(
     ("change", "said"),
     [
         (["--seed_everything", "9"], "seed_everything 3, not 9"),
-        (["--model.optimization.lr", "0.5"], "model.optimization.lr 0.01, not 0.5"),
         (["--model.conversion", "null"], "model.conversion.num_heads 2, not null"),
         (["--data.init_args.batch_size", "10"], "data.init_args.batch_size 20, not 10"),
         (["--plan", "search"], 'plan "given", not "search"'),
-        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val null, not 1"),
     ],
 )
 def test_a_run_of_other_settings_is_refused_and_passed_over(
@@ -365,11 +363,32 @@ def test_a_run_of_other_settings_is_refused_and_passed_over(
     [line] = capsys.readouterr().err.splitlines()
     assert line == f"ensemblenet fit: {run} was made with {said}. Leave that out, or --resume for a new run."
     assert (run / "config.yaml").read_text() == before
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "environment.json"]
     if change[0] != "--plan":
         assert fit([*make(tmp_path)[1:], *change, "--resume", "auto"]) != run
         assert f"Passed over: {run}, made with {said}.\n" in capsys.readouterr().out
         assert fit([*make(tmp_path)[1:], "--resume", "auto", "--trainer.max_epochs", "3"]) == run
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--model.optimization.lr", "0.5"], "model.optimization.lr 0.01, not 0.5"),
+        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val null, not 1"),
+    ],
+)
+def test_a_run_whose_course_changes_goes_on_where_it_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr("ensemblenet.training.fit._finished", lambda cli: cli.folder)
+    run = fit(make(tmp_path)[1:])
+    assert fit([*make(tmp_path)[1:], *change, "--resume", "auto"]) != run
+    assert f"Passed over: {run}, made with {said}.\n" in capsys.readouterr().out
+    assert fit(["--resume", str(run), *change]) == run
 
 
 # -- the lock itself

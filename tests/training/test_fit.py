@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from commands import own_environment
 
 import ensemblenet
 from ensemblenet.cli.main import main
@@ -141,7 +141,7 @@ def test_a_killed_run_resumes_to_the_same_weights(config):
     killed_options = [*options(config, runs="killed", model__base="mine.Dropping", trainer__max_epochs="5")]
     killed = subprocess.run(
         [sys.executable, "-m", "ensemblenet", "fit", *killed_options, "--trainer.callbacks", "mine.KilledOnce"],
-        env=os.environ | {"PYTHONPATH": str(config.parent), "OMP_NUM_THREADS": "1"},
+        env=own_environment(config.parent),
         capture_output=True,
         timeout=120,
     )
@@ -190,7 +190,7 @@ def test_weights_that_become_non_finite_do_not_reach_the_checkpoint(config, monk
 
     monkeypatch.setattr(Classifier, "on_train_batch_end", break_weights)
     monkeypatch.setattr(Classifier, "training_step", lambda self, batch, i: self.network(batch[0]).square().mean())
-    with pytest.raises(TrainingError, match=r"The weights .* became non-finite at step 10 \(epoch 1, batch 4\)"):
+    with pytest.raises(TrainingError, match=r"The weights .* became non-finite at step 10 \(epoch 1\)"):
         fit(options(config))
     [folder] = (config.parent / "runs").iterdir()
     assert checkpoint(folder)["epoch"] == 0

@@ -375,7 +375,7 @@ def test_a_score_is_watched_by_its_old_name(arguments: list[str]) -> None:
     given = ["--trainer.callbacks.monitor", "val/agreement", "--trainer.callbacks.filename", "{val/agreement:.3f}"]
     with pytest.warns(DeprecationWarning, match="monitor val/agreement is now val/divergence"):
         folder = fit([*arguments, "--trainer.callbacks+", "ModelCheckpoint", *given])
-    [best] = [path for path in folder.rglob("*.ckpt") if path.name != "last.ckpt"]
+    [best] = [path for path in folder.rglob("*.ckpt") if path.stem not in ("last", "previous")]
     assert float(re.findall(r"divergence=([\d.]+)\.ckpt", str(best))[0]) > 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,10 +11,12 @@ import sys
 import pytest
 import torch
 import yaml
+from commands import own_environment
 from made_images import make_folders
 
 OWN_CODE = """
 import os
+import signal
 import torch
 from lightning.pytorch import Callback
 from torch import nn
@@ -35,6 +37,12 @@ class Dies(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_rank == 1 and trainer.global_step == 3:
             os._exit(1)
+
+
+class Stops(Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Fails(Callback):
@@ -91,7 +99,7 @@ def start(folder, arguments, launch=("-m", "ensemblenet")):
     free.close()
     done = subprocess.run(
         [sys.executable, *(part.format(port=port) for part in launch), "fit", *arguments],
-        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        env=own_environment(folder),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -151,8 +159,22 @@ def test_a_process_that_dies_ends_the_run(tmp_path, callback):
     done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, "--trainer.callbacks", f"own.{callback}"])
     assert done.returncode != 0
     assert callback == "Dies" or "the first process fails" in done.stderr
+    if callback == "Dies":  # whether its connection or Lightning's launcher notices first
+        line = done.stderr.strip().splitlines()[-1]
+        mended = done.returncode == 2 and "ensemblenet fit: Another process of the run has ended" in line
+        assert mended or (done.returncode == -signal.SIGKILL and "terminated with code 1" in line), done.stderr
     [folder] = (tmp_path / "runs").iterdir()
     assert not (folder / "results.json").exists()
+
+
+def test_a_process_that_stands_still_ends_the_run_after_the_time_limit(tmp_path):
+    limit = '{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: "0:00:20"}}'
+    more = ["--trainer.devices", "2", "--trainer.strategy", limit, "--trainer.callbacks", "own.Stops"]
+    done = start(tmp_path, [*make(tmp_path, batch_size=2), *more])
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("ensemblenet fit: Another process of the run has ended, or does not answer: ")
+    assert "Timed out" in line
 
 
 FSDP = """
@@ -191,7 +213,8 @@ def test_fully_sharded_training_steps(tmp_path):
     (tmp_path / "own.py").write_text(OWN_CODE)
     (tmp_path / "sharded.py").write_text(FSDP)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "sharded.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=own_environment(tmp_path), capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("sharded step") == 2

@@ -97,9 +97,9 @@ def test_data_of_a_run_that_the_user_names_may_lie_elsewhere(tmp_path: Path) -> 
     stored = {"seed_everything": 1, "data": {"init_args": {"folder": str(tmp_path), "batch_size": 8}}}
     copied = {"seed_everything": 1, "data": {"init_args": {"folder": "/scratch/images", "batch_size": 8}}}
     assert changed_setting(stored, copied) is not None
-    assert changed_setting(stored, copied, may_move=True) is None
+    assert changed_setting(stored, copied, named=True) is None
     other = {"seed_everything": 1, "data": {"init_args": {"folder": "/scratch/images", "batch_size": 9}}}
-    assert changed_setting(stored, other, may_move=True) == "data.init_args.batch_size 8, not 9"
+    assert changed_setting(stored, other, named=True) == "data.init_args.batch_size 8, not 9"
 
 
 def begun(runs: Path, *names: str) -> list[Path]:

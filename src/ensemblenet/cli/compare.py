@@ -21,12 +21,11 @@ from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
 from ensemblenet.reports.comparison import PAGE, comparison_table, summary, tested_on
 from ensemblenet.storage import TRUST_HELP
-from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.lock import sole_writer
-from ensemblenet.storage.runs import CONFIG, RESULTS, create_run_folder
+from ensemblenet.storage.runs import CONFIG, RESULTS, create_run_folder, keep_config, resumable
 from ensemblenet.storage.specs import plain, with_data_folder
 from ensemblenet.storage.trust import config_option, resumed
-from ensemblenet.study.compare import Watcher, run_study
+from ensemblenet.study.compare import JOURNAL, Watcher, run_study
 from ensemblenet.study.from_fit import study_settings
 from ensemblenet.study.settings import Study, study_of
 from ensemblenet.study.trials import Outcome, Phase, Trial
@@ -61,12 +60,12 @@ def compare(arguments: Sequence[str]) -> Path:
             base, data or task, or what [`ensemblenet.study.compare.run_study`][] raises.
     """
     study, plain = read_study(arguments)
-    folder = Path(plain["resume"]) if plain["resume"] else create_run_folder(Path(plain["runs"]), plain["name"])
+    resume = plain["resume"]
+    folder = Path(resume) if resume else create_run_folder(Path(plain["runs"]), plain["name"])
     console = Console()
-    with sole_writer(folder):
-        with atomic_path(folder / CONFIG) as unfinished:
-            stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "trust", "workers")}
-            unfinished.write_text(yaml.safe_dump(stored, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with sole_writer(folder), resumable(folder, "compare", (folder / JOURNAL).exists, new=not resume):
+        stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "trust", "workers")}
+        keep_config(folder, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
         kept = f"Finished trials are kept in {folder}; a killed study goes on with --resume {folder}"
         console.print(kept, soft_wrap=True)
         with progress() as watch:

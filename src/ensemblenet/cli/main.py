@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+
+from ensemblenet.cli.failures import INTERRUPTED, check_paths, explain
 
 __all__ = ["COMMANDS", "main"]
 
@@ -46,25 +49,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments behind the program's name; None takes those of the command line.
 
     Returns:
-        The exit status: 0, or 2 for an error that the user can mend, which is then one line on stderr. Bugs
-        keep their traceback.
+        The exit status: 0; 2 for what the user can mend, which is then one line on stderr; 130 for an interrupt
+        (Ctrl-C) and 143 for SIGTERM, with a line that says how to go on where a run can. Bugs keep their traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(arguments[:1]).command  # what follows is the command's own
-    from ensemblenet.errors import EnsembleNetError
     from ensemblenet.extras import require
 
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
+        check_paths(name, arguments[1:])
         require("study" if name in _STUDIES else "train")
         command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
         command(arguments[1:])
-    except (EnsembleNetError, FileNotFoundError, FileExistsError) as error:
-        print(f"ensemblenet {name}: {_in_shell(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"ensemblenet {name}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        status, said = explain(error)
+        if said is None:
+            raise
+        if status == INTERRUPTED:
+            signal.signal(signal.SIGINT, on_interrupt)  # Lightning ignores further ones
+        advice = getattr(error, "__notes__", [])[-1:]  # how to go on, of the outermost run
+        line = " ".join(" ".join([said, *advice]).split())
+        print(f"ensemblenet {name}: {_in_shell(line)}", file=sys.stderr)
+        return status
 
 
 def _in_shell(message: str) -> str:

@@ -360,5 +360,5 @@ def check_new(path: Path, what: str = "file") -> None:
     Example:
         >>> check_new(Path("nowhere"))
     """
-    if path.exists():
+    if path.is_symlink() or path.exists():
         raise FileExistsError(f"{path} exists; --output needs a new {what}.")

@@ -23,6 +23,7 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError, LoadError
 from ensemblenet.heads import FusedEnsembleNet, fuse
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
+from ensemblenet.storage.atomic import errors_name
 from ensemblenet.storage.descriptions import check_classes
 from ensemblenet.timing import measure
 
@@ -140,7 +141,10 @@ def export(
 def _export(given: NetworkInputs, wanted: Wanted, free: Sequence[Places]) -> Exported:
     """Write the file and check it; other sizes of its inputs are free."""
     path, sizes = wanted.path, (wanted.batch_size,) if wanted.batch_size else _CHECKED_SIZES
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder,
+        errors_name(path, Path(folder)),
+    ):
         unfinished = Path(folder, path.name)
         x = given.batch(wanted.batch_size or given.unlike_other_sizes())
         predict, dynamic = write(given, x, unfinished, wanted, free)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -96,7 +97,9 @@ def write(
     if wanted.format == "onnx":
         predict = _write_onnx(program, given, x, path, wanted, symbols)
     elif wanted.format == "torch":
-        torch.export.save(program, path, extra_files={DESCRIPTION: json.dumps(wanted.description)})
+        file = io.BytesIO()  # PyTorch's own writer aborts the process where the disk is full
+        torch.export.save(program, file, extra_files={DESCRIPTION: json.dumps(wanted.description)})
+        path.write_bytes(file.getbuffer())
         predict = partial(call, torch.export.load(path).module())
     else:
         predict = partial(call, _write_aot(program, path, wanted.description))
@@ -174,6 +177,8 @@ def _write_onnx(
             assert onnx is not None
             onnx.model.metadata_props.update({key: json.dumps(value) for key, value in wanted.description.items()})
             onnx.save(path, external_data=False)
+    except OSError:
+        raise
     except Exception as error:  # an operator that ONNX lacks, or more than the 2 GB that one file can hold
         raise ExportError(f"torch.onnx cannot write the model: {first_line(error)}") from error
     runtime = onnx_runtime()
@@ -220,14 +225,18 @@ def _output_names(network: nn.Module, several: int) -> list[str]:
 
 
 def _write_aot(program: ExportedProgram, path: Path, description: Mapping[str, Any]) -> Callable[..., Any]:
+    file = io.BytesIO()  # as above
     try:
         torch._inductor.aoti_compile_and_package(
             program,
-            package_path=str(path),
+            package_path=file,
             inductor_configs={"aot_inductor.metadata": {DESCRIPTION: json.dumps(description)}},
         )
+    except OSError:
+        raise
     except Exception as error:  # no compiler, or one that fails
         raise ExportError(
             f"AOTInductor cannot compile the model; it needs a C++ compiler such as g++: {first_line(error)}"
         ) from error
+    path.write_bytes(file.getbuffer())
     return torch._inductor.aoti_load_package(str(path))

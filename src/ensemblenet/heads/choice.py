@@ -58,7 +58,8 @@ def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[Ense
             `torch.compile`, whose first steps take a minute or more; "checkpointed" is looped with
             `EnsembleNet.checkpoint_activations`, for less memory. "auto" measures the first two, and takes the faster
             one; checkpointed heads where `checkpoint_activations` was set by hand, or where a training step does not
-            fit the memory of a GPU without.
+            fit the memory of a GPU without. Under `torch.use_deterministic_algorithms(True)` nothing is decided by
+            measuring: "auto" is looped, and fused convolutions run grouped.
 
     Returns:
         The model, with the very trunk and heads, and the choice.
@@ -77,10 +78,12 @@ def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[Ense
     heads = current_mode(heads)
     if heads == "auto" and model.checkpoint_activations:
         return unfuse(model), Choice("checkpointed", "checkpoint_activations was set by hand")
-    if heads in ("looped", "checkpointed") or (heads == "auto" and model.num_heads == 1):
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if heads in ("looped", "checkpointed") or (heads == "auto" and (deterministic or model.num_heads == 1)):
         model = unfuse(model)
         model.checkpoint_activations = heads == "checkpointed"
-        return model, Choice("looped", "there is one head") if heads == "auto" else Choice(heads, "as asked")
+        reason = "deterministic algorithms are asked for" if deterministic else "there is one head"
+        return model, Choice("looped", reason) if heads == "auto" else Choice(heads, "as asked")
     trial = copy.deepcopy(unfuse(model))  # a step changes statistics
     try:
         step(trial, x)()  # what fails here is no matter of how heads run, but for the memory
@@ -97,7 +100,7 @@ def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[Ense
         fused, fused_trial = fuse(model, x), fuse(trial, x)
         with torch.random.fork_rng(cuda_devices(x)):
             _compare(fused_trial, trial, x)
-        separate = tuple(sorted(tune(fused_trial, x)))
+        separate = () if deterministic else tuple(sorted(tune(fused_trial, x)))
         steps = {"looped": step(trial, x), "fused": step(fused_trial, x)}
         seconds = measure(steps, _TURNS, _SECONDS) if heads == "auto" else {}
     except Exception as error:  # whatever it is, looped heads have just run

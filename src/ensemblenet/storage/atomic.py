@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ensemblenet.errors import LoadError
+from safetensors import SafetensorError
 
-__all__ = ["atomic_folder", "atomic_path", "read_json", "read_text", "write_json"]
+from ensemblenet.errors import LoadError, first_line
+
+__all__ = ["atomic_folder", "atomic_path", "errors_name", "read_json", "read_text", "remove_unfinished", "write_json"]
 
 _MOST_TEXT_BYTES = 1 << 24
+_UNFINISHED = re.compile(r"\..+\.\d+")
+# how PyTorch and safetensors say that a file could not be written: they know no errno
+_NOT_WRITTEN = re.compile(r"I/O error|os error|PytorchStreamWriter|inline_container|iostream error")
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a name to write a file under; it takes the file's own name only when it is complete.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
 
     Example:
         >>> import tempfile
@@ -34,20 +45,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with errors_name(path, unfinished):
+            yield unfinished
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a new folder to write files into; it takes its own name only when they are complete.
 
+    Folder and files get the permissions that the umask leaves, however they were written.
+
     Args:
         path: where nothing is yet, or an empty folder.
+
+    Raises:
+        OSError: it cannot be written; the error names the folder.
 
     Example:
         >>> import tempfile
@@ -60,19 +78,80 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         ['recipe.json']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    with errors_name(path, path.parent):
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=f".{os.getpid()}", dir=path.parent))
     try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        unfinished.replace(path)
+        unfinished = aside / path.name
+        with errors_name(path, unfinished):
+            unfinished.mkdir()
+            mode = unfinished.stat().st_mode  # what the umask leaves; safetensors gives files to their owner alone
+            yield unfinished
+            for file in unfinished.rglob("*"):
+                file.chmod(mode & (0o777 if file.is_dir() else 0o666))
+            unfinished.replace(path)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder and below it; only its one writer may.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name in (".last.ckpt.4711", ".hidden", "last.ckpt"):
+        ...     (folder / name).touch()
+        >>> remove_unfinished(folder)
+        >>> sorted(path.name for path in folder.iterdir())
+        ['.hidden', 'last.ckpt']
+    """
+    for path in [path for path in folder.rglob(".*") if _UNFINISHED.fullmatch(path.name)]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write plain data for people to read, complete or not at all."""
+    """Write plain data for people to read, complete or not at all; NaN and infinity, which JSON lacks, become null."""
     with atomic_path(path) as unfinished:
-        unfinished.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        unfinished.write_text(json.dumps(_finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+@contextmanager
+def errors_name(path: Path, unfinished: Path) -> Iterator[None]:
+    """Errors of writing name what was to be written: a full disk's name nothing, others the name aside.
+
+    Args:
+        path: what is to be written.
+        unfinished: where it is written first.
+
+    Raises:
+        OSError: instead of other errors by which libraries say that a file could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename is not None and not str(error.filename).startswith(str(unfinished))
+        if named or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except (RuntimeError, SafetensorError) as error:
+        if not _NOT_WRITTEN.search(str(error)):
+            raise
+        number = re.search(r"os error (\d+)", str(error))
+        if number:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        said = f"It cannot be written; is the disk full? ({first_line(error)})"
+        raise OSError(errno.EIO, said, str(path)) from error
 
 
 def read_text(path: Path) -> str:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ensemblenet.errors import BusyError, TrainingError
-from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.atomic import remove_unfinished, write_json
 
 __all__ = ["LOCK", "NOTE", "KeepFolder", "Writer", "read_writer", "sole_writer"]
 
@@ -77,7 +77,7 @@ def read_writer(folder: Path) -> Writer | None:
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Within it this process is the only one that writes the folder.
+    """Within it this process is the only one that writes the folder; what killed ones left unfinished there is removed.
 
     Args:
         folder: an existing folder. The lock and the note in it are removed at the end.
@@ -101,6 +101,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         writer, before = Writer.here(), read_writer(folder)
         if before is not None and not (lock and before.host_key == writer.host_key) and _beats(folder):
             raise _busy(folder)
+        remove_unfinished(folder)
         write_json(folder / NOTE, asdict(writer))
         ended = Event()
         heartbeat = Thread(target=_beat, args=(folder, writer, ended), daemon=True)
@@ -136,7 +137,7 @@ class KeepFolder(Callback):
 
     def _look(self, trainer: Trainer) -> None:
         if trainer.is_global_zero and (now := read_writer(self.folder)) != self.writer:
-            raise TrainingError(
+            raise BusyError(
                 f"{self.folder} belongs to {now or 'nobody'} now, not to this run, which stood still for over "
                 f"{SILENCE:g} s or lost its {NOTE}. It ends here and writes nothing more."
             )

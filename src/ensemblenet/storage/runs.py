@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
@@ -22,12 +25,18 @@ import torch
 
 from ensemblenet._moved import renamed
 from ensemblenet.cost import Cost
+from ensemblenet.errors import BusyError
+from ensemblenet.storage.atomic import atomic_path, write_json
 
 __all__ = [
     "create_run_folder",
     "environment",
+    "keep_config",
+    "keep_earlier",
+    "keep_environment",
     "quiet_lightning",
     "result_row",
+    "resumable",
     "scores_row",
     "unfinished_runs",
 ]
@@ -50,14 +59,99 @@ CHECKPOINT = Path("checkpoints", "last.ckpt")
 def create_run_folder(runs: Path, name: str) -> Path:
     """Create `runs/<name>-<time>`, with a number behind it where that exists already: never an old folder."""
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    (runs / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have folders in it
     for attempt in count(1):
         folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
         except FileExistsError:
             continue
         return folder
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def resumable(folder: Path, command: str, begun: Callable[[], bool], new: bool = True) -> Iterator[None]:
+    """What ends a run early says how to go on; where there is nothing to go on from, a new run's folder is removed.
+
+    Args:
+        folder: the run's.
+        command: that goes on with it, such as "fit".
+        begun: whether something of the run is worth keeping.
+        new: whether this process made the folder.
+
+    Example:
+        >>> import tempfile
+        >>> folder = create_run_folder(Path(tempfile.mkdtemp()), "fit")
+        >>> with resumable(folder, "fit", begun=lambda: False):
+        ...     raise ValueError("no such data")
+        Traceback (most recent call last):
+            ...
+        ValueError: no such data
+        >>> folder.exists()
+        False
+    """
+    try:
+        yield
+    except BaseException as error:
+        if new and not begun():
+            shutil.rmtree(folder, ignore_errors=True)
+        elif not isinstance(error, BusyError):
+            error.add_note(f"Go on with `ensemblenet {command} --resume {shlex.quote(str(folder))}`.")
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(folder)  # a logger of another library does not say what it could not write
+        raise
+
+
+def keep_earlier(path: Path) -> None:
+    """Keep what a file of a run says before it is written anew: as `config-1.yaml`, the next time as `config-2.yaml`.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "config.yaml")
+        >>> for text in ("seed: 1", "seed: 2", "seed: 3"):
+        ...     keep_earlier(path)
+        ...     _ = path.write_text(text)
+        >>> sorted(file.name for file in path.parent.iterdir())
+        ['config-1.yaml', 'config-2.yaml', 'config.yaml']
+    """
+    if not path.exists():
+        return
+    free = next(
+        earlier for number in count(1) if not (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists()
+    )
+    with atomic_path(free) as unfinished:
+        shutil.copyfile(path, unfinished)
+
+
+def keep_config(folder: Path, text: str) -> None:
+    """Write a run's configuration; an earlier one that says something else is kept."""
+    path = folder / CONFIG
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    keep_earlier(path)
+    with atomic_path(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def keep_environment(folder: Path, now: Mapping[str, Any]) -> None:
+    """Write what [`environment`][ensemblenet.storage.runs.environment] says; of a resumed run behind what it said.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for command in ("fit --config a.yaml", "fit --resume a"):
+        ...     keep_environment(folder, {"command": command})
+        >>> json.loads((folder / ENVIRONMENT).read_text())
+        {'command': 'fit --config a.yaml', 'resumed': [{'command': 'fit --resume a'}]}
+    """
+    path = folder / ENVIRONMENT
+    try:
+        first = json.loads(path.read_text(encoding="utf-8"))
+        resumed = [*first.pop("resumed", []), now]
+    except (FileNotFoundError, ValueError, AttributeError):
+        first, resumed = now, []
+    write_json(path, {**first, **({"resumed": resumed} if resumed else {})})
 
 
 def unfinished_runs(runs: Path, name: str) -> list[Path]:
@@ -98,6 +192,8 @@ def quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.callbacks").setLevel(logging.INFO)  # what a user asked for: a summary
+    # that a process of the run was killed, which ends all of them
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     needless = (
         ".*does not have many workers.*",
         ".*LeafSpec.*",

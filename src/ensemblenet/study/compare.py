@@ -21,7 +21,7 @@ from ensemblenet.inputs import inputs_and_targets, one_example, to_device
 from ensemblenet.metrics.scores import SCORES, in_row
 from ensemblenet.reports.comparison import PAGE, summary, write_comparison
 from ensemblenet.storage.atomic import atomic_path, write_json
-from ensemblenet.storage.runs import ENVIRONMENT, RESULTS, environment, result_row
+from ensemblenet.storage.runs import RESULTS, environment, keep_environment, result_row
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.study.journal import Journal
 from ensemblenet.study.methods import METHODS
@@ -110,7 +110,7 @@ def run_study(
     ]
     cpu_minutes = sum(journal[trial].get("cpu_seconds", 0.0) for trial in trials) / 60
     results = {"study": asdict(study), "cpu_minutes": cpu_minutes, "rows": rows, "failed": failed, "halves": halves}
-    write_json(folder / ENVIRONMENT, environment())
+    keep_environment(folder, environment())
     write_json(folder / RESULTS, results)
     _write_csv(folder / _TABLE, rows)
     if not rows or rows[0]["kind"] != "base":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
@@ -204,15 +206,19 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self.pool is not None:
+            if error is not None:  # nobody waits for what they do
+                for process in list((self.pool._processes or {}).values()):
+                    process.terminate()
             self.pool.shutdown(cancel_futures=True)
 
     def warm_up(self, data: Mapping[str, Any]) -> None:
         """Let all processes start and read the data, while this one does something else."""
         if self.pool is not None:
-            for _ in range(self.number):
-                self.pool.submit(open_data, json.dumps(data))
+            with _interrupts_ignored():  # a terminal interrupts all processes; this one ends them
+                for _ in range(self.number):
+                    self.pool.submit(open_data, json.dumps(data))
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
         """Give the outcome of each trial as soon as it is there.
@@ -232,6 +238,19 @@ class Workers:
                 "A worker process died, perhaps for want of memory. What is finished is kept: go on with --resume, "
                 "with fewer --workers."
             ) from error
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Also by the processes that are started within it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _start_worker() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,17 @@ from ensemblenet.storage.descriptions import DESCRIPTION
 from ensemblenet.storage.restore import Describes, compare_classes, stored_classes
 from ensemblenet.training.module import Classifier, plan_in_words
 
-__all__ = ["Announce", "AveragedWeights", "ConvertFirst", "EpochSeed", "KeepClasses", "Progress", "Speed", "time_left"]
+__all__ = [
+    "Accepted",
+    "Announce",
+    "AveragedWeights",
+    "ConvertFirst",
+    "EpochSeed",
+    "KeepClasses",
+    "Progress",
+    "Speed",
+    "time_left",
+]
 
 _WINDOW = 50
 _BAR_WIDTH = 10
@@ -81,15 +92,32 @@ class ConvertFirst(Callback):
             )
 
 
+class Accepted(Callback):
+    """Keeps the settings of a run when its training begins: those of a resumed one were then accepted.
+
+    Args:
+        keep: writes them.
+    """
+
+    def __init__(self, keep: Callable[[], None]) -> None:
+        self.keep = keep
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them; the checkpoint was restored before."""
+        self.keep()
+
+
 class Announce(Callback):
     """Says where a run is kept, what its conversion is, where it goes on, and at its end how much was skipped.
 
     Args:
         folder: the run's.
+        changed: the settings that a resumed run has otherwise from now on, in words.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, changed: Sequence[str] = ()) -> None:
         self.folder = folder
+        self.changed = changed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print it, once for all processes."""
@@ -102,6 +130,7 @@ class Announce(Callback):
             lines.append(f"The heads run {pl_module.choice.heads}: {pl_module.choice.reason}.")
         if trainer.global_step:
             lines.append(f"It goes on in epoch {trainer.current_epoch}, after {trainer.global_step:,} steps.")
+            lines += [f"From now on {change}." for change in self.changed]
         for line in lines:
             Console().print(line, highlight=False, soft_wrap=True)
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import TrainingError, first_line
 from ensemblenet.storage.atomic import atomic_path
+from ensemblenet.storage.runs import CHECKPOINT
+from ensemblenet.training.processes import is_first_process
 
-__all__ = ["AtomicCheckpointIO", "RunCheckpoint"]
+__all__ = ["AtomicCheckpointIO", "RunCheckpoint", "whole_checkpoint"]
+
+_BEFORE = CHECKPOINT.with_stem("previous")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves a checkpoint under another name first, so that a kill leaves the last one whole."""
+    """Saves a checkpoint under another name first, so that a kill leaves the last one whole, and the one before."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -29,15 +36,71 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             TrainingError: it cannot be written, as on a full disk.
         """
+        path = Path(path)
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(Path(path)) as unfinished:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as unfinished:
                 torch.save(checkpoint, unfinished)
-        except (OSError, RuntimeError) as error:  # torch.save raises either
+                if path.parts[-2:] == CHECKPOINT.parts and path.exists():
+                    path.replace(path.with_name(_BEFORE.name))
+        except OSError as error:
             raise TrainingError(
-                f"The checkpoint {path} cannot be written: {error}. The last good one is kept: free some space and go "
-                f"on with `ensemblenet fit --resume {Path(path).parents[1]}`."
+                f"The checkpoint {path} cannot be written: {error.strerror}. The last good one is kept; see that "
+                "there is space."
             ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Load one: tensors and plain data, and nothing else.
+
+        Raises:
+            TrainingError: it holds something else.
+        """
+        try:
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        except pickle.UnpicklingError as error:  # PyTorch's message advises to run what it holds
+            raise TrainingError(
+                f"{path} holds more than tensors and plain data, which is never loaded: it is no checkpoint of `fit`."
+            ) from error
+
+
+def whole_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint from which a run goes on: the last one, or the one before where that is damaged.
+
+    Args:
+        folder: the run's.
+
+    Returns:
+        None if it has none yet.
+
+    Raises:
+        TrainingError: both are damaged.
+    """
+    faults = {}
+    for path in (folder / CHECKPOINT, folder / _BEFORE):
+        if path.exists():
+            if (fault := _fault(path)) is None:
+                for damaged, said in faults.items():
+                    rank_zero_warn(f"{damaged} is damaged ({said}): the run goes on from {path.name}, saved before it.")
+                    if is_first_process():  # or it would take that one's place
+                        damaged.rename(damaged.with_suffix(".damaged"))
+                return path
+            faults[path] = fault
+    if faults:
+        said = "; ".join(f"{path} is damaged ({fault})" for path, fault in faults.items())
+        raise TrainingError(f"{said}. Put back a copy of it, or begin a new run without --resume.")
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, if anything; it is a ZIP archive, with a checksum for each tensor."""
+    if path.is_dir():  # of a strategy that shards
+        return None
+    try:
+        with ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        return first_line(error)
+    return None if broken is None else f"wrong checksum of {broken}"
 
 
 class RunCheckpoint(ModelCheckpoint):

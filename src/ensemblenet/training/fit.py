@@ -25,22 +25,20 @@ from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
-    CHECKPOINT,
     CONFIG,
-    ENVIRONMENT,
     RESULTS,
-    environment,
     quiet_lightning,
     scores_row,
 )
 from ensemblenet.storage.specs import plain
 from ensemblenet.storage.trust import config_option
+from ensemblenet.training.checkpoints import whole_checkpoint
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.options import (
     check_replaced,
     replaced_options,
 )
-from ensemblenet.training.processes import is_first_process
+from ensemblenet.training.processes import end_processes, is_first_process
 from ensemblenet.training.search import Candidate, candidates, search
 from ensemblenet.training.settings import FitCLI, complete_arguments
 
@@ -69,15 +67,18 @@ def fit(arguments: Sequence[str]) -> Path:
             # what is stored was checked or typed before
             found = [*config_option(cli.folder / CONFIG, trust=True), *_arguments(_searched(cli))]
             cli = _opened(found, held, cli.folder)
-        return _finished(cli)
+        try:
+            return _finished(cli)
+        except Exception:
+            end_processes(cli.trainer.strategy.launcher)
+            raise
 
 
 def _finished(cli: FitCLI) -> Path:
     """The folder of a run after its training, its test and its results."""
     folder, module, data = cli.folder, cli.model, cli.datamodule
-    if is_first_process():
-        write_json(folder / ENVIRONMENT, environment())
     _train(cli)
+    cli.keep_settings()  # where no step was left to train
     with _lightning_errors():
         [metrics] = cli.trainer.test(module, data, verbose=False)
     if not is_first_process():
@@ -120,20 +121,10 @@ def _lightning_errors() -> Iterator[None]:
 
 
 def _train(cli: FitCLI) -> None:
-    checkpoint = cli.folder / CHECKPOINT
-    resumed = str(checkpoint) if checkpoint.exists() else None
+    resumed = whole_checkpoint(cli.folder)
     expect_classes(stored_classes(cli.folder), cli.datamodule)
-    try:
-        with _lightning_errors():
-            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            f"A process that loads data died: {error} If memory ran out, use fewer num_workers or smaller batches."
-        ) from error
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
+    with _lightning_errors():
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=resumed, weights_only=True)
     if cli.trainer.global_step == 0 and 0 not in (cli.trainer.max_epochs, cli.trainer.max_steps):
         raise TrainingError(
             "The run ended before its first step, so nothing was trained: see whether trainer.max_time or a callback "
@@ -187,8 +178,10 @@ def _row(cli: FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
         scores = {name: [100 * test[name]] for name in ("gap", "head_gap", "map")}
     else:
         scores = {f"{head}error": [100 * (1 - test[f"{head}accuracy"])] for head in ("", "head_")}
-    seed, limited = cli.config["seed_everything"], _tested_on(cli)
-    return scores_row(method, cost, scores, num_heads=module.num_heads, seed=seed, test=test, **limited)
+    more = {"num_heads": module.num_heads, "seed": cli.config["seed_everything"], "test": test}
+    if module.conversion is not None:
+        more["heads"] = {"run": module.choice.heads, "separate": module.choice.separate}
+    return scores_row(method, cost, scores, **more, **_tested_on(cli))
 
 
 def _tested_on(cli: FitCLI) -> dict[str, str]:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.conversion.trace import pick
@@ -59,7 +59,8 @@ class Classifier(LightningModule):
             is, 0 where none is, and -1 where it is not known.
         heads: how the heads of a converted model run, see [`ensemblenet.heads.choose`][]: "auto" measures it on the
             first batch and says what it chose, and a resumed run keeps to that. Looped and fused heads round
-            differently and draw other numbers for dropout: name one for runs that must be the same to the last bit.
+            differently and draw other numbers for dropout, and it is measured which convolutions of fused heads run
+            grouped: for runs that must be the same to the last bit take "looped", or Lightning's `deterministic`.
         loss: for task "multiclass": "binary_cross_entropy" takes each class for a label of its own, and the mean over
             classes, as Wightman et al. 2021 (arXiv 2110.00476) do. Its logits give the same best classes, but as
             probabilities, which NLL, ECE and Brier score judge, they are not calibrated.
@@ -103,6 +104,9 @@ class Classifier(LightningModule):
         self.depths: Mapping[str, int] | None = layer_depths(base) if optimization.layer_decay < 1 else None
         self.mix: Mix | None = None
         self._schedule: LRScheduler | None = None
+        self._planned: list[tuple[float, float]] = []  # learning rate and weight decay of each group
+        self._meant: set[str] = set()
+        self._bad_outputs: Tensor | int = 0
         self.metrics = nn.ModuleDict()
 
     @property
@@ -127,6 +131,7 @@ class Classifier(LightningModule):
         with torch.no_grad():
             num_classes = head_outputs(self.network.eval(), self.example_inputs).shape[2]
         self.network.train()
+        self._meant = _non_finite(self.network)
         self._compare_classes(num_classes, targets)
         self.num_classes = num_classes
         self.mix = None if self.mixing is None else self.mixing.mixer(num_classes)
@@ -204,15 +209,18 @@ class Classifier(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note how the heads run."""
+        """Refuse to keep broken weights, and note how the heads run."""
+        self._check_finite()
         if isinstance(self.network, EnsembleNet):
             checkpoint["heads"] = [self.choice.heads, *self.choice.separate]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Run the heads as before, unless the user names another way."""
-        if self.heads != "auto" or "heads" not in checkpoint or not isinstance(self.network, EnsembleNet):
+        """Run the heads as before, down to each convolution, unless the user names another way."""
+        if "heads" not in checkpoint or not isinstance(self.network, EnsembleNet):
             return
         heads, *separate = checkpoint["heads"]
+        if self.heads not in ("auto", heads):
+            return
         self.choice = Choice(current_mode(heads), "as before", separate=tuple(separate))
         self.network = _with_heads(self.network, self.choice)
 
@@ -243,19 +251,25 @@ class Classifier(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Refuse to end an epoch with broken or replaced weights, before a checkpoint keeps them."""
+        """Refuse to end an epoch with broken or replaced weights."""
         self._check_training()
-        for name, parameter in self.network.named_parameters():
-            if not parameter.isfinite().all():
-                last = self.trainer.num_training_batches - 1  # pyright: ignore[reportOperatorIssue]
-                raise TrainingError(f"The weights {name} became non-finite {self._where(int(last))}")
+        self._check_finite()
 
-    def _where(self, batch_index: int) -> str:
+    def _check_finite(self) -> None:
+        """Weights, and buffers such as a normalisation's statistics, that became infinite or NaN end the run.
+
+        What was so from the beginning, such as a mask, is meant to be.
+        """
+        if broken := sorted(_non_finite(self.network) - self._meant):
+            raise TrainingError(f"The weights or statistics {broken[0]} became non-finite {self._where()}")
+
+    def _where(self, batch_index: int | None = None) -> str:
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        place = f"epoch {self.current_epoch}" + ("" if batch_index is None else f", batch {batch_index}")
         return (
-            f"at step {self.global_step} (epoch {self.current_epoch}, batch {batch_index}) with learning "
-            f"rate {lr:.3g}. The last good checkpoint is kept. Lower the learning rate, warm up for longer, or "
-            "look at that batch."
+            f"at step {self.global_step} ({place}) with learning rate {lr:.3g}. The last good checkpoint is kept. "
+            "Lower --model.optimization.lr, warm up for longer (--model.optimization.warmup), clip gradients "
+            "(--trainer.gradient_clip_val), or look at the data of the steps before."
         )
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
@@ -269,6 +283,7 @@ class Classifier(LightningModule):
     def _evaluate(self, split: str, batch: Any) -> None:
         x, y = inputs_and_targets(batch)
         outputs = seen_outputs(self.network, self._laid_out(x), tensors_in(self.example_inputs)[0].ndim, self.task)
+        self._bad_outputs = self._bad_outputs + (~outputs.isfinite()).flatten(2).any(2).any(0).sum()
         self.metrics[split].update(outputs, y)  # pyright: ignore[reportCallIssue]
 
     def on_validation_epoch_end(self) -> None:
@@ -283,6 +298,12 @@ class Classifier(LightningModule):
         metrics: Any = self.metrics[split]
         values = metrics.compute()
         metrics.reset()
+        if unknown := [name for name, value in values.items() if not math.isfinite(value)]:
+            rank_zero_warn(
+                f"{', '.join(unknown)} are unknown: the outputs for {int(self._bad_outputs)} examples are not finite. "
+                "Look at these examples, or at the statistics of the network's normalisation."
+            )
+        self._bad_outputs = 0
         shown = f"{split}/{TASKS[self.task].main}"
         self.log(shown, values.pop(shown), prog_bar=True)
         self.log_dict(values)
@@ -309,12 +330,23 @@ class Classifier(LightningModule):
             raise TrainingError(str(error)) from error
         if self.trainer.gradient_clip_val:  # fused optimizers would undo a loss scale only after the clipping
             setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010  of PyTorch, and no part of its types
+        self._planned = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
         self._schedule = build_schedule(optimizer, int(steps), self.optimization)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Refuse to train a network that is not what the optimizer holds; callbacks have had their turn."""
+        """Refuse to train a network that is not what the optimizer holds; callbacks have had their turn.
+
+        A resumed run then goes on with the learning rates and the weight decay of today: its checkpoint had others.
+        """
         self._check_training()
+        schedule, in_copies = self._schedule, isinstance(self.trainer.strategy, DeepSpeedStrategy)
+        if isinstance(schedule, LambdaLR) and not in_copies:
+            schedule.base_lrs = [lr for lr, _ in self._planned]
+            for group, factor, (lr, decay) in zip(
+                schedule.optimizer.param_groups, schedule.lr_lambdas, self._planned, strict=True
+            ):
+                group |= {"initial_lr": lr, "lr": lr * factor(schedule.last_epoch), "weight_decay": decay}
 
     def on_train_epoch_start(self) -> None:
         """Look again."""
@@ -356,6 +388,13 @@ def head_outputs(network: nn.Module, x: Tree) -> Tensor:
     return outputs
 
 
+def _non_finite(network: nn.Module) -> set[str]:
+    """The names of the weights and buffers that hold NaN or infinity."""
+    tensors = network.state_dict()
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point() or value.is_complex()}
+    return {name for name, value in floats.items() if not value.isfinite().all()}
+
+
 def plan_in_words(model: EnsembleNet) -> str:
     """Where a conversion is split, the shape of its heads, and the shares of the base that it costs."""
     assert model.recipe is not None
@@ -388,6 +427,8 @@ def _with_heads(network: EnsembleNet, choice: Choice) -> EnsembleNet:
         return network
     fused = fuse(network)
     fused.separate(choice.separate, training=True)
+    if choice.heads == "compiled":
+        fused.compile()
     return fused
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from subprocess import Popen, TimeoutExpired
+from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -17,10 +19,11 @@ from torch.distributed import DistStoreError, TCPStore  # pyright: ignore[report
 
 from ensemblenet.errors import EnsembleNetError, TrainingError
 
-__all__ = ["agreed_folder", "is_first_process"]
+__all__ = ["agreed_folder", "end_processes", "is_first_process"]
 
 _FOLDER = "ENSEMBLENET_RUN_FOLDER"
 _PATIENCE = timedelta(minutes=5)
+_LAST_WORDS = 5.0  # seconds
 _stores: list[TCPStore] = []  # one must stay open until the last process has read it
 
 
@@ -56,11 +59,28 @@ def agreed_folder(choose: Callable[[], Path]) -> Path:
     if cluster is None:
         return Path(os.environ[_FOLDER])
     store = _meet(cluster)
-    answer = json.loads(store.get(_FOLDER))
+    try:
+        answer = json.loads(store.get(_FOLDER))
+    except RuntimeError as error:  # also where the first process has ended
+        raise TrainingError(f"The first process of the run named no folder within {_PATIENCE}: {error}") from error
     if "error" in answer:
         store.set(f"{_FOLDER}/{cluster.global_rank()}", "heard")
         raise TrainingError(answer["error"])
     return Path(answer["folder"])
+
+
+def end_processes(launcher: Any) -> None:
+    """End the processes that Lightning started for a run that failed; one that stands still would never end by itself.
+
+    Args:
+        launcher: of the trainer's strategy.
+    """
+    started = [process for process in getattr(launcher, "procs", []) if isinstance(process, Popen)]
+    for process in started:
+        try:
+            process.wait(_LAST_WORDS)  # it may have an error of its own to tell
+        except TimeoutExpired:
+            process.kill()
 
 
 def _tell(cluster: ClusterEnvironment, answer: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from ensemblenet.errors import BusyError
 from ensemblenet.storage.lock import read_writer, sole_writer
 from ensemblenet.storage.runs import CONFIG, RESULTS, unfinished_runs
 
-__all__ = ["changed_setting", "take_unfinished"]
+__all__ = ["applied_settings", "changed_setting", "is_longer", "take_unfinished"]
 
 # What decides the result of a run; all else, such as devices, precision, logs and callbacks, may change.
 _FIXED = (
@@ -34,15 +34,21 @@ _FREE = (
     *(f"data.init_args.{name}" for name in ("on_broken", "max_broken", "on_damage")),
 )
 _MAY_GROW = ("trainer.max_epochs", "trainer.max_steps")
+_MAY_STEER = (
+    "model.optimization.lr",
+    "model.optimization.warmup",
+    "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+)
 _MAY_MOVE = "data.init_args.folder"
 _UNLIMITED = (None, -1)
 _SHOWN = 3  # runs that one line names
 
 
 def changed_setting(
-    stored: Mapping[str, Any], now: Mapping[str, Any], fixed: Sequence[str] = _FIXED, *, may_move: bool = False
+    stored: Mapping[str, Any], now: Mapping[str, Any], fixed: Sequence[str] = _FIXED, *, named: bool = False
 ) -> str | None:
-    """The first setting that decides the result and is not what it was.
+    """The first setting that decides the result, is not what it was, and may not change.
 
     A run may be made longer. Data may move: a folder may be named otherwise, and anew where it is no longer there.
 
@@ -50,7 +56,8 @@ def changed_setting(
         stored: a run's configuration, as plain data.
         now: the same of the command that would go on with it.
         fixed: the settings, or groups of them, that decide the result.
-        may_move: whether the data may lie elsewhere though its folder is still there, as for a run that the user names.
+        named: whether the user names the run: then its data may lie elsewhere though its folder is still there, and the
+            optimizer's course may change, as where a loss became non-finite.
 
     Returns:
         Its name with both values; None if there is no such setting.
@@ -59,13 +66,45 @@ def changed_setting(
         >>> changed_setting({"seed_everything": 3, "name": "a"}, {"seed_everything": 4, "name": "b"})
         'seed_everything 3, not 4'
     """
-    before, after = dict(_leaves(stored)), dict(_leaves(now))
-    for name in before | after:
-        old, new = before.get(name), after.get(name)
-        decides = name not in _FREE and any(f"{name}.".startswith(f"{group}.") for group in fixed)
-        if decides and old != new and not _is_allowed(name, old, new) and not (may_move and name == _MAY_MOVE):
+    for name, old, new in _changes(stored, now):
+        if _decides(name, fixed) and not _is_allowed(name, old, new, named):
             return f"{name} {json.dumps(old)}, not {json.dumps(new)}"
     return None
+
+
+def applied_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that decide the result and from now on are others, in words.
+
+    Example:
+        >>> applied_settings({"trainer": {"max_epochs": 5}}, {"trainer": {"max_epochs": 8, "devices": 2}})
+        ['trainer.max_epochs is 8, and was 5']
+    """
+    return [
+        f"{name} is {json.dumps(new)}, and was {json.dumps(old)}"
+        for name, old, new in _changes(stored, now)
+        if _decides(name, _FIXED)
+    ]
+
+
+def is_longer(stored: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run is to be longer than it was.
+
+    Example:
+        >>> is_longer({"trainer": {"max_epochs": 5}}, {"trainer": {"max_epochs": 8}})
+        True
+    """
+    return any(name in _MAY_GROW for name, *_ in _changes(stored, now))
+
+
+def _changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    before, after = dict(_leaves(stored)), dict(_leaves(now))
+    for name in before | after:
+        if before.get(name) != after.get(name):
+            yield name, before.get(name), after.get(name)
+
+
+def _decides(name: str, fixed: Sequence[str]) -> bool:
+    return name not in _FREE and any(f"{name}.".startswith(f"{group}.") for group in fixed)
 
 
 def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -76,9 +115,13 @@ def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, tree
 
 
-def _is_allowed(name: str, old: Any, new: Any) -> bool:
+def _is_allowed(name: str, old: Any, new: Any, named: bool) -> bool:
     if name in _MAY_GROW:
         return new in _UNLIMITED or (old not in _UNLIMITED and new > old)
+    if named and name == "model.optimization.weight_decay":
+        return bool(old) and bool(new)  # without one, the optimizer has its parameters in other groups
+    if named and name in (*_MAY_STEER, _MAY_MOVE):
+        return True
     if name == _MAY_MOVE and isinstance(old, str) and isinstance(new, str) and "://" not in old:
         return not Path(old).exists() or Path(old).resolve() == Path(new).resolve()
     return False

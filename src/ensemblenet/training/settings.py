@@ -6,6 +6,7 @@ from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,17 +19,22 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
-from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.lock import KeepFolder, sole_writer
 from ensemblenet.storage.runs import (
     CHECKPOINT,
     CONFIG,
     RESULTS,
     create_run_folder,
+    environment,
+    keep_config,
+    keep_earlier,
+    keep_environment,
+    resumable,
 )
 from ensemblenet.storage.specs import plain, with_data_folder
 from ensemblenet.storage.trust import config_option, resumed
 from ensemblenet.training.callbacks import (
+    Accepted,
     Announce,
     AveragedWeights,
     ConvertFirst,
@@ -49,7 +55,7 @@ from ensemblenet.training.options import (
     rename_scores,
 )
 from ensemblenet.training.processes import agreed_folder, is_first_process
-from ensemblenet.training.resume import changed_setting, take_unfinished
+from ensemblenet.training.resume import applied_settings, changed_setting, is_longer, take_unfinished
 from ensemblenet.training.search import before_search
 
 __all__ = ["FitCLI", "complete_arguments"]
@@ -80,6 +86,8 @@ class FitCLI(LightningCLI):
 
     def __init__(self, args: list[str], held: ExitStack, folder: Path | None = None) -> None:
         self.held, self.opened = held, folder
+        self.changed: list[str] = []  # of a resumed run: what decides its result and is not what it was
+        self._environment = environment() if folder is None else {}
         super().__init__(
             Classifier,
             LightningDataModule,
@@ -131,7 +139,8 @@ class FitCLI(LightningCLI):
             "--resume",
             type=str | None,
             help="go on with a killed run: its folder, whose configuration is then the default; or 'auto' for the "
-            "newest unfinished run of this name and these settings that no process is writing, or else a new one",
+            "newest unfinished run of this name and these settings that no process is writing, or else a new one; a "
+            "finished run goes on with more --trainer.max_epochs",
         )
         parser.add_argument("--trust", action="store_true", default=SUPPRESS, help=f"with --resume: {TRUST_HELP}")
 
@@ -156,11 +165,8 @@ class FitCLI(LightningCLI):
         callbacks = listed(chosen["callbacks"])
         check_callbacks(callbacks)
         self.folder = agreed_folder(self._choose_folder)
-        if is_first_process():
-            with atomic_path(self.folder / CONFIG) as unfinished:
-                self.parser.save(self.config, unfinished, overwrite=True, skip_unset=False)
-                stored = yaml.safe_load(unfinished.read_text())
-                unfinished.write_text(yaml.safe_dump(_without_objects(stored), sort_keys=False))
+        if not (self.folder / CONFIG).exists():
+            self.keep_settings()
         steps, ema = self.config["checkpoint_steps"], self.config["ema"]
         speed = Speed()
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
@@ -175,7 +181,8 @@ class FitCLI(LightningCLI):
             KeepClasses(self.folder),
             ConvertFirst(),
             EpochSeed(self.config["seed_everything"]),
-            Announce(self.folder),
+            Accepted(self.keep_settings),
+            Announce(self.folder, self.changed),
             KeepFolder(self.folder),
             speed,
             *([] if chosen["enable_progress_bar"] is False or own_bar else [Progress(speed)]),
@@ -194,33 +201,59 @@ class FitCLI(LightningCLI):
     def _checkpoints(self, **when: Any) -> ModelCheckpoint:
         return RunCheckpoint(self.folder / CHECKPOINT.parent, CHECKPOINT.stem, enable_version_counter=False, **when)
 
+    def keep_settings(self) -> None:
+        """Write configuration and environment: of a new run at once, of a resumed one when it goes on with them."""
+        if not is_first_process():
+            return
+        stored = _without_objects(self._plain(self.config)) | {"resume": None}
+        keep_config(self.folder, yaml.safe_dump(stored, sort_keys=False))
+        if self._environment:
+            keep_environment(self.folder, self._environment)
+            self._environment = {}
+        if (self.folder / RESULTS).exists():  # of a finished run that is made longer
+            keep_earlier(self.folder / RESULTS)
+            (self.folder / RESULTS).unlink()
+
     def _choose_folder(self) -> Path:
         """The run's folder, whose one writer this process is from now on."""
         name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
         if self.opened is not None:
             return self.opened
         if resume == "auto" and (found := take_unfinished(Path(runs), name, self._change, self.held)):
-            return found
+            return self._resumable(found)
         if resume in (None, "auto"):
+            self.changed.clear()
             folder = create_run_folder(Path(runs), name)
             self.held.enter_context(sole_writer(folder))
-            return folder
+            return self._resumable(folder, new=True)
         folder = Path(resume)
         # settings newer than the run get their defaults; what may be named was checked with the arguments
-        stored = self.parser.parse_args(config_option(folder / CONFIG, trust=True))
+        stored = self._plain(self.parser.parse_args(config_option(folder / CONFIG, trust=True)))
         self.held.enter_context(sole_writer(folder))
-        if (folder / RESULTS).exists():
-            raise TrainingError(f"{folder} is finished: it has {RESULTS}. Leave --resume out for a new run.")
-        if change := self._change(folder, self._plain(stored), may_move=True):
+        if change := self._change(folder, stored, named=True):
             raise TrainingError(f"{folder} was made with {change}. Leave that out, or --resume for a new run.")
+        if (folder / RESULTS).exists() and not is_longer(stored, self._plain(self.config)):
+            raise TrainingError(
+                f"{folder} is finished: it has {RESULTS}. To train it for longer, give more --trainer.max_epochs (or "
+                "max_steps) than it had; for a new run, leave --resume out."
+            )
+        return self._resumable(folder)
+
+    def _resumable(self, folder: Path, new: bool = False) -> Path:
+        self.held.enter_context(resumable(folder, "fit", partial(self._begun, folder), new))
         return folder
 
-    def _change(self, folder: Path, stored: Mapping[str, Any], may_move: bool = False) -> str | None:
+    def _begun(self, folder: Path) -> bool:
+        trainer = getattr(self, "trainer", None)
+        return (trainer is not None and trainer.global_step > 0) or any(folder.rglob("*.ckpt"))
+
+    def _change(self, folder: Path, stored: Mapping[str, Any], named: bool = False) -> str | None:
         """The first setting that decides the result and that the folder's run was made with otherwise."""
         now = self._plain(self.config)
         if now["plan"] == "search":
             stored, now = before_search(stored, folder), before_search(now)
-        return changed_setting(stored, now, may_move=may_move)
+        self.changed[:] = applied_settings(stored, now)
+        return changed_setting(stored, now, named=named)
 
     def _plain(self, config: Namespace) -> dict[str, Any]:
         return yaml.safe_load(self.parser.dump(config, skip_unset=False))

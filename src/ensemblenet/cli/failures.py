@@ -1,0 +1,135 @@
+"""What ends a command though the program is right, in one line: files, devices, memory, processes that died.
+
+It imports nothing that is slow: paths are checked before the libraries of a command are.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from argparse import ArgumentError, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from ensemblenet.cli.options import check_new
+from ensemblenet.errors import EnsembleNetError, first_line
+
+__all__ = ["INTERRUPTED", "check_paths", "explain"]
+
+INTERRUPTED, _TERMINATED, _MENDABLE = 130, 143, 2  # exit codes: as a shell's for the signals, and as argparse's
+
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "a file of that size may not be written there",
+    errno.EACCES: "give a place where you may read and write",
+    errno.EPERM: "give a place where you may read and write",
+    errno.EROFS: "give a place that can be written",
+    errno.ENOTDIR: "a part of that path is a file, not a folder",
+    errno.EISDIR: "give a file, not a folder",
+    errno.EEXIST: "give another name",
+}
+# Libraries raise these as RuntimeError, and older ones as AssertionError: their words are all that tells them apart.
+_WORDS = (
+    (
+        r"DataLoader worker",
+        "A process that loads data died: {} If memory ran out, use fewer num_workers or smaller batches.",
+    ),
+    (
+        r"out of memory|can't allocate memory|not enough memory",
+        "Memory ran out: {} Use smaller batches, fewer num_workers or a smaller network.",
+    ),
+    (
+        r"NVIDIA driver|not compiled with \w+ enabled|No CUDA GPUs|invalid device ordinal|no kernel image|"
+        r"device type at start of device string|Invalid device string|CUDA driver version|Cannot access accelerator",
+        "The device cannot be used: {} Name one that this machine has, such as cpu.",
+    ),
+    (
+        r"(?i)gloo.*(timed out|closed by peer|reset by peer|refused)|NCCL.*(timeout|remote process|aborted)|"
+        r"Connection (closed|reset) by peer|socket has (timed out|failed)|wait timeout after",
+        "Another process of the run has ended, or does not answer: {}",
+    ),
+)
+
+
+def explain(error: BaseException) -> tuple[int, str | None]:
+    """The exit code of a command that an error ended, and what the error says to whoever runs it.
+
+    Returns:
+        None as the second, for a bug of the program, which keeps its traceback, and for an exit that was asked for.
+
+    Example:
+        >>> explain(PermissionError(errno.EACCES, "Permission denied", "runs"))
+        (2, 'runs: Permission denied; give a place where you may read and write.')
+        >>> explain(KeyboardInterrupt())
+        (130, 'interrupted.')
+        >>> explain(KeyError("a bug"))
+        (1, None)
+    """
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits
+        return INTERRUPTED, "interrupted."
+    if type(error).__name__ == "SIGTERMException":  # Lightning's, between two steps
+        return _TERMINATED, "terminated."
+    said = _mendable(error)
+    return (1, None) if said is None else (_MENDABLE, said)
+
+
+def _mendable(error: BaseException) -> str | None:
+    if isinstance(error, EnsembleNetError):
+        return str(error)
+    text = str(error).rstrip()
+    said = text.splitlines()[-1] if "Original Traceback" in text else first_line(error)  # of a process that loads data
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return said
+        advice = _ADVICE.get(error.errno)
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        return f"{where}{error.strerror}{f'; {advice}' if advice else ''}."
+    if isinstance(error, MemoryError):
+        return "Memory ran out. Use smaller batches, fewer num_workers or a smaller network."
+    if isinstance(error, RuntimeError | AssertionError):
+        for words, line in _WORDS:
+            if re.search(words, text):
+                return line.format(f"{said.split('. ')[0].rstrip('.')}.")  # what follows are guesses of the library
+    return None
+
+
+def check_paths(command: str, arguments: Sequence[str]) -> None:
+    """Refuse paths of a command that it could not write or read at its end, or after seconds of imports.
+
+    Args:
+        command: its name.
+        arguments: of it.
+
+    Raises:
+        FileExistsError: what --output names exists.
+        FileNotFoundError: there is no such --config.
+        OSError: --output or --runs cannot be made.
+    """
+    finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--output", "--runs", "--config"):
+        finder.add_argument(option, type=Path)
+    try:
+        found, others = finder.parse_known_args(arguments)
+    except ArgumentError:
+        return  # the command says it
+    if {"-h", "--help"} & set(others):
+        return
+    output = found.output or (Path("report.html") if command == "report" else None)
+    if output is not None:
+        check_new(output, {"convert": "folder", "export": "path"}.get(command, "file"))
+        _check_place(output.absolute().parent)
+    if found.runs is not None:
+        _check_place(found.runs.absolute())
+    if found.config is not None and found.config.suffix in (".yaml", ".yml", ".json"):
+        found.config.open("rb").close()
+
+
+def _check_place(folder: Path) -> None:
+    """See that files can be made in a folder, or the folder itself."""
+    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
