@@ -1,6 +1,6 @@
 """How good heads are that inherit from a trained base, before any training.
 
-A residual network of three blocks a stage with batch normalisation, and a perceptron of eight layers without, both for
+A residual network of three blocks a stage with batch normalisation, and a residual perceptron without, both for
 MNIST-1D. Heads inherit channels or blocks by each importance: the same in all heads, dealt out in turns, or drawn by
 each head for itself.
 
@@ -30,7 +30,7 @@ from ensemblenet.storage.runs import environment
 
 Choice = Callable[[Sequence[int], int, int, int], list[int]]
 EPOCHS, BATCH, CALIBRATION = 30, 100, 8
-# a name, options of `convert`: two heads of the parameters of the base, four heads of 1.5 times these, and short heads
+# by name, options of `convert`: heads as wide in two as in four, and heads without half of the blocks they may drop
 PLANS: dict[str, dict[str, Any]] = {
     "2 narrow": {"num_heads": 2, "budget": 1.0, "shape": "narrow"},
     "4 narrow": {"num_heads": 4, "budget": 2.0, "shape": "narrow"},

@@ -172,6 +172,12 @@ def test_convert_inherits_and_says_what_heads_reach_before_training(
         (["info", "torch.nn:ReLU"], "torch.nn:ReLU does not say what inputs it takes: give --input-shape"),
         (["convert", NET, "--budget", "0.001", "--output", "never"], "do not fit a budget"),
         (["convert", NET, "--split-at", "conv9", "--output", "never"], "`ensemblenet info` lists them all"),
+        (["convert", NET, "--importance", "scale", "--output", "never"], "use --init inherit"),
+        (
+            ["convert", NET, "--init", "inherit", "--importance", "taylor", "--output", "never"],
+            "name it by --calibrate",
+        ),
+        (["convert", NET, "--init", "inherit", "--calibrate", "no.yaml", "--output", "never"], "no.yaml"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (
             ["fit", "--resume", "missing"],

@@ -360,7 +360,7 @@ class _Turns(GraphRunner):
             taken = self._taken[self._begins[n.name]]
             self.turns[n.name].append(1 - torch.cosine_similarity(taken, value.flatten(1), dim=1).float())
         if n.name in self._begins.values():
-            self._taken[n.name] = value.flatten(1).clone()  # what comes later may write into it
+            self._taken[n.name] = value.flatten(1)  # nothing writes into it later: it is a split point
         return value
 
 
