@@ -62,7 +62,7 @@ def test_outputs_of_layers_without_normalisation_have_the_bases_moments() -> Non
         assert not torch.allclose(plain(x).std(0), expected.std(0), rtol=1e-2)
 
 
-def test_frozen_and_tied_layers_are_left_alone() -> None:
+def test_tied_layers_are_left_alone() -> None:
     base = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 3))
     base[4].weight = base[2].weight
     batches = [(torch.randn(40, 8), torch.randint(3, (40,)))]
