@@ -6,10 +6,12 @@ import json
 import math
 import reprlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torch import Tensor
 
 from ensemblenet._moved import renamed
 from ensemblenet.cost import Budget
@@ -21,11 +23,15 @@ from ensemblenet.models.sources import BaseSource, is_plain
 if TYPE_CHECKING:
     from ensemblenet.operations.axes import Axis
 
-__all__ = ["Conversion", "HeadShape", "Init", "Recipe", "Shape"]
+__all__ = ["Conversion", "Criterion", "HeadShape", "Importance", "Init", "Recipe", "Shape"]
 
 __getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.finding.find_source"})
 
 Init = Literal["fresh", "inherit"]
+Criterion = Literal["magnitude", "scale", "taylor", "random"]
+# a function of a group of channels: of each parameter that has them, its name and its values, (channels, *), to a
+# score for each channel
+Importance = Criterion | Callable[[Sequence[tuple[str, Tensor]]], Tensor]
 Shape = Literal["auto", "narrow", "short"]
 Blocks = Literal["fewer", "narrower"]
 FORMAT = 4
@@ -61,6 +67,7 @@ class Conversion:
     shape: Shape = "auto"
     width: float | None = None
     depth: float | None = None
+    importance: Importance | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads != "auto" and not _is_count(self.num_heads):
@@ -68,6 +75,12 @@ class Conversion:
         Budget.of(self.budget)
         if self.init not in get_args(Init):
             raise ConversionError(f"init must be one of {get_args(Init)}, got {self.init!r}.")
+        if not (self.importance is None or callable(self.importance) or self.importance in get_args(Criterion)):
+            raise ConversionError(
+                f"importance must be one of {get_args(Criterion)} or a function, got {self.importance!r}."
+            )
+        if self.importance is not None and self.init != "inherit":
+            raise ConversionError('importance says what heads inherit: pass init="inherit" too.')
         for name, most, what in (("min_width", 1, "channels"), ("width", _WIDEST, "channels"), ("depth", 1, "blocks")):
             share = getattr(self, name)
             least = 0 if name != "width" else 1e-3

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ensemblenet
 from ensemblenet.cli import main
+from ensemblenet.data.mnist1d import generate_mnist1d
 from ensemblenet.models import MNIST1DNet
 
 NET = "ensemblenet.models:MNIST1DNet"
@@ -123,6 +126,40 @@ def test_info_and_benchmark_take_what_convert_wrote(tmp_path: Path, capsys: pyte
     assert "3 heads" in " ".join(capsys.readouterr().out.split())
 
 
+def trained_network() -> torch.nn.Module:
+    """What the command below imports: a network that has been trained for a moment."""
+    torch.manual_seed(0)
+    ((x, y),) = generate_mnist1d((1000,))
+    network = MNIST1DNet(16)
+    optimizer = torch.optim.AdamW(network.parameters(), 0.01)
+    for places in [part for _ in range(6) for part in torch.randperm(1000).split(50)]:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(x[places]), y[places]).backward()
+        optimizer.step()
+    return network
+
+
+def test_convert_inherits_and_says_what_heads_reach_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "my_networks", SimpleNamespace(trained=trained_network))  # type: ignore[arg-type]
+    output = tmp_path / "model"
+    arguments = ["convert", "my_networks:trained", "--num-heads", "2", "--init", "inherit", "--output", str(output)]
+    data = ["--calibrate", "ensemblenet.data.MNIST1D", "--data.num_val", "300"]
+    data += ["--data.num_train", "2000", "--data.num_test", "100"]
+    assert main([*arguments, *data]) == 0
+    shown = capsys.readouterr().out
+    errors = {
+        name: float(found[1])
+        for name in ("base", "ensemble", "head 0", "head 1")
+        if (found := re.search(rf"^ {name} +\S+ +\S+ +(\S+)", shown, re.MULTILINE))
+    }
+    assert errors["base"] < errors["ensemble"] < min(errors["head 0"], errors["head 1"]) < 90
+    model = ensemblenet.load(output, MNIST1DNet(16))
+    x, y = generate_mnist1d((2000, 300, 100))[1]
+    assert 100 * (model.eval()(x).argmax(1) != y).float().mean().item() == pytest.approx(errors["ensemble"], abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -135,6 +172,12 @@ def test_info_and_benchmark_take_what_convert_wrote(tmp_path: Path, capsys: pyte
         (["info", "torch.nn:ReLU"], "torch.nn:ReLU does not say what inputs it takes: give --input-shape"),
         (["convert", NET, "--budget", "0.001", "--output", "never"], "do not fit a budget"),
         (["convert", NET, "--split-at", "conv9", "--output", "never"], "`ensemblenet info` lists them all"),
+        (["convert", NET, "--importance", "scale", "--output", "never"], "use --init inherit"),
+        (
+            ["convert", NET, "--init", "inherit", "--importance", "taylor", "--output", "never"],
+            "name it by --calibrate",
+        ),
+        (["convert", NET, "--init", "inherit", "--calibrate", "no.yaml", "--output", "never"], "no.yaml"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (
             ["fit", "--resume", "missing"],

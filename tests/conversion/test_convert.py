@@ -185,7 +185,12 @@ def test_auxiliary_outputs_are_dropped_with_a_warning() -> None:
 
 def test_a_trained_base_deserves_inherit() -> None:
     base = make().train()
-    base(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base(X)  # batches seen alone are no training
+        convert(base, X)
+    base(X).square().mean().backward()
+    torch.optim.SGD(base.parameters(), 0.1).step()
     with pytest.warns(UserWarning, match='init="inherit"'):
         convert(base, X)
     with warnings.catch_warnings():

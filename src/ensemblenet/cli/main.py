@@ -33,8 +33,9 @@ _SPELLED = (
     ("ensemblenet.split_points(base, x) lists", "`ensemblenet info` lists"),
     ("pass trust=True (on the command line --trust); else pass base, a fresh instance", "add --trust"),
     ("add --trust (in Python: trust=True)", "add --trust"),
-    ('pass init="inherit"', "use --model.conversion.init inherit"),
-    ('Pass init="inherit"', "Use --model.conversion.init inherit"),
+    ('pass init="inherit"', "use --init inherit (of fit: --model.conversion.init inherit)"),
+    ('Pass init="inherit"', "Use --init inherit (of fit: --model.conversion.init inherit)"),
+    ("pass calibration=, a loader of inputs and targets", "name it by --calibrate"),
     ("output= takes", "--model.conversion.output takes"),
     ("a smaller min_width", "a smaller --min-width"),
 )

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ensemblenet.conversion.flow import Flow
 from ensemblenet.conversion.split import Cut
+from ensemblenet.conversion.trace import depends_on_input
 
-__all__ = ["Block", "Depth", "Run", "depths_behind", "find_runs"]
+__all__ = ["Block", "Depth", "Run", "depths_behind", "find_runs", "runs_behind", "tensors_of_twins"]
 
 Signature = tuple[Any, ...]
 
@@ -157,10 +158,15 @@ def depths_behind(runs: Iterable[Run], cut: Cut) -> list[Depth]:
         >>> [(round(depth.share, 2), len(depth.dropped)) for depth in depths_behind(find_runs(cuts), cuts[0])]
         [(0.0, 3), (0.33, 2), (0.67, 1), (1.0, 0)]
     """
-    inside = [Run(tuple(block for block in run.blocks if block.begin.position >= cut.position)) for run in runs]
-    inside = [run for run in inside if run.num_droppable > 0]
+    inside = runs_behind(runs, cut)
     total = sum(run.num_droppable for run in inside)
     return [Depth(number / total, tuple(_dropped(inside, number, total))) for number in range(total)] + [Depth(1.0)]
+
+
+def runs_behind(runs: Iterable[Run], cut: Cut) -> list[Run]:
+    """What heads behind a cut have of some runs, where they may drop any of it."""
+    inside = [Run(tuple(block for block in run.blocks if block.begin.position >= cut.position)) for run in runs]
+    return [run for run in inside if run.num_droppable > 0]
 
 
 def _dropped(runs: Sequence[Run], num_kept: int, total: int) -> list[Block]:
@@ -170,6 +176,83 @@ def _dropped(runs: Sequence[Run], num_kept: int, total: int) -> list[Block]:
     for place in by_rest[: num_kept - sum(kept)]:
         kept[place] += 1
     return [block for run, number in zip(runs, kept, strict=True) for block in run.dropped(number)]
+
+
+def tensors_of_twins(blocks: Sequence[Block]) -> list[list[str]] | None:
+    """The parameters and buffers of blocks that could stand in each other's places: of each block the names, in order.
+
+    None where a block differs from another in more than the values of these, or shares them with other parts.
+    """
+    forms = [_Form(block) for block in blocks]
+    names = [form.names for form in forms]
+    is_shared = len({name for own in names for name in own}) < sum(map(len, names))
+    if is_shared or any(form.parts != forms[0].parts or form.lends() for form in forms):
+        return None
+    return names
+
+
+class _Form:
+    """All of a block but the values of its tensors.
+
+    Attributes:
+        parts: what its nodes do, on what, with tensors of which shapes.
+        names: of its parameters and buffers, in order.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self._trace = block.begin.flow.trace
+        self._numbers: dict[fx.Node, int] = {block.begin.node: -1}
+        self._tensors: dict[str, Tensor] = {}
+        self._seen: set[fx.Node] = set()
+        self.parts = tuple(self._part(node) for node in block.nodes)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def lends(self) -> bool:
+        """Whether other parts of the network read its tensors too."""
+        own = {id(tensor) for tensor in self._tensors.values()}
+        for node in self._trace.graph.nodes:
+            if node in self._seen:
+                if node.op == "get_attr" and not self._seen.issuperset(node.users):
+                    return True
+            elif not own.isdisjoint(map(id, self._trace.parameters.get(node, {}).values())):
+                return True
+        return False
+
+    def _part(self, node: fx.Node) -> Any:
+        self._seen.add(node)
+        part = [self._arguments(node.args), self._arguments(dict(node.kwargs))]
+        if node.op == "call_module":
+            layer = self._trace.module.get_submodule(str(node.target))
+            tensors = {self._trace.names[id(own)]: own for own in (*layer.parameters(), *layer.buffers())}
+            plain = {key: value for key, value in vars(layer).items() if isinstance(value, (int, float, str, tuple))}
+            part += [type(layer), self._shapes(tensors), plain if tensors else None]
+        elif node.op == "get_attr":
+            part.append(self._shapes({str(node.target): self._trace.tensor(str(node.target))}))
+        else:
+            part.append(node.target)
+        self._numbers[node] = len(self._numbers)
+        return part
+
+    def _shapes(self, tensors: Mapping[str, Tensor]) -> Any:
+        self._tensors.update(tensors)
+        return [(tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in tensors.values()]
+
+    def _arguments(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value in self._numbers:
+                return "node", self._numbers[value]
+            if "scalar" in value.meta:
+                return value.meta["scalar"]
+            # what comes from parameters alone is the block's own; masks and positions are those of all blocks
+            return value if depends_on_input(value) else self._part(value)
+        if isinstance(value, dict):
+            return {key: self._arguments(part) for key, part in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [self._arguments(part) for part in value]
+        return value
 
 
 def _operation(flow: Flow, node: fx.Node) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,18 +12,21 @@ from torch import fx, nn
 
 from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
+from ensemblenet.conversion.importance import Inheritance, batches_of
 from ensemblenet.conversion.initialise import Initialiser
 from ensemblenet.conversion.measuring import time_share
 from ensemblenet.conversion.planning import LATE, STEM, Plan, Planner, choose_num_heads
+from ensemblenet.conversion.repair import repair
 from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
+from ensemblenet.conversion.trained import looks_trained
 from ensemblenet.cost import Budget, Cost, count_parameters
 from ensemblenet.ensemble import EnsembleNet, as_tuple, combining_cost
 from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.finding import find_source
-from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe, Shape
+from ensemblenet.recipe import Conversion, HeadShape, Importance, Init, Recipe, Shape
 
 __all__ = ["convert", "convert_as", "plans", "plans_as", "rebuild", "split_points"]
 
@@ -48,6 +51,8 @@ def convert(
     shape: Shape = "auto",
     width: float | None = None,
     depth: float | None = None,
+    importance: Importance | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> EnsembleNet:
     """Convert a network into a shared trunk with K narrower heads, within a budget.
 
@@ -64,8 +69,8 @@ def convert(
         seed: the source of all chance; the same seed gives the same model.
         init: "fresh" draws all weights anew, at the scale of the base's own, so give it a base that has not been
             trained; "inherit" keeps the base's weights in the trunk and gives each head its own choice of the base's
-            channels. Frozen parameters (`requires_grad` is False) stay frozen: those that would be drawn anew or
-            narrowed are refused.
+            channels, see `importance`. Frozen parameters (`requires_grad` is False) stay frozen: those that would be
+            drawn anew or narrowed are refused.
         combine: how evaluation turns K outputs into one, see [`ensemblenet.functional.combine_heads`][].
         task: what the outputs mean; only `combine="probabilities"` depends on it.
         min_width: the least share of its channels that a head may keep, so that no more of the base is given up than
@@ -85,6 +90,18 @@ def convert(
             wider than the base, where its sizes can grow.
         depth: the share of the blocks which heads may drop that each keeps, spread evenly over each run of like
             blocks, whose first always stays; in place of the most that fits.
+        importance: what heads inherit: of each group of channels that belong together, those with the largest
+            "magnitude" (L2 norm of their weights and normalisations' scales), the largest "scale" of normalisation, or
+            those without which the loss changes most ("taylor", to first order; it needs `calibration`); by chance
+            ("random"); or a function that is given a group, as a list of the names of its parameters with their values,
+            (channels, *), and gives a score for each channel, (channels,). The most important go to every head, the
+            others are dealt out in turns. Short heads take the values of blocks so too, where the blocks of a run
+            differ in nothing else, by how much a block turns what flows through it if there is `calibration`, else by
+            magnitude. None means "taylor" with `calibration`, else "magnitude" with the same blocks in all heads.
+        calibration: a loader of a few batches of inputs and targets, read once and kept in memory. By it inherited
+            heads are repaired: batch normalisation takes its statistics anew, as a pass in training mode would, and
+            linear layers and convolutions without it get the scale and bias that give each output its mean and standard
+            deviation in the base.
 
     Returns:
         The model, on the base's device and in the base's mode.
@@ -99,8 +116,9 @@ def convert(
         >>> model.train()(torch.randn(4, 8)).shape
         torch.Size([3, 4, 3])
     """
-    wanted = Conversion(num_heads, budget, split_at, seed, init, combine, min_width, output, shape, width, depth)
-    return convert_as(wanted, base, example_inputs, task, capacity)
+    settings = (num_heads, budget, split_at, seed, init, combine, min_width, output, shape, width, depth, importance)
+    wanted = Conversion(*settings)
+    return convert_as(wanted, base, example_inputs, task, capacity, calibration)
 
 
 @torch.inference_mode(False)  # tensors of inference mode cannot be traced
@@ -110,6 +128,7 @@ def convert_as(
     example_inputs: Tree,
     task: Task = "multiclass",
     capacity: Capacity | None = None,
+    calibration: Iterable[Any] | None = None,
 ) -> EnsembleNet:
     """Do what [`ensemblenet.convert`][] does, with its options in one object.
 
@@ -119,6 +138,7 @@ def convert_as(
         example_inputs: as for `convert`.
         task: as for `convert`.
         capacity: as for `convert`.
+        calibration: as for `convert`.
 
     Example:
         >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
@@ -126,6 +146,8 @@ def convert_as(
         3
     """
     _check_inputs(base, example_inputs)
+    if calibration is not None and wanted.init != "inherit":
+        raise ConversionError('calibration is for what heads inherit: pass init="inherit" too.')
     trains = [parameter.requires_grad for parameter in base.parameters()]
     if trains and not any(trains):
         raise ConversionError("The base has nothing to train: unfreeze what heads shall learn, requires_grad_(True).")
@@ -163,13 +185,26 @@ def convert_as(
             raise _too_slow(tried, Budget.of(wanted.budget))
         planner.pass_over(plan)
     _check_split(traced, named_cut(cuts, plan.split.name))
+    batches = [] if calibration is None else batches_of(calibration, traced)
+    inheritance = None
+    if wanted.init == "inherit":
+        inheritance = Inheritance(base, design, recipe, planner.runs, wanted.importance, batches)
     lost: set[str] = set()
-    model = _assemble(design, recipe, base_cost, lost)
+    model = _assemble(design, recipe, base_cost, lost, inheritance)
     _refuse_lost(lost, recipe)
     _check_training_step(model, example_inputs)
-    if wanted.init == "fresh" and _looks_trained(base):
-        note = "The base has been trained, and fresh heads would begin at the scale of its trained weights; "
-        traced.notes.append(note + 'pass init="inherit", or an untrained instance of the base.')
+    if inheritance is not None and batches:
+        repair(model, base, inheritance, batches)
+    if inheritance is not None and inheritance.is_same and model.num_heads > 1:
+        traced.notes.append(
+            "All heads begin alike, and only chance in training could make them differ: pass importance= or "
+            "calibration= for short heads that keep different blocks, or less width."
+        )
+    if wanted.init == "fresh" and looks_trained(base):
+        traced.notes.append(
+            'The base looks trained, and fresh heads know nothing of what it has learned: pass init="inherit", or an '
+            "untrained instance of the base."
+        )
     if capacity is not None and not capacity.is_spare:
         traced.notes.append(str(capacity))
     for note in traced.notes:
@@ -179,7 +214,9 @@ def convert_as(
 
 @torch.inference_mode(False)
 def rebuild(base: nn.Module, recipe: Recipe, sizes: Mapping[str, tuple[int, ...]] | None = None) -> EnsembleNet:
-    """Make the model of a recipe again, with the weights that it began with.
+    """Make the model of a recipe again, with the weights that it began with, if they were fresh.
+
+    Inherited heads get channels by chance: what they began with depends on data that no recipe keeps.
 
     Args:
         base: a fresh instance of the base.
@@ -315,12 +352,6 @@ def _check_inputs(base: nn.Module, example_inputs: Tree) -> None:
         raise ConversionError(f"example_inputs are on {others} and the base is on {names}; move them to one device.")
 
 
-def _looks_trained(base: nn.Module) -> bool:
-    """Whether batch normalisation has seen batches."""
-    counters = [buffer for name, buffer in base.named_buffers() if name.endswith("num_batches_tracked")]
-    return any(counter.item() > 0 for counter in counters)
-
-
 def _base_cost(base: nn.Module, traced: Trace) -> Cost:
     return replace(traced.cost(traced.graph.nodes), parameters=count_parameters(base))
 
@@ -381,12 +412,20 @@ def _check_split(traced: Trace, cut: Cut) -> None:
             raise ConversionError(f"The split at {cut.point.name!r} changes the base. {difference} {BY_HAND}")
 
 
-def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost, lost: set[str] | None = None) -> EnsembleNet:
+def _assemble(
+    design: HeadDesign,
+    recipe: Recipe,
+    base_cost: Cost,
+    lost: set[str] | None = None,
+    inheritance: Inheritance | None = None,
+) -> EnsembleNet:
     """Build the trunk and the heads; `lost` takes up which frozen parameters do not keep the base's values."""
     generator = torch.Generator().manual_seed(recipe.seed)
-    initialisers = [Initialiser(recipe.init, generator) for _ in range(recipe.num_heads + 1)]
-    heads = [build_head(design, recipe.head, initialiser)[0] for initialiser in initialisers[1:]]
-    trunk = build_trunk(design.trace, design.cut, initialisers[0])
+    of_trunk = Initialiser(recipe.init, generator)
+    of_heads = [Initialiser(recipe.init, generator, inheritance, k) for k in range(recipe.num_heads)]
+    initialisers = [of_trunk, *of_heads]
+    heads = [build_head(design, recipe.head, initialiser)[0] for initialiser in of_heads]
+    trunk = build_trunk(design.trace, design.cut, of_trunk)
     if lost is not None:
         lost.update(*(initialiser.lost for initialiser in initialisers))
     return EnsembleNet(

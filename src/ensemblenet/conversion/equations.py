@@ -48,6 +48,7 @@ class Equations:
         groups: by node, the axis that counts its groups.
         contracted: by weight, the axes that it sums over, its fan-in.
         biases: the names of biases.
+        scales: the names of vectors that multiply each channel by a number of its own, such as of normalisations.
         written: the axes of what layers with weights write.
         inside: by tensor inside of a call that its operation states as a whole, the axes that it is taken to grow with.
         work: the part's ATen calls, and the axes that the MACs of each grow with.
@@ -69,6 +70,7 @@ class Equations:
         self.groups: dict[fx.Node, Axis] = {}
         self.contracted: dict[str, Axes] = {}
         self.biases: set[str] = set()
+        self.scales: set[str] = set()
         self.written: Axes = []
         self.inside: dict[int, Axes] = {}
         self.work: list[tuple[Event, Axes]] = []
@@ -143,6 +145,10 @@ class Equations:
     def bias(self, ref: TensorRef) -> None:
         if ref.source:
             self.biases.add(ref.source)
+
+    def scale(self, ref: TensorRef | None) -> None:
+        if ref is not None and ref.source in self._parameters and sum(size > 1 for size in ref.shape) == 1:
+            self.scales.add(ref.source)
 
     def is_weight(self, ref: TensorRef) -> bool:
         return ref.source is not None or ref.id in self._weight_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from ensemblenet.conversion.equations import Equations
 from ensemblenet.operations import operation_of
 from ensemblenet.operations.axes import Axis
 from ensemblenet.recipe import Init
+
+if TYPE_CHECKING:
+    from ensemblenet.conversion.importance import Inheritance
 
 __all__ = ["Initialiser"]
 
@@ -28,19 +32,25 @@ class Initialiser:
     scales, position embeddings) have structure rather than chance in them; they keep the values of the channels
     that the head keeps. `"inherit"` keeps the values of those channels for all tensors.
 
-    Which channels a part keeps is its own choice by chance.
+    Which channels a part keeps is its own choice by chance, if nothing is said of what it inherits.
 
     Args:
         init: `"fresh"` or `"inherit"`.
         generator: the source of chance, on the CPU.
+        inheritance: what each head inherits.
+        head: which of the heads it is.
 
     Attributes:
         lost: names of frozen weights and biases that were drawn anew or cut, which no training would mend.
     """
 
-    def __init__(self, init: Init, generator: torch.Generator) -> None:
+    def __init__(
+        self, init: Init, generator: torch.Generator, inheritance: Inheritance | None = None, head: int = 0
+    ) -> None:
         self.init: Init = init
         self.generator = generator
+        self._inheritance = inheritance
+        self._head = head
         self.lost: set[str] = set()
         self._choices: dict[Axis, list[int]] = {}
 
@@ -63,10 +73,11 @@ class Initialiser:
             scale = math.sqrt(shrunk) if fan_in else 1.0
             new = torch.cat([self._redraw(part, [rows.value(size_of), *columns], scale) for rows, part in drawn])
         else:
-            new = base.detach().clone()
+            source = base if self._inheritance is None else self._inheritance.tensor(self._head, name, base)
+            new = source.detach().clone()
             for dim, axis in enumerate(axes):
                 if axis.value(size_of) != axis.size:
-                    new = new.index_select(dim, self._chosen(axis, size_of).to(base.device))
+                    new = new.index_select(dim, self.chosen(axis, size_of).to(base.device))
         if layout := _channels_last(base):
             new = new.contiguous(memory_format=layout)
         return nn.Parameter(new, base.requires_grad) if isinstance(base, nn.Parameter) else new
@@ -78,7 +89,7 @@ class Initialiser:
                 weight.normal_(0, axis.size**-0.5, generator=self.generator)
             else:
                 weight.zero_()
-                chosen = self._chosen(axis, size_of)
+                chosen = self.chosen(axis, size_of)
                 weight[torch.arange(len(chosen)), chosen] = 1
 
     def finish(self, part: nn.Module) -> None:
@@ -101,12 +112,16 @@ class Initialiser:
             block.copy_(values[picks.to(base.device)])
         return new.mul_(scale).view(shape)
 
-    def _chosen(self, axis: Axis, size_of: SizeOf) -> Tensor:
+    def chosen(self, axis: Axis, size_of: SizeOf) -> Tensor:
+        """The positions in the base that the part keeps of an axis."""
         return torch.tensor(axis.indices(lambda unknown: self._choice(unknown, size_of)))
 
     def _choice(self, unknown: Axis, size_of: SizeOf) -> list[int]:
         if unknown not in self._choices:
             size = size_of(unknown)
+            if self._inheritance is not None:
+                self._choices[unknown] = self._inheritance.positions(self._head, unknown, size)
+                return self._choices[unknown]
             rounds = math.ceil(size / unknown.size)  # more than one where there are more channels than in the base
             order = torch.cat([torch.randperm(unknown.size, generator=self.generator) for _ in range(rounds)])
             self._choices[unknown] = order[:size].sort().values.tolist()

@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as SpectralNormHook
 
 from ensemblenet.errors import ConversionError
 
-__all__ = ["refuse_pruned", "restart_power_iterations", "singular_vectors"]
+__all__ = ["refuse_pruned", "refuse_quantised", "restart_power_iterations", "singular_vectors"]
 
 _ITERATIONS = 15  # as PyTorch begins with
 
@@ -55,3 +55,17 @@ def refuse_pruned(base: nn.Module) -> None:
                     f"not fit narrower layers: make it part of the weight by torch.nn.utils.prune.remove(layer, "
                     f"{hook._tensor_name!r}) first."
                 )
+
+
+def refuse_quantised(base: nn.Module) -> None:
+    """Refuse a network whose weights PyTorch has packed as integers: nothing can be read or trained of them.
+
+    Raises:
+        ConversionError: a layer is quantised.
+    """
+    for name, layer in base.named_modules():
+        if type(layer).__module__.startswith("torch.ao.nn.") and "quantized" in type(layer).__module__:
+            raise ConversionError(
+                f"{name or 'the base'} ({type(layer).__name__}) is quantised, and its weights can be neither narrowed "
+                "nor trained: convert the network that it was made from, and quantise what comes of it."
+            )

@@ -159,6 +159,7 @@ class Planner:
 
     Attributes:
         num_heads: K.
+        runs: of blocks that heads may drop.
     """
 
     def __init__(
@@ -181,9 +182,9 @@ class Planner:
         self._limit = budget.limit(base)
         self._fast = _FAST * max(1.0, budget.macs or 1.0)
         self._must_shorten = wanted.shape == "short" or (wanted.depth is not None and wanted.depth < 1)
-        self._runs = [] if wanted.shape == "narrow" else find_runs(cuts)
+        self.runs = [] if wanted.shape == "narrow" else find_runs(cuts)
         work = [numbers for _, numbers in cuts[0].flow.trace.work]
-        self._is_small = not self._runs and ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
+        self._is_small = not self.runs and ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
         self._found: dict[str, tuple[HeadDesign, Plan]] = {}  # by split point
         self._passed: set[str] = set()
 
@@ -210,7 +211,7 @@ class Planner:
         return self._found[name]
 
     def _plan_at(self, cut: Cut) -> tuple[HeadDesign, Plan]:
-        depths = depths_behind(self._runs, cut)
+        depths = depths_behind(self.runs, cut)
         wanted = self._wanted
         if len(depths) == 1 and self._must_shorten:
             design, plan = self._plan(cut, depths[0])
@@ -275,7 +276,7 @@ class Planner:
         cut = named_cut(self._cuts, name)
         if not cut.has_parameters:
             raise ConversionError(f"No parameters follow split point {name!r}, so all heads would be the same.")
-        if self._must_shorten and len(depths_behind(self._runs, cut)) == 1:
+        if self._must_shorten and len(depths_behind(self.runs, cut)) == 1:
             raise ConversionError(f"Heads behind {name!r} have no blocks to drop{_BLOCKS} Split earlier, or {_NARROW}")
         design, plan = self.at(cut)
         if plan.width is None or plan.width < (self._wanted.min_width or 0.0):
@@ -292,7 +293,7 @@ class Planner:
             slow = slow or found
         if slow:
             return slow
-        if self._must_shorten and not self._runs:
+        if self._must_shorten and not self.runs:
             raise ConversionError(f"The base has no blocks that heads could drop{_BLOCKS} Please {_NARROW}")
         # the one that comes nearest: the widest heads, or where none fit, the least cost
         misfits = [plan for _, plan in self._found.values() if plan.split.name not in self._passed]

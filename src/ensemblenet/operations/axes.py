@@ -113,6 +113,27 @@ class Axis:
             positions = [outer * part.size + index for outer in positions for index in inner]
         return positions
 
+    def coordinates(self, unknown: Axis) -> list[int]:
+        """For each position in the base, the position of an unknown that it belongs to; -1 where it belongs to none.
+
+        Example:
+            >>> heads, width = free(3), free(2)
+            >>> multiplied([heads, width]).coordinates(heads), multiplied([heads, width]).coordinates(width)
+            ([0, 0, 1, 1, 2, 2], [0, 1, 0, 1, 0, 1])
+        """
+        axis = self.root()
+        if axis is unknown:
+            return list(range(axis.size))
+        if not axis.parts:
+            return [-1] * axis.size
+        if axis.is_sum:
+            return [place for part in axis.parts for place in part.coordinates(unknown)]
+        found = [-1]
+        for part in axis.parts:
+            inner = part.coordinates(unknown)
+            found = [max(outer, own) for outer in found for own in inner]
+        return found
+
     def position(self, offset: int, size_of: Callable[[Axis], int]) -> int | None:
         """Where a position in the base lies after narrowing; None if it lies inside a part that is narrowed."""
         if offset == self.size:

@@ -137,6 +137,10 @@ class Sizes(Protocol):
         """Note that a tensor is added to features, if it is a parameter."""
         ...
 
+    def scale(self, ref: TensorRef | None) -> None:
+        """Note that a tensor multiplies each channel by a number of its own, if it is a vector of parameters."""
+        ...
+
     def is_weight(self, ref: TensorRef) -> bool:
         """Whether a tensor is a parameter, perhaps reshaped."""
         ...

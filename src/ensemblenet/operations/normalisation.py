@@ -38,6 +38,7 @@ class BatchNormOperator(Operation):
 
     def couple(self, sizes: Sizes, event: Event) -> None:
         axes = sizes.axes(event.args[0])
+        sizes.scale(event.args[1])
         for ref in event.args[1:5]:
             if isinstance(ref, TensorRef):
                 sizes.vector(ref, axes[1])
@@ -129,6 +130,7 @@ class LayerNormOperator(Operation):
 
     def couple(self, sizes: Sizes, event: Event) -> None:
         axes = sizes.axes(event.args[0])
+        sizes.scale(event.args[2])
         for ref in event.args[2:4]:
             if isinstance(ref, TensorRef):
                 for own, axis in zip(sizes.axes(ref), axes[-len(ref.shape) :], strict=True):
@@ -217,6 +219,7 @@ class GroupNormOperator(Operation):
     def couple(self, sizes: Sizes, event: Event) -> None:
         features, weight, bias = event.args[:3]
         axes = sizes.axes(features)
+        sizes.scale(weight)
         groups = event.args[6]
         group = free(groups)
         if groups > 1:

@@ -81,6 +81,9 @@ class PointwiseOperator(Operation):
     def couple(self, sizes: Sizes, event: Event) -> None:
         if event.name == "as_strided_" and event.out.shape != refs((event.args, event.kwargs))[0].shape:
             raise NotImplementedError
+        if event.name in ("mul", "mul_"):
+            for factor in refs(event.args):
+                sizes.scale(factor)
         couple_pointwise(sizes, event)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ensemblenet.conversion.parametrised import refuse_pruned
+from ensemblenet.conversion.parametrised import refuse_pruned, refuse_quantised
 from ensemblenet.conversion.trace.attributes import Attributes, keeping_state
 from ensemblenet.conversion.trace.chance import CHANCE, keeping_values, place_of_draw
 from ensemblenet.conversion.trace.check import check_training
@@ -29,6 +29,7 @@ from ensemblenet.conversion.trace.graph import (
     NodeError,
     Trace,
     Trial,
+    arguments,
     depends_on_input,
     parameter_names,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "TensorRef",
     "Trace",
     "Trial",
+    "arguments",
     "check_training",
     "depends_on_input",
     "differs",
@@ -95,6 +97,7 @@ def trace(base: nn.Module, example_inputs: Tree, output: Output = None, inputs: 
     base = getattr(base, "_orig_mod", base)  # of torch.compile
     refuse_parameter_hooks(base)
     refuse_pruned(base)
+    refuse_quantised(base)
     module, computed = copy_base(base)
     if isinstance(example_inputs, Mapping):
         example_inputs = _in_order(base, example_inputs)
