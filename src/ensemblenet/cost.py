@@ -207,8 +207,12 @@ class Roofline:
     def time(self, operators: Any) -> float:
         """The estimate, in FLOPs, for operators (n, 4) as [`ensemblenet.work.work_of`][] counts them."""
         _, flops, _, moved = np.asarray(operators, dtype=float).reshape(-1, 4).T
-        starts = int(np.count_nonzero(moved)) * self.overhead / self.batch  # views are no operators
-        return float(np.maximum(flops, self.ridge * self.bytes * moved).sum()) + starts
+        return float(np.maximum(flops, self.ridge * self.bytes * moved).sum()) + self.starts(operators)
+
+    def starts(self, operators: Any) -> float:
+        """The part of the estimate that goes into starting operators."""
+        moved = np.asarray(operators, dtype=float).reshape(-1, 4)[:, 3]
+        return int(np.count_nonzero(moved)) * self.overhead / self.batch  # views are no operators
 
     def cost(self, parameters: int, operators: Any) -> Cost:
         """The cost of so many parameters and such operators."""

@@ -20,13 +20,15 @@ from ensemblenet.models.sources import BaseSource, is_plain
 if TYPE_CHECKING:
     from ensemblenet.operations.axes import Axis
 
-__all__ = ["Conversion", "HeadShape", "Init", "Recipe"]
+__all__ = ["Conversion", "HeadShape", "Init", "Recipe", "Shape"]
 
 __getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.finding.find_source"})
 
 Init = Literal["fresh", "inherit"]
+Shape = Literal["auto", "narrow", "short"]
 Blocks = Literal["fewer", "narrower"]
-FORMAT = 3
+FORMAT = 4
+_WIDEST = 4.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Conversion:
         (4, 0.9, 'auto')
     """
 
-    num_heads: int = 2
+    num_heads: int | Literal["auto"] = 2
     budget: float | Budget = 1.0
     split_at: str = "auto"
     seed: int | None = None
@@ -54,15 +56,33 @@ class Conversion:
     combine: Combine = "logits"
     min_width: float | None = None
     output: str | int | Sequence[str | int] | None = None  # of what the base returns
+    shape: Shape = "auto"
+    width: float | None = None
+    depth: float | None = None
 
     def __post_init__(self) -> None:
-        if not _is_count(self.num_heads):
-            raise ConversionError(f"num_heads must be an integer of at least 1, got {self.num_heads!r}.")
+        if self.num_heads != "auto" and not _is_count(self.num_heads):
+            raise ConversionError(f'num_heads must be an integer of at least 1, or "auto", got {self.num_heads!r}.')
         Budget.of(self.budget)
         if self.init not in get_args(Init):
             raise ConversionError(f"init must be one of {get_args(Init)}, got {self.init!r}.")
-        if self.min_width is not None and not (isinstance(self.min_width, int | float) and 0 <= self.min_width <= 1):
-            raise ConversionError(f"min_width must be a share of the base's channels, 0 to 1, got {self.min_width!r}.")
+        for name, most, what in (("min_width", 1, "channels"), ("width", _WIDEST, "channels"), ("depth", 1, "blocks")):
+            share = getattr(self, name)
+            least = 0 if name != "width" else 1e-3
+            if share is not None and not (_is_number(share) and least <= share <= most):
+                raise ConversionError(f"{name} must be a share of the base's {what}, {least:g} to {most:g}, got {share!r}.")
+        self._check_shape()
+
+    def _check_shape(self) -> None:
+        if self.shape not in get_args(Shape):
+            raise ConversionError(f"shape must be one of {get_args(Shape)}, got {self.shape!r}.")
+        if self.width is not None and self.width > 1 and self.init == "inherit":
+            raise ConversionError(f'Heads of width {self.width:g} have channels that no base has: pass init="fresh".')
+        narrows = self.width is not None and self.width < 1
+        shortens = self.depth is not None and self.depth < 1
+        if (self.shape == "short" and narrows) or (self.shape == "narrow" and shortens):
+            other = f"width={self.width:g}" if narrows else f"depth={self.depth:g}"
+            raise ConversionError(f'shape="{self.shape}" and {other} exclude each other: leave out one of them.')
 
 
 @dataclass(frozen=True)
@@ -70,11 +90,13 @@ class HeadShape:
     """The shape that every head was given.
 
     Attributes:
-        width: the share of its channels that each layer keeps.
+        width: the share of its channels that each layer keeps; above 1 where it has more than the base.
         multiple: large channel counts are rounded to it, smaller ones to smaller powers of two.
         pinned: names of graph nodes that keep the base's sizes, because they fail with smaller ones.
         blocks: whether blocks of channels (groups, attention heads) become fewer or narrower; few become narrower
             either way.
+        depth: the share of the blocks that may be dropped which it keeps.
+        dropped: the blocks that it is without: the names of the split points in front of and behind each.
 
     Example:
         >>> from ensemblenet.operations.axes import free
@@ -86,17 +108,20 @@ class HeadShape:
     multiple: int = 8
     pinned: tuple[str, ...] = ()
     blocks: Blocks = "fewer"
+    depth: float = 1.0
+    dropped: tuple[tuple[str, str], ...] = ()
 
     def size(self, axis: Axis) -> int:
         """The new size of a free axis of the base."""
-        if self.width >= 1 or axis.role == ("instead" if self.blocks == "fewer" else "count"):
+        if self.width == 1 or axis.role == ("instead" if self.blocks == "fewer" else "count"):
             return axis.size
         step = max(self.multiple // axis.block, 1)
         if self.blocks == "narrower" and axis.role is not None:
             step = math.gcd(8, axis.size)  # the width of an attention head stays what kernels like
         while step > 1 and axis.size < 8 * step:
             step //= 2
-        return min(max(round(axis.size * self.width / step) * step, step), axis.size)
+        size = max(round(axis.size * self.width / step) * step, step)
+        return min(size, axis.size) if self.width < 1 else max(size, axis.size)
 
 
 # how attributes of version 0.1 are found now
@@ -183,6 +208,8 @@ class Recipe:
             data = _from_format_1(data)
         if data["format"] == 2:
             data = _from_format_2(data)
+        if data["format"] == 3:
+            data = _from_format_3(data)
         _check_fields(cls, data, "recipe")
         for name, kind in (("base", BaseSource), ("inputs", Inputs), ("head", HeadShape)):
             if name != "base" or data[name] is not None:
@@ -198,7 +225,8 @@ class Recipe:
         specs = [InputSpec(**{k: _tuples(v) for k, v in spec.items()}) for spec in data["inputs"]["tensors"]]
         data["inputs"] = Inputs(tuple(specs), data["inputs"]["tree"])
         data["output"] = _tuples(data["output"])
-        data["head"] = HeadShape(**{**data["head"], "pinned": tuple(data["head"]["pinned"])})
+        dropped = tuple(map(tuple, data["head"]["dropped"]))
+        data["head"] = HeadShape(**{**data["head"], "pinned": tuple(data["head"]["pinned"]), "dropped": dropped})
         return cls(**data)
 
 
@@ -220,7 +248,14 @@ def _from_format_2(data: dict[str, Any]) -> dict[str, Any]:
     _check_fields(InputSpec, {"is_batched": True, "fixed": [], **data["inputs"]}, "recipe's inputs")
     tensor = {**data["inputs"], "is_batched": True, "fixed": []}
     inputs, head = {"tensors": [tensor], "tree": 0}, {"blocks": "fewer", **data["head"]}
-    return {**data, "inputs": inputs, "head": head, "output": None, "format": FORMAT}
+    return {**data, "inputs": inputs, "head": head, "output": None, "format": 3}
+
+
+def _from_format_3(data: dict[str, Any]) -> dict[str, Any]:
+    """Format 3 dropped no blocks."""
+    if not isinstance(data.get("head"), dict):
+        raise LoadError("The recipe has format 3 but no 'head'.")
+    return {**data, "head": {"depth": 1.0, "dropped": [], **data["head"]}, "format": FORMAT}
 
 
 def _tuples(value: Any) -> Any:
@@ -242,7 +277,9 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
         ("base", "a factory, a name and plain arguments", base, base is None or is_plain(base)),
         ("tree of inputs", "lists and dictionaries of the tensors' numbers", inputs["tree"], _is_tree(inputs)),
         ("output", "a name, a position or a list of them", output, _is_output(output)),
-        ("width", "a number in (0, 1]", width, isinstance(width, (int, float)) and 0 < width <= 1),
+        ("width", f"a number in (0, {_WIDEST:g}]", width, _is_number(width) and 0 < width <= _WIDEST),
+        ("depth", "a number in [0, 1]", head["depth"], _is_number(head["depth"]) and 0 <= head["depth"] <= 1),
+        ("dropped", "a list of pairs of names", head["dropped"], _is_pairs(head["dropped"])),
         ("multiple", "a positive integer", head["multiple"], _is_count(head["multiple"])),
         ("blocks", f"one of {get_args(Blocks)}", head["blocks"], head["blocks"] in get_args(Blocks)),
         ("pinned", "a list of names", pinned, _is_list(pinned) and all(isinstance(name, str) for name in pinned)),
@@ -266,6 +303,15 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list)
+
+
+def _is_pairs(value: Any) -> bool:
+    pairs = value if _is_list(value) else [None]
+    return all(_is_list(pair) and len(pair) == 2 and all(isinstance(name, str) for name in pair) for pair in pairs)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:

@@ -261,7 +261,7 @@ def test_rules_never_contradict_the_tensors() -> None:
     for middle in MIDDLES.values():
         traced = trace(Between(middle), torch.randn(2, 3, 8, 8))
         ref = traced.refs[traced.input_nodes[0]]
-        equations = Equations(traced, set(traced.graph.nodes), ref, [kept(size) for size in ref.shape], set())
+        equations = Equations(traced, set(traced.graph.nodes), ref, [kept(size) for size in ref.shape], set(), {})
         for refs in traced.refs.values():
             assert math.prod(axis.size for axis in equations.axes(refs)) == math.prod(refs.shape)
 

@@ -96,7 +96,7 @@ class HeadDesign:
         return HeadCost(self.equations, self.parameters.values(), self.trace.num_examples)
 
 
-def design_head(trace: Trace, cut: Cut, pinned: set[fx.Node]) -> HeadDesign:
+def design_head(trace: Trace, cut: Cut, pinned: set[fx.Node], *, grows: bool = False) -> HeadDesign:
     """Solve the sizes of a head.
 
     The tensor that enters keeps its width. Where the head's layers add to it all the way (a residual stream), that
@@ -106,9 +106,11 @@ def design_head(trace: Trace, cut: Cut, pinned: set[fx.Node]) -> HeadDesign:
         trace: the traced base.
         cut: where the head begins.
         pinned: nodes that must keep their sizes.
+        grows: whether the head may be wider than the base; such a stream then keeps its width.
     """
-    shape = trace.refs[cut.node].shape
-    rank = len(shape)
+    if grows:
+        return _solve(trace, cut, pinned, None)
+    rank = len(trace.refs[cut.node].shape)
     # the dimensions that may hold the channels, the likelier first
     for dim in {1: [], 2: [1], 3: [2, 1]}.get(rank, [1, rank - 1]):
         design = _solve(trace, cut, pinned, dim)
@@ -122,7 +124,7 @@ def design_head(trace: Trace, cut: Cut, pinned: set[fx.Node]) -> HeadDesign:
 def _solve(trace: Trace, cut: Cut, pinned: set[fx.Node], projected: int | None) -> HeadDesign:
     ref = trace.refs[cut.node]
     entry = [free(size) if dim == projected else kept(size) for dim, size in enumerate(ref.shape)]
-    equations = Equations(trace, set(cut.head), ref, entry, pinned)
+    equations = Equations(trace, set(cut.head), ref, entry, pinned, cut.skipped)
     for output in trace.outputs:
         equations.keep(trace.refs[output])
     _keep_plain_sizes(trace, cut, equations)
@@ -219,7 +221,7 @@ def build_trunk(trace: Trace, cut: Cut, initialiser: Initialiser) -> fx.GraphMod
     """Build the trunk from the modules of the trace's private copy of the base."""
     graph = trunk_graph(trace, cut)
     ref = trace.refs[trace.input_nodes[0]]
-    equations = Equations(trace, set(cut.trunk), ref, [kept(size) for size in ref.shape], set(cut.trunk))
+    equations = Equations(trace, set(cut.trunk), ref, [kept(size) for size in ref.shape], set(cut.trunk), {})
     with torch.no_grad():
         for node in cut.trunk:
             for name, parameter in trace.parameters.get(node, {}).items():

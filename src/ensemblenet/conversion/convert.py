@@ -13,8 +13,8 @@ from torch import fx, nn
 from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.initialise import Initialiser
-from ensemblenet.conversion.planning import Plan, choose_plan, plan_at
-from ensemblenet.conversion.split import SplitPoint, find_cuts, named_cut, trunk_graph
+from ensemblenet.conversion.planning import Plan, Planner
+from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.cost import Budget, Cost, count_parameters
 from ensemblenet.ensemble import EnsembleNet, as_tuple, combining_cost
@@ -22,7 +22,7 @@ from ensemblenet.errors import ConversionError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.finding import find_source
-from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe
+from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe, Shape
 
 __all__ = ["convert", "convert_as", "plans", "rebuild", "split_points"]
 
@@ -43,6 +43,9 @@ def convert(
     min_width: float | None = None,
     output: Output = None,
     capacity: Capacity | None = None,
+    shape: Shape = "auto",
+    width: float | None = None,
+    depth: float | None = None,
 ) -> EnsembleNet:
     """Convert a network into a shared trunk with K narrower heads, within a budget.
 
@@ -70,6 +73,15 @@ def convert(
             one, or the one that is called "logits".
         capacity: what [`ensemblenet.spare_capacity`][] found of the trained base; a warning is given where it shows
             that the conversion is likely to lose.
+        shape: "narrow" heads keep all blocks of the base and lose width; "short" ones keep their width and lose blocks:
+            like ones that follow each other, each with a matrix product or a convolution, and give a tensor of the
+            shape that they take, such as the layers of a transformer or all but the first of a ResNet's stage. "auto"
+            may do both: as few blocks as full width asks for, and one more where that would leave much of the budget
+            unused; narrow where there are none to drop.
+        width: the share of its channels that each head keeps, in place of the most that fits; above 1, fresh heads are
+            wider than the base, where its sizes can grow.
+        depth: the share of the blocks which heads may drop that each keeps, spread evenly over each run of like
+            blocks, whose first always stays; in place of the most that fits.
 
     Returns:
         The model, on the base's device and in the base's mode.
@@ -84,7 +96,7 @@ def convert(
         >>> model.train()(torch.randn(4, 8)).shape
         torch.Size([3, 4, 3])
     """
-    wanted = Conversion(num_heads, budget, split_at, seed, init, combine, min_width, output)
+    wanted = Conversion(num_heads, budget, split_at, seed, init, combine, min_width, output, shape, width, depth)
     return convert_as(wanted, base, example_inputs, task, capacity)
 
 
@@ -118,13 +130,12 @@ def convert_as(
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
     combining = combining_cost(_output_shapes(traced), wanted.num_heads, wanted.combine, task)
-    pinned: set[fx.Node] = set()
-    misfits: dict[str, Plan] = {}
+    planner = Planner(cuts, wanted, wanted.num_heads, base_cost, combining)
     while True:
-        design, plan = choose_plan(traced, cuts, wanted, base_cost, combining, pinned, misfits)
+        design, plan = planner.choose()
         assert plan.head is not None
         given = _given(design)
-        if not _repair(design, plan.head, pinned, given):
+        if not _repair(design, plan.head, planner.pinned, given):
             break
     recipe = Recipe(
         base=find_source(base, traced.inputs.tensors[0].shape),
@@ -138,7 +149,7 @@ def convert_as(
         combine=wanted.combine,
         task=task,
     )
-    _check_split(design, given)
+    _check_split(traced, named_cut(cuts, plan.split.name))
     lost: set[str] = set()
     model = _assemble(design, recipe, base_cost, lost)
     _refuse_lost(lost, recipe)
@@ -173,11 +184,14 @@ def rebuild(base: nn.Module, recipe: Recipe, sizes: Mapping[str, tuple[int, ...]
         3
     """
     traced = trace(base, recipe.inputs.random(), recipe.output, recipe.inputs)
-    cut = named_cut(find_cuts(traced), recipe.split_at)
+    cuts = find_cuts(traced)
+    dropped = [(named_cut(cuts, begin), named_cut(cuts, end)) for begin, end in recipe.head.dropped]
+    cut = named_cut(cuts, recipe.split_at).without(dropped)
     pinned = {node for node in traced.graph.nodes if node.name in recipe.head.pinned}
-    design = design_head(traced, cut, pinned)
+    grows = recipe.head.width > 1
+    design = design_head(traced, cut, pinned, grows=grows)
     if sizes and (kept := _kept(design, recipe.head, sizes)):
-        design = design_head(traced, cut, pinned | kept)
+        design = design_head(traced, cut, pinned | kept, grows=grows)
     return _assemble(design, recipe, _base_cost(base, traced))
 
 
@@ -214,9 +228,14 @@ def split_points(base: nn.Module, example_inputs: Tree, output: Output = None) -
 
 @torch.inference_mode(False)
 def plans(
-    base: nn.Module, example_inputs: Tree, num_heads: int = 2, budget: float | Budget = 1.0, output: Output = None
+    base: nn.Module,
+    example_inputs: Tree,
+    num_heads: int = 2,
+    budget: float | Budget = 1.0,
+    output: Output = None,
+    shape: Shape = "auto",
 ) -> list[Plan]:
-    """For every split point, the widest heads that a budget allows.
+    """For every split point, the heads that a budget allows.
 
     Raises:
         ConversionError: the base, the inputs or the budget cannot be used.
@@ -228,9 +247,10 @@ def plans(
     """
     _check_inputs(base, example_inputs)
     traced = trace(base, example_inputs, output)
-    limit = Budget.of(budget).limit(_base_cost(base, traced))
+    cuts = find_cuts(traced)
     combining = combining_cost(_output_shapes(traced), num_heads)
-    return [plan_at(design_head(traced, cut, set()), num_heads, limit, combining) for cut in find_cuts(traced)]
+    planner = Planner(cuts, Conversion(num_heads, budget, shape=shape), num_heads, _base_cost(base, traced), combining)
+    return [planner.at(cut)[1] for cut in cuts]
 
 
 def _check_inputs(base: nn.Module, example_inputs: Tree) -> None:
@@ -290,16 +310,16 @@ def _given(design: HeadDesign) -> list[tuple[Any, ...]]:
         return [as_tuple(trunk(**dict(zip(names, values, strict=True)))) for values in tried]
 
 
-def _check_split(design: HeadDesign, given: list[tuple[Any, ...]]) -> None:
-    """Compare trunk and head at full width with the base, at every size that was tried."""
-    whole = HeadShape(1.0)
-    head, _ = build_head(design, whole, Initialiser("inherit", torch.Generator().manual_seed(0)))
+def _check_split(traced: Trace, cut: Cut) -> None:
+    """Compare trunk and head at full width and depth with the base, at every size that was tried."""
+    design = design_head(traced, cut, set())
+    head, _ = build_head(design, HeadShape(1.0), Initialiser("inherit", torch.Generator().manual_seed(0)))
     head.eval()
-    for values, trial in zip(given[1:], design.trace.trials, strict=True):
+    for values, trial in zip(_given(design)[1:], traced.trials, strict=True):
         with torch.no_grad():
             difference = differs(trial.expected, head(*values))
         if difference:
-            raise ConversionError(f"The split at {design.cut.point.name!r} changes the base. {difference} {BY_HAND}")
+            raise ConversionError(f"The split at {cut.point.name!r} changes the base. {difference} {BY_HAND}")
 
 
 def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost, lost: set[str] | None = None) -> EnsembleNet:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ensemblenet.conversion.flow import Skipped
 from ensemblenet.conversion.parametrised import singular_vectors
 from ensemblenet.conversion.trace import Event, TensorRef, Trace, refs
 from ensemblenet.operations import Operation, operation_named, operation_of
@@ -39,6 +40,7 @@ class Equations:
         entry: the tensor that enters the part.
         entry_axes: its axes.
         pinned: nodes whose tensors keep all their sizes, because running them narrowed has failed.
+        skipped: tensors that the part is without, and the earlier ones that are read in their places.
 
     Attributes:
         values: by tensor, its axes.
@@ -52,9 +54,16 @@ class Equations:
     """
 
     def __init__(
-        self, trace: Trace, nodes: set[fx.Node], entry: TensorRef, entry_axes: Axes, pinned: set[fx.Node]
+        self,
+        trace: Trace,
+        nodes: set[fx.Node],
+        entry: TensorRef,
+        entry_axes: Axes,
+        pinned: set[fx.Node],
+        skipped: Skipped,
     ) -> None:
         self.trace = trace
+        self._earlier = {trace.refs[end].id: trace.refs[begin] for end, begin in skipped.items()}
         self.values: dict[int, Axes] = {entry.id: entry_axes}
         self.sources: dict[str, Axes] = {}
         self.groups: dict[fx.Node, Axis] = {}
@@ -83,6 +92,8 @@ class Equations:
     # -- for operations: see `Sizes`
 
     def axes(self, ref: TensorRef) -> Axes:
+        if ref.id in self._earlier:
+            return self.axes(self._earlier[ref.id])
         if ref.id not in self.values:
             new = free if ref.source in self._parameters else partial(kept, cause=_named_constant(ref.source))
             self.values[ref.id] = self._source(ref, new) if ref.source else [kept(size) for size in ref.shape]
@@ -116,7 +127,7 @@ class Equations:
 
     def keep(self, value: Any, cause: str | None = None) -> None:
         for ref in refs(value):
-            if ref.id not in self.values and not ref.source:
+            if not self._is_known(ref) and not ref.source:
                 self.values[ref.id] = [kept(size, cause) for size in ref.shape]
             for axis in self.axes(ref):
                 axis.keep(cause)
@@ -155,6 +166,9 @@ class Equations:
         return self.axes(self.trace.refs[node])
 
     # -- inside
+
+    def _is_known(self, ref: TensorRef) -> bool:
+        return ref.id in self.values or ref.id in self._earlier
 
     def _source(self, ref: TensorRef, new: Callable[[int], Axis]) -> Axes:
         assert ref.source is not None
@@ -195,10 +209,10 @@ class Equations:
 
     def _estimate(self, events: list[Event], outside: list[TensorRef]) -> None:
         """Take what is inside of a call to grow like the first tensor of its size around it, or like its output."""
-        axes = {math.prod(ref.shape): self.axes(ref) for ref in reversed(outside) if ref.id in self.values}
+        axes = {math.prod(ref.shape): self.axes(ref) for ref in reversed(outside) if self._is_known(ref)}
         for event in events:
             for ref in chain(*event.traffic):
-                if ref.id not in self.values and ref.source is None:
+                if not self._is_known(ref) and ref.source is None:
                     self.inside[ref.id] = axes.get(math.prod(ref.shape), next(iter(axes.values()), []))
 
     def _follow_weight(self, inputs: list[TensorRef], outs: Iterable[TensorRef | None]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from itertools import chain
+from types import MappingProxyType
 
-from torch import fx
+from torch import fx, nn
 
 from ensemblenet.conversion.trace import TensorRef, Trace, refs
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "Skipped"]
+
+Skipped = Mapping[fx.Node, fx.Node]
+_NOTHING: Skipped = MappingProxyType({})
 
 
 class Flow:
@@ -38,6 +43,7 @@ class Flow:
         self._lasting = {write for root in lasting for write in self._writes.get(root, [])}
         self._from_input = self._follow(self._inputs)
         self._learned = self._follow({node for node in self.order if self._has_state(node)})
+        self._size_readers = self._follow_sizes()
         self._once = self._follow(self._lasting | {node for node in self.order if "random" in node.meta})
 
     def _follow_memory(self) -> tuple[dict[int, int], dict[int, list[fx.Node]]]:
@@ -71,11 +77,25 @@ class Flow:
         writes = self._writes.get(self._root(node), [])
         return [write for write in writes if self.order[node] < self.order[write] <= before]
 
-    def sources(self, node: fx.Node) -> list[fx.Node]:
+    def sources(self, node: fx.Node, skipped: Skipped = _NOTHING) -> list[fx.Node]:
         """The nodes that a node depends on; its sizes are not among them."""
-        read = [argument for argument in node.all_input_nodes if "scalar" not in argument.meta]
+        read = [skipped.get(argument, argument) for argument in node.all_input_nodes if "scalar" not in argument.meta]
         written = [write for argument in read for write in self.writes(argument, self.order[node] - 1)]
         return [*read, *written]
+
+    def _follow_sizes(self) -> dict[fx.Node, set[fx.Node]]:
+        """For each tensor the nodes that read one of its sizes, or a number made of sizes."""
+        readers: dict[fx.Node, set[fx.Node]] = {}
+        made_of: dict[fx.Node, set[fx.Node]] = {}  # by number, the tensors whose sizes it is made of
+        for node in self.order:
+            read = [made_of[argument] for argument in node.all_input_nodes if argument in made_of]
+            tensors = set().union(*read)
+            if "scalar" in node.meta:
+                made_of[node] = tensors | {one for one in node.all_input_nodes if "scalar" not in one.meta}
+            else:
+                for tensor in tensors:
+                    readers.setdefault(tensor, set()).add(node)
+        return readers
 
     def _follow(self, begin: set[fx.Node]) -> set[fx.Node]:
         """The nodes that depend on one of some nodes, and these."""
@@ -108,12 +128,49 @@ class Flow:
         written = [write for end in ends for write in self.writes(end, position)]
         return self._needed([*ends, *written, *lasting], stop=set())[0]
 
-    def head(self, entry: fx.Node, position: int) -> tuple[list[fx.Node], list[fx.Node]]:
-        """The nodes from a tensor, as it is behind a position, to the outputs; and the inputs that they read."""
-        lasting = [write for write in self._lasting if self.order[write] > position]
-        return self._needed([*self.trace.outputs, *lasting], stop={entry, *self.writes(entry, position)})
+    def head(
+        self, entry: fx.Node, position: int, skipped: Skipped = _NOTHING
+    ) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes from a tensor, as it is behind a position, to the outputs; and the inputs that they read.
 
-    def _needed(self, ends: list[fx.Node], stop: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
+        Args:
+            entry: the tensor.
+            position: of the trunk's last node.
+            skipped: tensors, and the earlier ones that are read in their places.
+        """
+        lasting = [write for write in self._lasting if self.order[write] > position]
+        return self._needed([*self.trace.outputs, *lasting], {entry, *self.writes(entry, position)}, skipped)
+
+    def between(self, entry: fx.Node, position: int, end: fx.Node, end_position: int) -> list[fx.Node]:
+        """The nodes from a tensor to a later one, each as it is behind a position, in order."""
+        ends = [end, *self.writes(end, end_position)]
+        return self._needed(ends, stop={entry, *self.writes(entry, position)})[0]
+
+    def parameters_read(self, node: fx.Node) -> list[nn.Parameter]:
+        """The parameters that a node reads: its layer's, or those among its arguments."""
+        return [
+            parameter
+            for one in (node, *node.all_input_nodes)
+            if one is node or one.op == "get_attr"
+            for parameter in self.trace.parameters.get(one, {}).values()
+        ]
+
+    def macs(self, nodes: Iterable[fx.Node]) -> float:
+        """The multiply-adds of some nodes."""
+        nodes = set(nodes)
+        return sum(work[0] for node, work in self.trace.work if node in nodes)
+
+    def size_readers(self, node: fx.Node) -> set[fx.Node]:
+        """The nodes that read a size of a tensor, or a number made of it."""
+        return self._size_readers.get(node, set())
+
+    def lasts(self, node: fx.Node) -> bool:
+        """Whether a node writes into the memory of an input, a parameter or a buffer."""
+        return node in self._lasting
+
+    def _needed(
+        self, ends: list[fx.Node], stop: set[fx.Node], skipped: Skipped = _NOTHING
+    ) -> tuple[list[fx.Node], list[fx.Node]]:
         """The nodes that the ends depend on, in order, without sizes; and the network's inputs among them."""
         found: set[fx.Node] = set()
         waiting = list(ends)
@@ -121,6 +178,6 @@ class Flow:
             node = waiting.pop()
             if node not in found and node not in stop:
                 found.add(node)
-                waiting += [] if node in self._inputs else self.sources(node)
+                waiting += [] if node in self._inputs else self.sources(node, skipped)
         inputs = [node for node in self.trace.input_nodes if node in found]
         return [node for node in self.order if node in found and node not in self._inputs], inputs

@@ -104,8 +104,10 @@ class Initialiser:
 
     def _choice(self, unknown: Axis, size_of: SizeOf) -> list[int]:
         if unknown not in self._choices:
-            order = torch.randperm(unknown.size, generator=self.generator)
-            self._choices[unknown] = order[: size_of(unknown)].sort().values.tolist()
+            size = size_of(unknown)
+            rounds = math.ceil(size / unknown.size)  # more than one where there are more channels than in the base
+            order = torch.cat([torch.randperm(unknown.size, generator=self.generator) for _ in range(rounds)])
+            self._choices[unknown] = order[:size].sort().values.tolist()
         return self._choices[unknown]
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import groupby, product
 
 from torch import fx
 
+from ensemblenet.conversion.blocks import Depth, depths_behind, find_runs
 from ensemblenet.conversion.build import HeadDesign, design_head
 from ensemblenet.conversion.split import Cut, SplitPoint, named_cut
-from ensemblenet.conversion.trace import Trace
-from ensemblenet.cost import Budget, Cost
+from ensemblenet.cost import ROOFLINE, Budget, Cost
 from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.recipe import Conversion, HeadShape
 
-__all__ = ["STEM", "Plan", "choose_plan", "is_eligible", "plan_at", "preferred"]
+__all__ = ["STEM", "Plan", "Planner", "is_eligible", "preferred"]
 
 # The share of the base's MACs that the trunk keeps in the automatic plan, which is a stem's: heads that share little
 # had the lowest errors, see docs/procedure.md.
@@ -24,6 +25,15 @@ _NEAR = 0.05
 # Heads narrower than this are bottlenecks rather than networks.
 _LEAST_WIDTH = 0.1
 _MULTIPLES = (8, 4, 2, 1)
+_MOST_WIDTH = 4.0
+# Short heads keep their width, or nearly; what they would leave of the budget lets them keep one block more.
+_WELL_USED = 0.95
+_LEAST_WIDTH_OF_SHORT = 0.75
+# A model whose activations and time are no more than this, as shares of the base's, counts as fast as the base.
+_FAST = 1.05
+_MOST_STARTS = 0.5
+_BLOCKS = ", which are alike, follow each other and give a tensor of the shape that they take."
+_NARROW = 'pass shape="narrow".'
 # A trunk without multiply-adds, such as embeddings, is a table of inputs: K narrow copies of it would learn the same.
 _LOOKUP_RATIO = 0.9
 _BUDGET_USED = 0.9
@@ -59,116 +69,230 @@ class Plan:
         return None if self.head is None else self.head.width
 
     @property
+    def depth(self) -> float | None:
+        """The share of the blocks that may be dropped which a head keeps; None if nothing fits the budget."""
+        return None if self.head is None else self.head.depth
+
+    @property
     def multiple(self) -> int:
         """What large channel counts are rounded to."""
         return HeadShape.multiple if self.head is None else self.head.multiple
 
 
-def plan_at(design: HeadDesign, num_heads: int, limit: Cost, combining: Cost) -> Plan:
-    """The widest heads at one split point that the limit allows.
+def plan_at(
+    design: HeadDesign,
+    num_heads: int,
+    limit: Cost,
+    combining: Cost,
+    depth: Depth,
+    least: float,
+    most: float,
+) -> Plan:
+    """The widest heads of a depth at one split point that the limit allows.
 
     Channels are rounded to multiples of 8; where that would leave more than a tenth of the budget unused, to
     smaller ones, and where that is so again, attention heads and groups become narrower rather than fewer.
 
     Args:
-        design: of the heads.
+        design: of the heads, which are of the depth already.
         num_heads: K.
         limit: the most that the model may cost.
         combining: what it costs to combine the heads' outputs.
+        depth: of the heads.
+        least: the least width that is tried.
+        most: the largest.
     """
+    whole = HeadShape(1.0, pinned=design.pinned, depth=depth.share, dropped=depth.names)
 
-    def cost(shape: HeadShape) -> Cost:
-        return design.cut.trunk_cost + num_heads * design.cost(shape) + combining
+    def plan(shape: HeadShape) -> Plan:
+        cost = design.cut.trunk_cost + num_heads * design.cost(shape) + combining
+        return Plan(design.cut.point, cost, shape)
 
-    def fits(cost: Cost) -> bool:
-        return max(cost.shares_of(limit)) <= 1 + _ROUNDING
+    def fits(plan: Plan) -> bool:
+        return max(plan.cost.shares_of(limit)) <= 1 + _ROUNDING
 
     best: Plan | None = None
     for blocks, multiple in product(design.blocks(), _MULTIPLES):
-        width = _widest(lambda width, m=multiple, b=blocks: fits(cost(HeadShape(width, m, blocks=b))))
-        if width is None:
+        shape = replace(whole, multiple=multiple, blocks=blocks)
+        found = _widest(lambda width, shape=shape: fits(plan(replace(shape, width=width))), least, most)
+        if found is None:
             continue
-        shape = HeadShape(width, multiple, design.pinned, blocks)
-        total = cost(shape)
-        plan = Plan(design.cut.point, total, shape)
-        used = max(total.shares_of(limit))
+        one = plan(replace(shape, width=found))
+        used = max(one.cost.shares_of(limit))
         if best is None or used > max(best.cost.shares_of(limit)):
-            best = plan
-        if width == 1 or used >= _BUDGET_USED:
+            best = one
+        if found == most or used >= _BUDGET_USED:
             break
-    return best or Plan(design.cut.point, cost(HeadShape(0.0, 1)), None, tuple(design.keepers()))
+    if best is not None:
+        return best
+    lowest = replace(plan(replace(whole, width=least, multiple=1)), head=None, keepers=tuple(design.keepers()))
+    return lowest
 
 
-def _widest(fits: Callable[[float], bool]) -> float | None:
+def _widest(fits: Callable[[float], bool], least: float, most: float) -> float | None:
     """The largest width that fits, to three decimals, by bisection: a cost never falls when the width grows."""
-    if fits(1.0):
-        return 1.0
-    low, high = 0, 1000
+    if fits(most):
+        return most
+    low, high = round(1000 * least), round(1000 * most)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle / 1000) else (low, middle)
     return low / 1000 if low and fits(low / 1000) else None
 
 
-def choose_plan(
-    trace: Trace,
-    cuts: list[Cut],
-    wanted: Conversion,
-    base: Cost,
-    combining: Cost,
-    pinned: set[fx.Node],
-    misfits: dict[str, Plan],
-) -> tuple[HeadDesign, Plan]:
-    """The split point that the user names, or the one that the automatic rule chooses.
+class Planner:
+    """Chooses where to split a network, and how wide and how deep heads are there.
 
     Args:
-        trace: the traced base.
-        cuts: its split points.
+        cuts: the network's split points.
         wanted: what the user asks for.
         base: what the base costs.
         combining: what it costs to combine the heads' outputs.
-        pinned: nodes that must keep their sizes.
-        misfits: plans that do not fit, by split point; what does not fit with few pinned nodes does not with more, so
-            they are not solved again. Those that are found are added.
 
-    Raises:
-        ConversionError: there is no such split point, or none at all.
-        BudgetError: the budget cannot be met.
+    Attributes:
+        pinned: nodes that must keep their sizes, because they failed with smaller ones.
     """
-    if not any(cut.has_parameters for cut in cuts):
-        raise ConversionError("The base has no parameters that heads could have of their own.")
-    limit = Budget.of(wanted.budget).limit(base)
-    if wanted.split_at != "auto":
-        cut = named_cut(cuts, wanted.split_at)
-        if not cut.has_parameters:
-            raise ConversionError(
-                f"No parameters follow split point {wanted.split_at!r}, so all heads would be the same."
-            )
-        design = design_head(trace, cut, pinned)
-        plan = plan_at(design, wanted.num_heads, limit, combining)
-        if plan.width is None or plan.width < (wanted.min_width or 0.0):
-            raise _no_fit(plan, wanted, base, f"at split point {wanted.split_at!r}")
+
+    def __init__(self, cuts: list[Cut], wanted: Conversion, num_heads: int, base: Cost, combining: Cost) -> None:
+        self.pinned: set[fx.Node] = set()
+        self._cuts = cuts
+        self._wanted = wanted
+        self._num_heads = num_heads
+        self._base = base
+        self._combining = combining
+        self._limit = Budget.of(wanted.budget).limit(base)
+        work = [numbers for _, numbers in cuts[0].flow.trace.work]
+        self._is_small = ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
+        self._must_shorten = wanted.shape == "short" or (wanted.depth is not None and wanted.depth < 1)
+        self._runs = [] if wanted.shape == "narrow" else find_runs(cuts)
+        # by split point; what does not fit with few pinned nodes does not with more, so it is not solved again
+        self._misfits: dict[str, Plan] = {}
+
+    def at(self, cut: Cut) -> tuple[HeadDesign, Plan]:
+        """The plan at one split point.
+
+        Raises:
+            ConversionError: heads behind it have no blocks to drop, where some shall be dropped.
+        """
+        depths = depths_behind(self._runs, cut)
+        wanted = self._wanted
+        if len(depths) == 1 and self._must_shorten:
+            raise ConversionError(f"Heads behind {cut.point.name!r} have no blocks to drop{_BLOCKS} Split earlier, or {_NARROW}")
+        if wanted.depth is not None or len(depths) == 1:
+            return self._plan(cut, depths[round((wanted.depth or 0.0) * (len(depths) - 1))], wanted.width)
+        width = wanted.width or 1.0
+        num_fitting = bisect_left(depths, True, key=lambda depth: self._plan(cut, depth, width)[1].head is None)
+        short = self._plan(cut, depths[max(num_fitting - 1, 0)], width)
+        if wanted.width is not None or wanted.shape == "short" or num_fitting == len(depths):
+            return short
+        if num_fitting == 0:
+            return self._plan(cut, depths[0])
+        if self._used(short[1]) >= _WELL_USED:
+            return short
+        deeper = self._plan(cut, depths[num_fitting])
+        fuller = [deeper] if (deeper[1].width or 0.0) >= _LEAST_WIDTH_OF_SHORT else []
+        if wanted.init == "fresh":
+            fuller.append(self._plan(cut, depths[num_fitting - 1], most=_MOST_WIDTH))
+        return max((short, *(one for one in fuller if self.is_fast(one[1]))), key=lambda one: self._used(one[1]))
+
+    def _plan(
+        self, cut: Cut, depth: Depth, width: float | None = None, most: float = 1.0
+    ) -> tuple[HeadDesign, Plan]:
+        if self._num_heads == 1:
+            most = _MOST_WIDTH
+        shortened = depth.shorten(cut)
+        design = design_head(cut.flow.trace, shortened, self.pinned, grows=(width or most) > 1)
+        plan = plan_at(design, self._num_heads, self._limit, self._combining, depth, width or 0.0, width or most)
         return design, plan
-    able = {cut.point.name: cut for cut in cuts if cut.has_parameters}
-    unshared: tuple[HeadDesign, Plan] | None = None  # heads that share nothing, if they come first
-    for point in preferred([cut.point for cut in able.values()]):
-        if unshared and _distance(point, STEM) > _distance(unshared[1].split, STEM):
-            break
-        if point.name in misfits:
-            continue
-        design = design_head(trace, able[point.name], pinned)
-        plan = plan_at(design, wanted.num_heads, limit, combining)
-        if not is_eligible(plan, wanted):
-            misfits[point.name] = plan
-        elif able[point.name].node is trace.input_nodes[0]:
-            unshared = design, plan
-        elif unshared is None or plan.width >= unshared[1].width * _least_ratio(point):  # type: ignore[operator]
-            return design, plan
-    if unshared:
-        return unshared
-    # the one that comes nearest: the widest heads, or where none fit, the least cost
-    least = max(misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.shares_of(limit))))
-    raise _no_fit(least, replace(wanted, min_width=_least_width(wanted)), base, "at any split point")
+
+    def _used(self, plan: Plan) -> float:
+        return max(plan.cost.shares_of(self._limit)[:2])
+
+    def is_fast(self, plan: Plan) -> bool:
+        """Whether a model takes about the base's memory and time on an accelerator, or less.
+
+        A base whose time goes into starting its operators is no measure: fused heads start theirs once.
+        """
+        shares = plan.cost.shares_of(self._base)
+        return self._is_small or max(shares.activations, shares.time) <= _FAST
+
+    def choose(self) -> tuple[HeadDesign, Plan]:
+        """The plan at the split point that the user names, or at the one that the automatic rule chooses.
+
+        Raises:
+            ConversionError: there is no such split point, or none at all.
+            BudgetError: the budget cannot be met.
+        """
+        if not any(cut.has_parameters for cut in self._cuts):
+            raise ConversionError("The base has no parameters that heads could have of their own.")
+        return self._automatic() if self._wanted.split_at == "auto" else self._named(self._wanted.split_at)
+
+    def _named(self, name: str) -> tuple[HeadDesign, Plan]:
+        cut = named_cut(self._cuts, name)
+        if not cut.has_parameters:
+            raise ConversionError(f"No parameters follow split point {name!r}, so all heads would be the same.")
+        design, plan = self.at(cut)
+        if plan.width is None or plan.width < (self._wanted.min_width or 0.0):
+            raise self._no_fit(plan, f"at split point {name!r}", self._wanted.min_width)
+        return design, plan
+
+    def _automatic(self) -> tuple[HeadDesign, Plan]:
+        points = preferred([cut.point for cut in self._cuts if cut.has_parameters])
+        slow: tuple[HeadDesign, Plan] | None = None  # the first choice, where it is slower than the base
+        for _, near in groupby(points, key=lambda point: _distance(point, STEM)):
+            found = self._best(near)
+            if found and self.is_fast(found[1]):
+                return found
+            slow = slow or found
+        if slow:
+            return slow
+        if not self._misfits:
+            raise ConversionError(f"The base has no blocks that heads could drop{_BLOCKS} Please {_NARROW}")
+        # the one that comes nearest: the widest heads, or where none fit, the least cost
+        least = max(self._misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.shares_of(self._limit))))
+        raise self._no_fit(least, "at any split point", _least_width(self._wanted))
+
+    def _best(self, points: Iterable[SplitPoint]) -> tuple[HeadDesign, Plan] | None:
+        """The first of some split points that may be chosen, of those that are as fast as the base if there are any.
+
+        Heads that share nothing are chosen only where others are narrower.
+        """
+        unshared: tuple[HeadDesign, Plan] | None = None
+        slow: tuple[HeadDesign, Plan] | None = None
+        for point in points:
+            cut = named_cut(self._cuts, point.name)
+            if point.name in self._misfits or (self._must_shorten and len(depths_behind(self._runs, cut)) == 1):
+                continue
+            design, plan = self.at(cut)
+            if not is_eligible(plan, self._wanted):
+                self._misfits[point.name] = plan
+            elif point.name == "input":
+                unshared = design, plan
+            elif unshared is None or plan.width >= unshared[1].width * _least_ratio(point):  # type: ignore[operator]
+                if self.is_fast(plan):
+                    return design, plan
+                slow = slow or (design, plan)
+        return slow or unshared
+
+    def _no_fit(self, plan: Plan, where: str, min_width: float | None) -> BudgetError:
+        heads, allowed = self._num_heads, f"a budget of {Budget.of(self._wanted.budget)}"
+        if plan.width is not None:
+            return BudgetError(
+                f"{heads} heads that keep {min_width:g} of their channels do not fit {allowed} {where}: they could "
+                f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
+            )
+        least = Budget.of(self._wanted.budget).of_limited(plan.cost.shares_of(self._base), ".3f")
+        given = [f"{name} {value:g}" for name in ("width", "depth") if (value := getattr(self._wanted, name)) is not None]
+        if given:
+            return BudgetError(
+                f"{heads} heads of {' and '.join(given)} do not fit {allowed} {where}: they would cost {least} (at "
+                f"{plan.split.name!r}); use fewer heads, a larger budget or smaller ones."
+            )
+        causes = f" What keeps its width there: {', '.join(plan.keepers[:3])}." if plan.keepers else ""
+        return BudgetError(
+            f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use "
+            f"fewer heads or a larger budget.{causes}"
+        )
 
 
 def _least_ratio(point: SplitPoint) -> float:
@@ -216,18 +340,3 @@ def is_eligible(plan: Plan, wanted: Conversion) -> bool:
 
 def _least_width(wanted: Conversion) -> float:
     return _LEAST_WIDTH if wanted.min_width is None else wanted.min_width
-
-
-def _no_fit(plan: Plan, wanted: Conversion, base: Cost, where: str) -> BudgetError:
-    heads, allowed = wanted.num_heads, f"a budget of {Budget.of(wanted.budget)}"
-    if plan.width is not None:
-        return BudgetError(
-            f"{heads} heads that keep {wanted.min_width:g} of their channels do not fit {allowed} {where}: they could "
-            f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
-        )
-    least = Budget.of(wanted.budget).of_limited(plan.cost.shares_of(base), ".3f")
-    causes = f" What keeps its width there: {', '.join(plan.keepers[:3])}." if plan.keepers else ""
-    return BudgetError(
-        f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use "
-        f"fewer heads or a larger budget.{causes}"
-    )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from ensemblenet.conversion.flow import Flow
+from ensemblenet.conversion.flow import Flow, Skipped
 from ensemblenet.conversion.trace import Trace
 from ensemblenet.cost import Cost, count_parameters
 from ensemblenet.errors import ConversionError
@@ -55,22 +56,47 @@ class Cut:
     Attributes:
         point: what users see of it.
         node: the node of the tensor that passes from the trunk to the heads.
+        position: of the trunk's last node in the graph.
         inputs: the nodes of the network's inputs that heads take beside it.
         trunk: the trunk's nodes.
         head: the head's nodes; what depends on parameters alone, or on inputs alone, may be in both.
         sizes: the nodes of sizes that heads are told by the trunk.
         trunk_cost: what the trunk costs.
-        has_parameters: whether heads would own any; without, all heads would be the same.
+        flow: what depends on what in the network.
+        skipped: the ends of the blocks that the head is without, and the tensors that are read in their places.
     """
 
     point: SplitPoint
     node: fx.Node
+    position: int
     inputs: list[fx.Node]
     trunk: list[fx.Node]
     head: list[fx.Node]
     sizes: list[fx.Node]
     trunk_cost: Cost
-    has_parameters: bool
+    flow: Flow = field(repr=False)
+    skipped: Skipped = field(default_factory=dict)
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether heads would own any; without, all heads would be the same."""
+        return any(self.flow.trace.parameters.get(node) for node in self.head)
+
+    def without(self, blocks: Iterable[tuple[Cut, Cut]]) -> Cut:
+        """The cut of heads without some blocks, each given by the cuts in front of it and behind it, in order.
+
+        Raises:
+            ConversionError: a block changes the shape, or lies in the trunk.
+        """
+        skipped: dict[fx.Node, fx.Node] = {}
+        for begin, end in blocks:
+            if begin.point.shape != end.point.shape or not self.position <= begin.position < end.position:
+                raise ConversionError(
+                    f"Heads behind {self.point.name!r} cannot be without what is between {begin.point.name!r} and "
+                    f"{end.point.name!r}: that must follow and give a tensor of the shape that it takes."
+                )
+            skipped[end.node] = skipped.get(begin.node, begin.node)
+        return _cut(self.flow, self.point, self.node, self.position, skipped) if skipped else self
 
 
 def find_cuts(trace: Trace) -> list[Cut]:
@@ -98,17 +124,20 @@ def find_cuts(trace: Trace) -> list[Cut]:
         names[place.node] = _names(trace, place.node, taken)
     cuts = []
     for node, position, _ in places:
-        head, inputs = flow.head(node, position)
-        if any(flow.last_write(tensor) > position for tensor in (node, *inputs)):
-            continue
-        sizes = [size for size in sizes_read(head) if _is_passed(size, node, {node, *inputs, *head})]
-        trunk = flow.trunk([node, *(size.args[0] for size in sizes)], position)  # type: ignore[misc]
-        cost = trace.cost(trunk)
         name, aliases = names[node]
-        point = SplitPoint(name, aliases, trace.refs[node].shape, *cost.share_of(total))
-        has_parameters = any(trace.parameters.get(n) for n in head)
-        cuts.append(Cut(point, node, inputs, trunk, head, sizes, cost, has_parameters))
+        cut = _cut(flow, SplitPoint(name, aliases, trace.refs[node].shape, 0.0, 0.0), node, position)
+        if all(flow.last_write(tensor) <= position for tensor in (node, *cut.inputs)):
+            parameters, macs = cut.trunk_cost.share_of(total)
+            cuts.append(replace(cut, point=replace(cut.point, parameters_share=parameters, macs_share=macs)))
     return cuts
+
+
+def _cut(flow: Flow, point: SplitPoint, node: fx.Node, position: int, skipped: Skipped | None = None) -> Cut:
+    skipped = skipped or {}
+    head, inputs = flow.head(node, position, skipped)
+    sizes = [size for size in sizes_read(head) if _is_passed(size, node, {node, *inputs, *head}, skipped)]
+    trunk = flow.trunk([node, *(size.args[0] for size in sizes)], position)  # type: ignore[misc]
+    return Cut(point, node, position, inputs, trunk, head, sizes, flow.trace.cost(trunk), flow, skipped)
 
 
 def named_cut(cuts: list[Cut], name: str) -> Cut:
@@ -173,9 +202,10 @@ def sizes_read(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def _is_passed(size: fx.Node, entry: fx.Node, inside: set[fx.Node]) -> bool:
+def _is_passed(size: fx.Node, entry: fx.Node, inside: set[fx.Node], skipped: Skipped) -> bool:
     """Whether a head must be told a size: it changes, and no tensor of the head has it."""
-    if size.args[0] in inside or "varies" not in size.meta:
+    source: Any = size.args[0]
+    if skipped.get(source, source) in inside or "varies" not in size.meta:
         return False
     return not ("is_batch" in size.meta and entry.meta.get("batch_dims"))
 
@@ -214,7 +244,7 @@ def trunk_graph(trace: Trace, cut: Cut) -> fx.Graph:
             sizes = {dim: tensor.shape[dim] for dim in spec.fixed}
             trace.module.add_module(f"check_{node.name}", CheckSizes(_input_name(node), sizes))
             copies[node] = graph.call_module(f"check_{node.name}", (copies[node],))
-    copier = _Copier(trace, graph, copies, trace.input_nodes[0])
+    copier = _Copier(graph, copies, trace.input_nodes[0])
     copier.copy(cut.trunk)
     ends = [copies[cut.node], *(copies[node] for node in cut.inputs), *map(copier.scalar, cut.sizes)]
     graph.output(ends[0] if len(ends) == 1 else tuple(ends))
@@ -252,7 +282,7 @@ def head_graph(trace: Trace, cut: Cut, size_of: SizeOf | None = None) -> tuple[f
     for node in beside:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta["narrowed"] = node.meta.get("scalar")
-    copier = _Copier(trace, graph, copies, cut.node, size_of)
+    copier = _Copier(graph, copies, cut.node, cut.skipped, size_of)
     copier.copy(cut.head)
     outputs = tuple(copies[node] for node in trace.outputs)
     graph.output(outputs[0] if len(outputs) == 1 else outputs)
@@ -267,13 +297,13 @@ class _Copier:
 
     def __init__(
         self,
-        trace: Trace,
         graph: fx.Graph,
         copies: dict[fx.Node, fx.Node],
         entry: fx.Node,
+        skipped: Skipped = MappingProxyType({}),
         size_of: SizeOf | None = None,
     ) -> None:
-        self.trace = trace
+        self.skipped = skipped
         self.graph = graph
         self.copies = copies
         self.entry = entry
@@ -285,7 +315,7 @@ class _Copier:
             self.copies[node] = _copy_node(self.graph, node, self._argument)
 
     def _argument(self, node: fx.Node) -> Any:
-        return self.scalar(node) if "scalar" in node.meta else self.copies[node]
+        return self.scalar(node) if "scalar" in node.meta else self.copies[self.skipped.get(node, node)]
 
     def scalar(self, node: fx.Node) -> Any:
         """The copy of a size, or of a number made of sizes."""
@@ -294,9 +324,10 @@ class _Copier:
         if node.target is getattr:
             return self.graph.call_function(getattr, (self.copies[self.entry], "device"))
         if node.target == "size":
-            source, dim = node.args
+            source: Any = self.skipped.get(node.args[0], node.args[0])  # type: ignore[arg-type, call-overload]
+            dim = node.args[1]
             if source in self.copies:
-                copy = self.graph.call_method("size", (self.copies[source], dim))  # type: ignore[index]
+                copy = self.graph.call_method("size", (self.copies[source], dim))
                 narrowed = self.size_of(source, dim) if self.size_of else node.meta["scalar"]  # type: ignore[arg-type]
             elif "varies" not in node.meta:
                 return node.meta["scalar"]

@@ -1,0 +1,275 @@
+"""Find the blocks of a network that heads may do without: they give a tensor like the one that they take."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from torch import fx, nn
+
+from ensemblenet.conversion.flow import Flow
+from ensemblenet.conversion.split import Cut
+
+__all__ = ["Block", "Depth", "Run", "depths_behind", "find_runs"]
+
+Signature = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a network between two split points.
+
+    Attributes:
+        begin: the split point whose tensor it takes.
+        end: the split point whose tensor it gives; its name is the block's.
+        nodes: what it runs that depends on that tensor, on the network's input and on parameters.
+        kind: the class of the module that it is, if it is one.
+    """
+
+    begin: Cut
+    end: Cut
+    nodes: tuple[fx.Node, ...]
+    kind: type | None = None
+
+    @cached_property
+    def operations(self) -> Signature:
+        """What it runs, in order."""
+        return tuple(_operation(self.begin.flow, node) for node in self.nodes)
+
+    @cached_property
+    def signature(self) -> Signature:
+        """What it runs, in order, with the shapes of its parameters and of its tensors."""
+        return tuple(_sizes(self.begin.flow, node) for node in self.nodes), self.operations
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether it gives a tensor of the shape that it takes."""
+        return self.begin.point.shape == self.end.point.shape
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it has parameters, and matrix products or convolutions."""
+        flow = self.begin.flow
+        return bool(flow.macs(self.nodes)) and any(flow.parameters_read(node) for node in self.nodes)
+
+    @cached_property
+    def is_residual(self) -> bool:
+        """Whether what it takes reaches what it gives without passing a layer with parameters."""
+        inside, flow = set(self.nodes), self.begin.flow
+        reached = {self.begin.node}
+        for node in self.nodes:
+            if node in inside and not flow.parameters_read(node) and not reached.isdisjoint(flow.sources(node)):
+                reached.add(node)
+        return self.end.node in reached
+
+    def is_like(self, other: Block) -> bool:
+        """Whether two blocks run the same operations on tensors of the same shapes.
+
+        Inside of residual blocks sizes may differ, such as the expansion of an inverted bottleneck.
+        """
+        if self.is_residual and other.is_residual:
+            return self.operations == other.operations
+        return self.signature == other.signature
+
+
+@dataclass(frozen=True)
+class Run:
+    """Like blocks, one behind the other. Heads keep the first, which may change the shape; they may drop the others."""
+
+    blocks: tuple[Block, ...]
+
+    @property
+    def num_droppable(self) -> int:
+        """How many blocks heads may do without."""
+        return len(self.blocks) - 1
+
+    def dropped(self, num_kept: int) -> list[Block]:
+        """The blocks that heads are without when they keep so many of those that may be dropped, spread evenly."""
+        kept = {step * len(self.blocks) // (num_kept + 1) for step in range(num_kept + 1)}
+        return [block for place, block in enumerate(self.blocks) if place not in kept]
+
+
+def find_runs(cuts: Sequence[Cut]) -> list[Run]:
+    """The runs of a network's blocks, in order.
+
+    Modules of one class and one parent that follow each other are blocks, if they are residual behind one that changes
+    the shape, or like the one before. So are repeated operations between split points, such as the layers of a loop.
+    Of blocks inside of blocks those count of which there are more.
+
+    Example:
+        >>> import torch
+        >>> from ensemblenet.conversion.split import find_cuts
+        >>> from ensemblenet.conversion.trace import trace
+        >>> from ensemblenet.models import CifarResNet
+        >>> cuts = find_cuts(trace(CifarResNet(depth=20), torch.zeros(2, 3, 32, 32)))
+        >>> [[block.end.point.name for block in run.blocks] for run in find_runs(cuts)]
+        [['layer1.0', 'layer1.1', 'layer1'], ['layer2.0', 'layer2.1', 'layer2'], ['layer3.0', 'layer3.1', 'layer3']]
+    """
+    found = [*_runs_of_modules(cuts), *_repeated(cuts)]
+    found.sort(key=lambda run: (-run.num_droppable, run.blocks[0].begin.position))
+    chosen: list[Run] = []
+    for run in found:
+        begin, end = run.blocks[0].begin.position, run.blocks[-1].end.position
+        if all(end <= r.blocks[0].begin.position or r.blocks[-1].end.position <= begin for r in chosen):
+            chosen.append(run)
+    return sorted(chosen, key=lambda run: run.blocks[0].begin.position)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How many of its blocks a head keeps.
+
+    Attributes:
+        share: of the blocks that it may drop, those that it keeps.
+        dropped: the blocks that it is without, in order.
+    """
+
+    share: float
+    dropped: tuple[Block, ...] = ()
+
+    @property
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """The split points around each dropped block, as a recipe stores them."""
+        return tuple((block.begin.point.name, block.end.point.name) for block in self.dropped)
+
+    def shorten(self, cut: Cut) -> Cut:
+        """The cut of heads without the dropped blocks."""
+        return cut.without([(block.begin, block.end) for block in self.dropped])
+
+
+def depths_behind(runs: Iterable[Run], cut: Cut) -> list[Depth]:
+    """The depths of heads behind a cut, from one block in each run to all.
+
+    Of a number of kept blocks each run has its share; what is left over goes to those whose shares are the most above a
+    whole number, of equals to the first.
+
+    Example:
+        >>> import torch
+        >>> from ensemblenet.conversion.split import find_cuts
+        >>> from ensemblenet.conversion.trace import trace
+        >>> from ensemblenet.models import CifarResNet
+        >>> cuts = find_cuts(trace(CifarResNet(depth=14), torch.zeros(2, 3, 32, 32)))
+        >>> [(round(depth.share, 2), len(depth.dropped)) for depth in depths_behind(find_runs(cuts), cuts[0])]
+        [(0.0, 3), (0.33, 2), (0.67, 1), (1.0, 0)]
+    """
+    inside = [Run(tuple(block for block in run.blocks if block.begin.position >= cut.position)) for run in runs]
+    inside = [run for run in inside if run.num_droppable > 0]
+    total = sum(run.num_droppable for run in inside)
+    return [Depth(number / total, tuple(_dropped(inside, number, total))) for number in range(total)] + [Depth(1.0)]
+
+
+def _dropped(runs: Sequence[Run], num_kept: int, total: int) -> list[Block]:
+    shares = [num_kept * run.num_droppable / total for run in runs]
+    kept = [math.floor(share) for share in shares]
+    by_rest = sorted(range(len(runs)), key=lambda place: kept[place] - shares[place])
+    for place in by_rest[: num_kept - sum(kept)]:
+        kept[place] += 1
+    return [block for run, number in zip(runs, kept, strict=True) for block in run.dropped(number)]
+
+
+def _operation(flow: Flow, node: fx.Node) -> Any:
+    return type(flow.trace.module.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+
+
+def _sizes(flow: Flow, node: fx.Node) -> Any:
+    ref = flow.trace.refs.get(node)
+    parameters = tuple(tuple(parameter.shape) for parameter in flow.parameters_read(node))
+    return parameters, None if ref is None else ref.shape
+
+
+def _block(begin: Cut, end: Cut) -> Block:
+    flow = begin.flow
+    between = flow.between(begin.node, begin.position, end.node, end.position)
+    nodes = [node for node in between if flow.order[node] > begin.position]
+    return Block(begin, end, tuple(node for node in nodes if not flow.can_repeat(node, end.position)))
+
+
+def _may_be_dropped(block: Block) -> bool:
+    """Whether the network can run without a block: nothing of it but its tensor is used elsewhere, or lasts."""
+    if not (block.keeps_shape and block.multiplies):
+        return False
+    inside = set(block.nodes) - {block.end.node}
+    if any(block.begin.flow.lasts(node) for node in block.nodes):
+        return False
+    return not any(user not in block.nodes for node in inside for user in block.begin.flow.size_readers(node))
+
+
+def _runs_of_modules(cuts: Sequence[Cut]) -> list[Run]:
+    """Runs of modules: of one class and one parent, each of which takes what the one before gives."""
+    families: dict[tuple[str, type], list[Block]] = defaultdict(list)
+    flow = cuts[0].flow
+    first_nodes = _first_nodes(flow)
+    for end in cuts:
+        for name in flow.trace.aliases.get(end.node, []):
+            first = [position for position in first_nodes.get(name, []) if position <= end.position]
+            before = [cut for cut in cuts if first and cut.position < first[-1]]
+            if not before:
+                continue
+            kind = type(flow.trace.module.get_submodule(name))
+            block = replace(_block(before[-1], end), kind=kind)
+            if all(name in (node.meta.get("stack") or ()) for node in block.nodes):
+                families[name.rpartition(".")[0], kind].append(block)
+    found = []
+    for blocks in families.values():
+        run: list[Block] = []
+        for block in blocks:
+            follows = run and run[-1].end is block.begin and _may_be_dropped(block)
+            if not (follows and (block.is_like(run[-1]) or (_begins(run[-1]) and block.is_residual))):
+                found.append(run)
+                run = []
+            run.append(block)
+        found.append(run)
+    return [Run(tuple(run)) for run in found if len(run) > 1]
+
+
+def _begins(block: Block) -> bool:
+    """Whether a module changes the shape, so that like blocks without that change may follow."""
+    return not block.keeps_shape and block.kind is not nn.Sequential
+
+
+def _first_nodes(flow: Flow) -> dict[str, list[int]]:
+    """Of each call of a module, by its name, the position of its first node."""
+    found: dict[str, list[int]] = defaultdict(list)
+    before: set[str] = set()
+    for node, position in flow.order.items():
+        stack = node.meta.get("stack")
+        if stack is None:
+            continue
+        for name in set(stack) - before:
+            found[name].append(position)
+        before = set(stack)
+    return found
+
+
+def _repeated(cuts: Sequence[Cut]) -> list[Run]:
+    """Runs of operations that are repeated between split points, whatever modules they are in."""
+    steps = [_block(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    signatures = [step.signature for step in steps]
+    numbers = {signature: number for number, signature in enumerate(signatures)}
+    row = [numbers[signature] for signature in signatures]
+    found = []
+    for period in range(1, len(row) // 2 + 1):
+        start = 0
+        while start + period < len(row):
+            length = 0
+            while start + length + period < len(row) and row[start + length] == row[start + length + period]:
+                length += 1
+            if length >= period:
+                found.append(_aligned(cuts, start, length + period, period))
+            start += length + 1
+    return [run for run in found if all(map(_may_be_dropped, run.blocks[1:]))]
+
+
+def _aligned(cuts: Sequence[Cut], start: int, length: int, period: int) -> Run:
+    """A repetition, cut where most blocks end as modules do."""
+    number = length // period
+    starts = range(start, start + length - number * period + 1)
+    ends = {first: cuts[first : first + number * period + 1 : period] for first in starts}
+    aliases = cuts[0].flow.trace.aliases
+    best = max(starts, key=lambda first: (sum(bool(aliases.get(cut.node)) for cut in ends[first]), -first))
+    chosen = ends[best]
+    return Run(tuple(_block(begin, end) for begin, end in zip(chosen, chosen[1:], strict=False)))
