@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -32,12 +33,13 @@ from capacity import RESULTS, measure, read
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-from ensemblenet import EnsembleNet, convert
+from ensemblenet import Capacity, EnsembleNet, convert, spare_capacity
 from ensemblenet.cost import Shares
 from ensemblenet.data import MNIST1D, DataModule, ParquetImages, YouTube8M
-from ensemblenet.errors import EnsembleNetError
+from ensemblenet.errors import BudgetError, EnsembleNetError
 from ensemblenet.functional import Task
 from ensemblenet.models import CifarResNet, MLPTagger
+from ensemblenet.recipe import Shape
 from ensemblenet.study.task import TrainingTask, codistilled
 from ensemblenet.study.trials import Precision, train
 from ensemblenet.training.optimization import Optimization, build_optimizer
@@ -129,7 +131,8 @@ class Setting:
     base: Callable[[], nn.Module]
     data: Callable[[Path], DataModule]
     epochs: int
-    late: str  # the split that shares about half of the network
+    early: str  # the split that shares the stem, or nothing where there is none
+    late: str  # the one that shares about half of the network
     grid: tuple[tuple[float, float], ...]  # pairs of learning rate and weight decay of AdamW
     task: Task = "multiclass"
     precision: Precision = "32"
@@ -138,27 +141,51 @@ class Setting:
 CONVOLUTIONS = ((0.01, 0.05), (0.01, 0.5), (0.005, 0.5), (0.02, 0.3))
 TRANSFORMERS = ((0.001, 0.05), (0.003, 0.05), (0.001, 0.5), (0.003, 0.5))
 TAGGERS = ((0.001, 0.05), (0.003, 0.05), (0.003, 0.2), (0.01, 0.05))
+
+SIGNALS = Setting(
+    base=lambda: SignalResNet(32),
+    data=lambda _: MNIST1D(num_train=4000, num_val=5000),
+    epochs=40,
+    early="stem",
+    late="stages.1",
+    grid=CONVOLUTIONS,
+)
+IMAGES = Setting(
+    base=lambda: CifarResNet(20, 16),
+    data=lambda folder: cifar10(folder, 1000),
+    epochs=60,
+    early="stem",
+    late="stages.1",
+    grid=CONVOLUTIONS,
+    precision="bf16",
+)
+VIDEOS = Setting(
+    base=lambda: MLPTagger(1152, 3862, [512] * 5, 0.1),
+    data=youtube8m,
+    epochs=20,
+    early="input",
+    late="hidden.1",
+    grid=TAGGERS,
+    task="multilabel",
+    precision="bf16",
+)
+PATCHES = Setting(
+    base=lambda: vit(64, 6),
+    data=lambda folder: cifar10(folder, 2000, augment=False),
+    epochs=25,
+    early="patch_embed",
+    late="blocks.2",
+    grid=TRANSFORMERS,
+)
 SETTINGS = {
-    "MNIST-1D, overfits": Setting(
-        lambda: SignalResNet(32), lambda _: MNIST1D(num_train=4000, num_val=5000), 40, "stages.1", CONVOLUTIONS
-    ),
-    "MNIST-1D, does not": Setting(
-        lambda: SignalResNet(32), lambda _: MNIST1D(num_train=20000, num_val=5000), 6, "stages.1", CONVOLUTIONS
-    ),
-    "ResNet, overfits": Setting(
-        lambda: CifarResNet(20, 16), lambda f: cifar10(f, 2500, False), 30, "stages.1", CONVOLUTIONS, precision="bf16"
-    ),
-    "ResNet, does not": Setting(
-        lambda: CifarResNet(20, 16), lambda f: cifar10(f, 15000), 5, "stages.1", CONVOLUTIONS, precision="bf16"
-    ),
-    "YouTube-8M, overfits": Setting(
-        lambda: MLPTagger(1152, 3862, [512] * 5, 0.3), youtube8m, 20, "hidden.2", TAGGERS, "multilabel", "bf16"
-    ),
-    "YouTube-8M, does not": Setting(
-        lambda: MLPTagger(1152, 3862, [512] * 5, 0.3), youtube8m, 6, "hidden.2", TAGGERS, "multilabel", "bf16"
-    ),
-    "ViT, overfits": Setting(lambda: vit(64, 6), lambda f: cifar10(f, 2000, False), 25, "blocks.2", TRANSFORMERS),
-    "ViT, does not": Setting(lambda: vit(64, 6), lambda f: cifar10(f, 15000), 3, "blocks.2", TRANSFORMERS),
+    "MNIST-1D, overfits": SIGNALS,
+    "MNIST-1D, does not": replace(SIGNALS, data=lambda _: MNIST1D(num_train=20000, num_val=5000), epochs=6),
+    "ResNet, overfits": IMAGES,
+    "ResNet, does not": replace(IMAGES, data=lambda folder: cifar10(folder, 15000), epochs=5),
+    "YouTube-8M, overfits": VIDEOS,
+    "YouTube-8M, does not": replace(VIDEOS, epochs=6),
+    "ViT, overfits": PATCHES,
+    "ViT, does not": replace(PATCHES, data=lambda folder: cifar10(folder, 15000), epochs=3),
 }
 
 
@@ -170,20 +197,20 @@ class Plan:
     """How the base is converted."""
 
     heads: int
-    shape: str
+    shape: Shape
     weight: float  # the lambda that is tried first; of 1 and 2 the other comes later
-    late: bool = False
+    split: str = "early"  # a setting's, or a name
     depth: float | None = None
 
 
 PLANS = {
-    "reshaped": Plan(1, "auto", 1.0, depth=0.0),
+    "reshaped": Plan(1, "auto", 1.0, split="input", depth=0.0),
     "2 narrow early": Plan(2, "narrow", 2.0),
     "2 short early": Plan(2, "short", 2.0),
     "2 auto early": Plan(2, "auto", 2.0),
     "3 short early": Plan(3, "short", 2.0),
-    "2 narrow late": Plan(2, "narrow", 1.0, late=True),
-    "2 short late": Plan(2, "short", 1.0, late=True),
+    "2 narrow late": Plan(2, "narrow", 1.0, split="late"),
+    "2 short late": Plan(2, "short", 1.0, split="late"),
 }
 BASE, PAIR = "base", "two bases"
 
@@ -285,9 +312,10 @@ def finish(run: Run, results: Results, folder: Path, kept: Path) -> dict[str, An
     if run.plan == BASE:
         kept.mkdir(parents=True, exist_ok=True)
         torch.save(network.state_dict(), kept / file_name(run, run.seed))
-    loaders = {"val": data.val_dataloader(), "test": data.test_dataloader()}
-    loaders["train"] = islice(data.train_dataloader(), TRAINING_EXAMPLES // len(x))
-    found |= {part: measure(task, loader, setting.task) for part, loader in loaders.items()}
+    found["val"] = measure(task, data.val_dataloader(), setting.task)
+    found["test"] = measure(task, data.test_dataloader(), setting.task)
+    training = islice(data.train_dataloader(), TRAINING_EXAMPLES // len(x))
+    found["capacity"] = asdict(spare_capacity(network, training, data.val_dataloader(), setting.task))
     if run.plan != BASE:
         found["step"] = step_ratio(task, in_layout(codistilled(base, 1.0, setting.task), x), x, y, run)
     return found
@@ -310,22 +338,25 @@ def file_name(run: Run, seed: int | None) -> str:
 
 def converted(base: nn.Module, x: Tensor, run: Run) -> EnsembleNet:
     setting, plan = SETTINGS[run.setting], PLANS[run.plan]
-    return convert(
-        base,
-        x,
-        num_heads=plan.heads,
-        budget=BUDGET,
-        split_at=setting.late if plan.late else "auto",
-        seed=run.seed,
-        task=setting.task,
-        shape=plan.shape,
-        depth=plan.depth,
-    )
+    options: dict[str, Any] = {
+        "num_heads": plan.heads,
+        "budget": BUDGET,
+        "split_at": {"early": setting.early, "late": setting.late}.get(plan.split, plan.split),
+        "seed": run.seed,
+        "task": setting.task,
+    }
+    if plan.shape == "short":
+        try:
+            return convert(base, x, shape="short", **options)
+        except BudgetError:  # not at full width: the shortest heads, with the width that fits
+            return convert(base, x, depth=0.0, **options)
+    return convert(base, x, shape=plan.shape, depth=plan.depth, **options)
 
 
 def described(model: EnsembleNet) -> dict[str, Any]:
     """What heads a model has, and its costs as shares of its base's."""
-    assert model.recipe is not None and model.cost is not None
+    assert model.recipe is not None
+    assert model.cost is not None
     assert model.base_cost is not None
     head = model.recipe.head
     heads = {"number": model.num_heads, "split_at": model.recipe.split_at, "width": head.width, "depth": head.depth}
@@ -384,13 +415,16 @@ def run_all(names: list[str], folder: Path, kept: Path, seconds: float) -> None:
 def summary(row: dict[str, Any]) -> str:
     """A finished run in a line."""
     run = row["run"]
-    name = f"{run['setting']} | {run['plan']} λ={run['weight']:g} ({run['lr']:g}, {run['weight_decay']:g}) s{run['seed']} |"
+    name = f"{run['setting']} | {run['plan']} λ={run['weight']:g} "
+    name += f"({run['lr']:g}, {run['weight_decay']:g}) s{run['seed']} |"
     if "failed" in row:
         return f"{name} {row['failed']}"
     scores = f"test {row['test']['error']:.2f} val {row['val']['error']:.2f} nll {row['test']['nll']:.3f}"
     costs = " ".join(f"{share:.2f}" for share in (*row["shares"].values(), row.get("step", 1.0)))
-    ratio = row["train"]["nll"] / row["val"]["nll"]
-    return f"{name} {row.get('heads', '')} costs {costs} | {scores} train {row['train']['nll']:.3f} ratio {ratio:.3f}"
+    capacity = Capacity(**row["capacity"])
+    return (
+        f"{name} {row.get('heads', '')} costs {costs} | {scores} train {capacity.train_loss:.3f}, {capacity.ratio:.3f}"
+    )
 
 
 def table(name: str, results: Results) -> str:
@@ -414,10 +448,9 @@ def table(name: str, results: Results) -> str:
     return "\n".join([f"### {name}\n", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|", *lines])
 
 
-HEADINGS = (
-    "plan | λ | split, width, depth | seeds | error, % | one head, % | NLL | ECE | training loss | of validation loss | "
-    "parameters | MACs | activations | time | step"
-).split(" | ")
+HEADINGS = ("plan", "λ", "split, width, depth", "seeds")
+HEADINGS += ("error, %", "one head, %", "NLL", "ECE", "training loss", "of validation loss")
+HEADINGS += ("parameters", "MACs", "activations", "time", "step")
 
 
 def line(plan: str, weight: float, rows: list[dict[str, Any]]) -> str:
@@ -427,17 +460,17 @@ def line(plan: str, weight: float, rows: list[dict[str, Any]]) -> str:
         ([row["test"]["error"] for row in rows], ".2f"),
         ([fmean(row["test"]["head_errors"]) for row in rows], ".2f"),
         ([row["test"]["nll"] for row in rows], ".3f"),
-        ([row["test"]["ece"] for row in rows], ".3f"),
-        ([row["train"]["nll"] for row in rows], ".3f"),
+        ([row["test"].get("ece", math.nan) for row in rows], ".3f"),
+        ([row["capacity"]["train_loss"] for row in rows], ".3f"),
+        ([Capacity(**row["capacity"]).ratio for row in rows], ".3f"),
     ]
     cells = [
         f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
         for values, form in columns
     ]
-    ratio = fmean(row["train"]["nll"] / row["val"]["nll"] for row in rows)
     costs = [f"{fmean(values):.2f}" for values in zip(*(row["shares"].values() for row in rows), strict=True)]
     step = fmean(row.get("step", 1.0) for row in rows)
-    return f"| {plan} | {weight:g} | {shape} | {len(rows)} | {' | '.join(cells)} | {ratio:.3f} | {' | '.join(costs)} | {step:.2f} |"
+    return f"| {plan} | {weight:g} | {shape} | {len(rows)} | {' | '.join(cells)} | {' | '.join(costs)} | {step:.2f} |"
 
 
 def main() -> None:
