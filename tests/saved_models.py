@@ -56,10 +56,17 @@ class MaskedNet(nn.Module):
         return {"hidden": h, "scores": self.last(h.sum(1))}
 
 
+def _layers() -> nn.Sequential:
+    """Like layers that follow each other, of which heads drop some."""
+    like = [layer for _ in range(3) for layer in (nn.Linear(16, 16), nn.ReLU())]
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), *like, nn.Linear(16, 3))
+
+
 BASES = {
     "known": (lambda: MNIST1DNet(width=8, num_classes=4), (8,)),
     "pinned": (PinnedNet, (4,)),
     "several": (MaskedNet, (6,)),  # from format 3 on
+    "short": (_layers, (4,)),  # from format 4 on
 }
 
 
@@ -76,7 +83,8 @@ def make(name: str) -> EnsembleNet:
     base, _ = BASES[name]
     split_at = {"known": "conv1", "several": "embed"}.get(name, "input")
     output = "scores" if name == "several" else None
-    model = convert(base(), inputs(name), 2, init="inherit", split_at=split_at, output=output)
+    depth = 0.5 if name == "short" else None
+    model = convert(base(), inputs(name), 2, init="inherit", split_at=split_at, output=output, depth=depth)
     assert model.recipe is not None
     if name == "pinned":  # no version but the first two pinned this function by itself
         head = replace(model.recipe.head, pinned=("conv_transpose1d",))

@@ -22,8 +22,8 @@ def base() -> nn.Module:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": True}, "num_heads must be an integer of at least 1, got True"),
-        ({"num_heads": 0}, "num_heads must be an integer of at least 1, got 0"),
+        ({"num_heads": True}, 'num_heads must be an integer of at least 1, or "auto", got True'),
+        ({"num_heads": 0}, 'num_heads must be an integer of at least 1, or "auto", got 0'),
         ({"budget": -1}, "budget must be a positive number .* got -1"),
         ({"budget": Budget(parameters=0.5, macs=float("inf"))}, "budget must be a positive number .* got inf"),
         ({"budget": Budget(time=0.0)}, "budget must be a positive number .* got 0.0"),

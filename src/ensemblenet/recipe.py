@@ -70,7 +70,9 @@ class Conversion:
             share = getattr(self, name)
             least = 0 if name != "width" else 1e-3
             if share is not None and not (_is_number(share) and least <= share <= most):
-                raise ConversionError(f"{name} must be a share of the base's {what}, {least:g} to {most:g}, got {share!r}.")
+                raise ConversionError(
+                    f"{name} must be a share of the base's {what}, {least:g} to {most:g}, got {share!r}."
+                )
         self._check_shape()
 
     def _check_shape(self) -> None:
@@ -306,8 +308,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_pairs(value: Any) -> bool:
-    pairs = value if _is_list(value) else [None]
-    return all(_is_list(pair) and len(pair) == 2 and all(isinstance(name, str) for name in pair) for pair in pairs)
+    return _is_list(value) and all(_is_list(pair) and list(map(type, pair)) == [str, str] for pair in value)
 
 
 def _is_number(value: Any) -> bool:

@@ -149,7 +149,9 @@ def test_fresh_heads_begin_at_the_bases_scale(name: str) -> None:
     for seed in range(5):
         torch.manual_seed(seed)
         base = factory().eval()
-        ratios.append((convert(base, x, 4, 1.0, seed=seed).eval()(x, per_head=True).std() / base(x).std()).item())
+        ratios.append(
+            (convert(base, x, 4, 1.0, seed=seed, shape="narrow").eval()(x, per_head=True).std() / base(x).std()).item()
+        )
     assert 0.6 < torch.tensor(ratios).log().mean().exp() < 1.6, ratios
 
 
@@ -245,8 +247,8 @@ BAD = [
     ("split", make, X, {"split_at": "layer1"}, "Unknown split point 'layer1': did you mean"),
     ("near", LongSkip, torch.randn(2, 3, 16, 16), {"split_at": "merg"}, "Unknown split point 'merg': .*'merge'"),
     ("end", make, X, {"split_at": "3", "num_heads": 3, "budget": 0.5}, "3 heads do not fit a budget of 0.5"),
-    ("no heads", make, X, {"num_heads": 0}, "num_heads must be an integer of at least 1, got 0"),
-    ("half a head", make, X, {"num_heads": 1.5}, "num_heads must be an integer of at least 1, got 1.5"),
+    ("no heads", make, X, {"num_heads": 0}, 'num_heads must be an integer of at least 1, or "auto", got 0'),
+    ("half a head", make, X, {"num_heads": 1.5}, 'num_heads must be an integer of at least 1, or "auto", got 1.5'),
     ("budget", make, X, {"budget": 0}, "budget must be a positive number .*, got 0"),
     ("negative", make, X, {"budget": -1.0}, "budget must be a positive number .*, got -1.0"),
     ("not a number", make, X, {"budget": "half"}, "budget must be a positive number .*, got 'half'"),

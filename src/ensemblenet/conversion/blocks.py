@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from torch import fx, nn
@@ -105,9 +106,9 @@ def find_runs(cuts: Sequence[Cut]) -> list[Run]:
         >>> from ensemblenet.conversion.split import find_cuts
         >>> from ensemblenet.conversion.trace import trace
         >>> from ensemblenet.models import CifarResNet
-        >>> cuts = find_cuts(trace(CifarResNet(depth=20), torch.zeros(2, 3, 32, 32)))
+        >>> cuts = find_cuts(trace(CifarResNet(depth=14), torch.zeros(2, 3, 32, 32)))
         >>> [[block.end.point.name for block in run.blocks] for run in find_runs(cuts)]
-        [['layer1.0', 'layer1.1', 'layer1'], ['layer2.0', 'layer2.1', 'layer2'], ['layer3.0', 'layer3.1', 'layer3']]
+        [['stages.0.block0', 'stages.0'], ['stages.1.block0', 'stages.1'], ['stages.2.block0', 'stages']]
     """
     found = [*_runs_of_modules(cuts), *_repeated(cuts)]
     found.sort(key=lambda run: (-run.num_droppable, run.blocks[0].begin.position))
@@ -213,17 +214,20 @@ def _runs_of_modules(cuts: Sequence[Cut]) -> list[Run]:
             block = replace(_block(before[-1], end), kind=kind)
             if all(name in (node.meta.get("stack") or ()) for node in block.nodes):
                 families[name.rpartition(".")[0], kind].append(block)
-    found = []
-    for blocks in families.values():
-        run: list[Block] = []
-        for block in blocks:
-            follows = run and run[-1].end is block.begin and _may_be_dropped(block)
-            if not (follows and (block.is_like(run[-1]) or (_begins(run[-1]) and block.is_residual))):
-                found.append(run)
-                run = []
-            run.append(block)
-        found.append(run)
-    return [Run(tuple(run)) for run in found if len(run) > 1]
+    return [run for blocks in families.values() for run in _runs(blocks)]
+
+
+def _runs(blocks: Sequence[Block]) -> list[Run]:
+    """Blocks in order, cut into runs in front of each that must stay."""
+    runs: list[list[Block]] = []
+    for block in blocks:
+        before = runs[-1][-1] if runs else None
+        follows = before is not None and before.end is block.begin and _may_be_dropped(block)
+        if follows and (block.is_like(before) or (_begins(before) and block.is_residual)):  # type: ignore[arg-type]
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return [Run(tuple(run)) for run in runs if len(run) > 1]
 
 
 def _begins(block: Block) -> bool:
@@ -247,11 +251,11 @@ def _first_nodes(flow: Flow) -> dict[str, list[int]]:
 
 def _repeated(cuts: Sequence[Cut]) -> list[Run]:
     """Runs of operations that are repeated between split points, whatever modules they are in."""
-    steps = [_block(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    steps = [_block(begin, end) for begin, end in pairwise(cuts)]
     signatures = [step.signature for step in steps]
     numbers = {signature: number for number, signature in enumerate(signatures)}
     row = [numbers[signature] for signature in signatures]
-    found = []
+    found: list[Run] = []
     for period in range(1, len(row) // 2 + 1):
         start = 0
         while start + period < len(row):
@@ -259,12 +263,12 @@ def _repeated(cuts: Sequence[Cut]) -> list[Run]:
             while start + length + period < len(row) and row[start + length] == row[start + length + period]:
                 length += 1
             if length >= period:
-                found.append(_aligned(cuts, start, length + period, period))
+                found += _runs(_aligned(cuts, start, length + period, period))
             start += length + 1
-    return [run for run in found if all(map(_may_be_dropped, run.blocks[1:]))]
+    return found
 
 
-def _aligned(cuts: Sequence[Cut], start: int, length: int, period: int) -> Run:
+def _aligned(cuts: Sequence[Cut], start: int, length: int, period: int) -> list[Block]:
     """A repetition, cut where most blocks end as modules do."""
     number = length // period
     starts = range(start, start + length - number * period + 1)
@@ -272,4 +276,4 @@ def _aligned(cuts: Sequence[Cut], start: int, length: int, period: int) -> Run:
     aliases = cuts[0].flow.trace.aliases
     best = max(starts, key=lambda first: (sum(bool(aliases.get(cut.node)) for cut in ends[first]), -first))
     chosen = ends[best]
-    return Run(tuple(_block(begin, end) for begin, end in zip(chosen, chosen[1:], strict=False)))
+    return [_block(begin, end) for begin, end in pairwise(chosen)]

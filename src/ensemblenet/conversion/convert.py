@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -13,7 +13,7 @@ from torch import fx, nn
 from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.initialise import Initialiser
-from ensemblenet.conversion.planning import Plan, Planner
+from ensemblenet.conversion.planning import Plan, Planner, choose_num_heads
 from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.cost import Budget, Cost, count_parameters
@@ -32,7 +32,7 @@ _MOST_REPAIRS = 25
 def convert(
     base: nn.Module,
     example_inputs: Tree,
-    num_heads: int = 2,
+    num_heads: int | Literal["auto"] = 2,
     budget: float | Budget = 1.0,
     split_at: str = "auto",
     seed: int = 0,
@@ -54,7 +54,8 @@ def convert(
         example_inputs: inputs for it: a tensor of shape (N, *), a tuple of the arguments by position or a dictionary
             of those by name; an argument may be a tuple or a dictionary of tensors itself. Tensors that share N with
             the first hold one row for each example. N of at least 2 lets layers that need several examples train.
-        num_heads: K, at least 1.
+        num_heads: K, at least 1; "auto" takes 4 or 3 where the base has blocks enough to drop for heads of full width
+            that make it no slower, and else 2.
         budget: the most that the model may cost, as a share of the base's parameters and of its MACs, or a
             `Budget` for each of these, activations and time.
         split_at: the name of a split point, see [`ensemblenet.split_points`][], or "auto".
@@ -129,8 +130,12 @@ def convert_as(
     traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
-    combining = combining_cost(_output_shapes(traced), wanted.num_heads, wanted.combine, task)
-    planner = Planner(cuts, wanted, wanted.num_heads, base_cost, combining)
+
+    def planner_of(num_heads: int) -> Planner:
+        combining = combining_cost(_output_shapes(traced), num_heads, wanted.combine, task)
+        return Planner(cuts, wanted, num_heads, base_cost, combining)
+
+    planner = choose_num_heads(planner_of) if wanted.num_heads == "auto" else planner_of(wanted.num_heads)
     while True:
         design, plan = planner.choose()
         assert plan.head is not None
@@ -141,7 +146,7 @@ def convert_as(
         base=find_source(base, traced.inputs.tensors[0].shape),
         inputs=traced.inputs,
         output=tuple(wanted.output) if isinstance(wanted.output, list) else wanted.output,
-        num_heads=wanted.num_heads,
+        num_heads=planner.num_heads,
         split_at=plan.split.name,
         head=plan.head,
         init=wanted.init,

@@ -128,9 +128,7 @@ class Flow:
         written = [write for end in ends for write in self.writes(end, position)]
         return self._needed([*ends, *written, *lasting], stop=set())[0]
 
-    def head(
-        self, entry: fx.Node, position: int, skipped: Skipped = _NOTHING
-    ) -> tuple[list[fx.Node], list[fx.Node]]:
+    def head(self, entry: fx.Node, position: int, skipped: Skipped = _NOTHING) -> tuple[list[fx.Node], list[fx.Node]]:
         """The nodes from a tensor, as it is behind a position, to the outputs; and the inputs that they read.
 
         Args:

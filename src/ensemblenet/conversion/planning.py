@@ -16,7 +16,7 @@ from ensemblenet.cost import ROOFLINE, Budget, Cost
 from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.recipe import Conversion, HeadShape
 
-__all__ = ["STEM", "Plan", "Planner", "is_eligible", "preferred"]
+__all__ = ["STEM", "Plan", "Planner", "choose_num_heads", "is_eligible", "preferred"]
 
 # The share of the base's MACs that the trunk keeps in the automatic plan, which is a stem's: heads that share little
 # had the lowest errors, see docs/procedure.md.
@@ -32,6 +32,7 @@ _LEAST_WIDTH_OF_SHORT = 0.75
 # A model whose activations and time are no more than this, as shares of the base's, counts as fast as the base.
 _FAST = 1.05
 _MOST_STARTS = 0.5
+_MANY_HEADS = (4, 3)
 _BLOCKS = ", which are alike, follow each other and give a tensor of the shape that they take."
 _NARROW = 'pass shape="narrow".'
 # A trunk without multiply-adds, such as embeddings, is a table of inputs: K narrow copies of it would learn the same.
@@ -123,10 +124,8 @@ def plan_at(
             best = one
         if found == most or used >= _BUDGET_USED:
             break
-    if best is not None:
-        return best
-    lowest = replace(plan(replace(whole, width=least, multiple=1)), head=None, keepers=tuple(design.keepers()))
-    return lowest
+    lowest = plan(replace(whole, width=least, multiple=1))
+    return best or replace(lowest, head=None, keepers=tuple(design.keepers()))
 
 
 def _widest(fits: Callable[[float], bool], least: float, most: float) -> float | None:
@@ -146,21 +145,25 @@ class Planner:
     Args:
         cuts: the network's split points.
         wanted: what the user asks for.
+        num_heads: K.
         base: what the base costs.
         combining: what it costs to combine the heads' outputs.
 
     Attributes:
+        num_heads: K.
         pinned: nodes that must keep their sizes, because they failed with smaller ones.
     """
 
     def __init__(self, cuts: list[Cut], wanted: Conversion, num_heads: int, base: Cost, combining: Cost) -> None:
+        self.num_heads = num_heads
         self.pinned: set[fx.Node] = set()
         self._cuts = cuts
         self._wanted = wanted
-        self._num_heads = num_heads
         self._base = base
         self._combining = combining
-        self._limit = Budget.of(wanted.budget).limit(base)
+        budget = Budget.of(wanted.budget)
+        self._limit = budget.limit(base)
+        self._fast = _FAST * max(1.0, budget.macs or 1.0)
         work = [numbers for _, numbers in cuts[0].flow.trace.work]
         self._is_small = ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
         self._must_shorten = wanted.shape == "short" or (wanted.depth is not None and wanted.depth < 1)
@@ -177,9 +180,13 @@ class Planner:
         depths = depths_behind(self._runs, cut)
         wanted = self._wanted
         if len(depths) == 1 and self._must_shorten:
-            raise ConversionError(f"Heads behind {cut.point.name!r} have no blocks to drop{_BLOCKS} Split earlier, or {_NARROW}")
+            where = f"Heads behind {cut.point.name!r} have no blocks to drop"
+            raise ConversionError(f"{where}{_BLOCKS} Split earlier, or {_NARROW}")
         if wanted.depth is not None or len(depths) == 1:
-            return self._plan(cut, depths[round((wanted.depth or 0.0) * (len(depths) - 1))], wanted.width)
+            chosen = depths[round((wanted.depth or 0.0) * (len(depths) - 1))]
+            # one network alone, short and as wide as fits, is what heads must be better than
+            is_alone = self.num_heads == 1 and self._must_shorten and wanted.init == "fresh"
+            return self._plan(cut, chosen, wanted.width, _MOST_WIDTH if is_alone else 1.0)
         width = wanted.width or 1.0
         num_fitting = bisect_left(depths, True, key=lambda depth: self._plan(cut, depth, width)[1].head is None)
         short = self._plan(cut, depths[max(num_fitting - 1, 0)], width)
@@ -195,26 +202,22 @@ class Planner:
             fuller.append(self._plan(cut, depths[num_fitting - 1], most=_MOST_WIDTH))
         return max((short, *(one for one in fuller if self.is_fast(one[1]))), key=lambda one: self._used(one[1]))
 
-    def _plan(
-        self, cut: Cut, depth: Depth, width: float | None = None, most: float = 1.0
-    ) -> tuple[HeadDesign, Plan]:
-        if self._num_heads == 1:
-            most = _MOST_WIDTH
+    def _plan(self, cut: Cut, depth: Depth, width: float | None = None, most: float = 1.0) -> tuple[HeadDesign, Plan]:
         shortened = depth.shorten(cut)
         design = design_head(cut.flow.trace, shortened, self.pinned, grows=(width or most) > 1)
-        plan = plan_at(design, self._num_heads, self._limit, self._combining, depth, width or 0.0, width or most)
+        plan = plan_at(design, self.num_heads, self._limit, self._combining, depth, width or 0.0, width or most)
         return design, plan
 
     def _used(self, plan: Plan) -> float:
         return max(plan.cost.shares_of(self._limit)[:2])
 
     def is_fast(self, plan: Plan) -> bool:
-        """Whether a model takes about the base's memory and time on an accelerator, or less.
+        """Whether a model takes about the base's memory and time on an accelerator, or as much more as it may compute.
 
         A base whose time goes into starting its operators is no measure: fused heads start theirs once.
         """
         shares = plan.cost.shares_of(self._base)
-        return self._is_small or max(shares.activations, shares.time) <= _FAST
+        return self._is_small or max(shares.activations, shares.time) <= self._fast
 
     def choose(self) -> tuple[HeadDesign, Plan]:
         """The plan at the split point that the user names, or at the one that the automatic rule chooses.
@@ -249,7 +252,9 @@ class Planner:
         if not self._misfits:
             raise ConversionError(f"The base has no blocks that heads could drop{_BLOCKS} Please {_NARROW}")
         # the one that comes nearest: the widest heads, or where none fit, the least cost
-        least = max(self._misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.shares_of(self._limit))))
+        least = max(
+            self._misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.shares_of(self._limit)))
+        )
         raise self._no_fit(least, "at any split point", _least_width(self._wanted))
 
     def _best(self, points: Iterable[SplitPoint]) -> tuple[HeadDesign, Plan] | None:
@@ -272,17 +277,19 @@ class Planner:
                 if self.is_fast(plan):
                     return design, plan
                 slow = slow or (design, plan)
-        return slow or unshared
+        return unshared if unshared and self.is_fast(unshared[1]) else slow or unshared
 
     def _no_fit(self, plan: Plan, where: str, min_width: float | None) -> BudgetError:
-        heads, allowed = self._num_heads, f"a budget of {Budget.of(self._wanted.budget)}"
+        heads, allowed = self.num_heads, f"a budget of {Budget.of(self._wanted.budget)}"
         if plan.width is not None:
             return BudgetError(
                 f"{heads} heads that keep {min_width:g} of their channels do not fit {allowed} {where}: they could "
                 f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
             )
         least = Budget.of(self._wanted.budget).of_limited(plan.cost.shares_of(self._base), ".3f")
-        given = [f"{name} {value:g}" for name in ("width", "depth") if (value := getattr(self._wanted, name)) is not None]
+        given = [
+            f"{name} {value:g}" for name in ("width", "depth") if (value := getattr(self._wanted, name)) is not None
+        ]
         if given:
             return BudgetError(
                 f"{heads} heads of {' and '.join(given)} do not fit {allowed} {where}: they would cost {least} (at "
@@ -293,6 +300,23 @@ class Planner:
             f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use "
             f"fewer heads or a larger budget.{causes}"
         )
+
+
+def choose_num_heads(planner_of: Callable[[int], Planner]) -> Planner:
+    """The planner of as many heads as stay as wide as the base and make it no slower, by dropping blocks; at least 2.
+
+    Args:
+        planner_of: makes the planner of a number of heads.
+    """
+    for num_heads in _MANY_HEADS:
+        planner = planner_of(num_heads)
+        try:
+            plan = planner.choose()[1]
+        except BudgetError:
+            continue
+        if plan.depth < 1 and plan.width >= 1 and planner.is_fast(plan):  # type: ignore[operator]
+            return planner
+    return planner_of(2)
 
 
 def _least_ratio(point: SplitPoint) -> float:

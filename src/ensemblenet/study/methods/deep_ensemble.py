@@ -11,6 +11,7 @@ __all__ = ["BASES", "NARROW"]
 
 
 def _bases(source: Source, setup: Setup) -> TrainingTask:
+    assert setup.conversion.num_heads != "auto", "studies say how many heads each method has"
     bases = [source.make_base() for _ in range(setup.conversion.num_heads)]
     return codistilled(EnsembleNet(nn.Identity(), bases, task=setup.task), 1.0, setup.task)
 
