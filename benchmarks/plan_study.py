@@ -153,7 +153,7 @@ SIGNALS = Setting(
 IMAGES = Setting(
     base=lambda: CifarResNet(20, 16),
     data=lambda folder: cifar10(folder, 1000),
-    epochs=60,
+    epochs=80,
     early="stem",
     late="stages.1",
     grid=CONVOLUTIONS,
@@ -171,8 +171,8 @@ VIDEOS = Setting(
 )
 PATCHES = Setting(
     base=lambda: vit(64, 6),
-    data=lambda folder: cifar10(folder, 2000, augment=False),
-    epochs=25,
+    data=lambda folder: cifar10(folder, 1500, augment=False),
+    epochs=45,
     early="patch_embed",
     late="blocks.2",
     grid=TRANSFORMERS,
@@ -361,7 +361,7 @@ def described(model: EnsembleNet) -> dict[str, Any]:
     head = model.recipe.head
     heads = {"number": model.num_heads, "split_at": model.recipe.split_at, "width": head.width, "depth": head.depth}
     return {
-        "heads": heads | {"dropped": list(head.dropped)},
+        "heads": heads | {"dropped": [list(block) for block in head.dropped]},
         "shares": model.cost.shares_of(model.base_cost)._asdict(),
     }
 
@@ -422,9 +422,12 @@ def summary(row: dict[str, Any]) -> str:
     scores = f"test {row['test']['error']:.2f} val {row['val']['error']:.2f} nll {row['test']['nll']:.3f}"
     costs = " ".join(f"{share:.2f}" for share in (*row["shares"].values(), row.get("step", 1.0)))
     capacity = Capacity(**row["capacity"])
-    return (
-        f"{name} {row.get('heads', '')} costs {costs} | {scores} train {capacity.train_loss:.3f}, {capacity.ratio:.3f}"
-    )
+    return f"{name} {shape_of(row)} | costs {costs} | {scores} train {capacity.train_loss:.3f}, {capacity.ratio:.3f}"
+
+
+def shape_of(row: dict[str, Any]) -> str:
+    heads = row.get("heads")
+    return "" if heads is None else f"{heads['split_at']}, {heads['width']:.3g}, {heads['depth']:.3g}"
 
 
 def table(name: str, results: Results) -> str:
@@ -454,8 +457,6 @@ HEADINGS += ("parameters", "MACs", "activations", "time", "step")
 
 
 def line(plan: str, weight: float, rows: list[dict[str, Any]]) -> str:
-    heads = rows[0].get("heads")
-    shape = "" if heads is None else f"{heads['split_at']}, {heads['width']:.3g}, {heads['depth']:.3g}"
     columns: list[tuple[list[float], str]] = [
         ([row["test"]["error"] for row in rows], ".2f"),
         ([fmean(row["test"]["head_errors"]) for row in rows], ".2f"),
@@ -470,7 +471,7 @@ def line(plan: str, weight: float, rows: list[dict[str, Any]]) -> str:
     ]
     costs = [f"{fmean(values):.2f}" for values in zip(*(row["shares"].values() for row in rows), strict=True)]
     step = fmean(row.get("step", 1.0) for row in rows)
-    return f"| {plan} | {weight:g} | {shape} | {len(rows)} | {' | '.join(cells)} | {' | '.join(costs)} | {step:.2f} |"
+    return f"| {plan} | {weight:g} | {shape_of(rows[0])} | {len(rows)} | {' | '.join(cells)} | {' | '.join(costs)} | {step:.2f} |"
 
 
 def main() -> None:
