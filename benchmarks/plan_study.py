@@ -471,7 +471,8 @@ def line(plan: str, weight: float, rows: list[dict[str, Any]]) -> str:
     ]
     costs = [f"{fmean(values):.2f}" for values in zip(*(row["shares"].values() for row in rows), strict=True)]
     step = fmean(row.get("step", 1.0) for row in rows)
-    return f"| {plan} | {weight:g} | {shape_of(rows[0])} | {len(rows)} | {' | '.join(cells)} | {' | '.join(costs)} | {step:.2f} |"
+    first = (plan, f"{weight:g}", shape_of(rows[0]), str(len(rows)))
+    return f"| {' | '.join((*first, *cells, *costs, f'{step:.2f}'))} |"
 
 
 def main() -> None:
@@ -481,7 +482,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder with cifar10/ and youtube8m/video_level/", default=Path())
     parser.add_argument("--seconds", type=float, help="begin no run after so many", default=float("inf"))
     parser.add_argument("--setting", choices=tuple(SETTINGS), help="this one alone")
-    parser.add_argument("--kept", type=Path, help="keeps the trained bases", default=Path("runs/plan_study"))
+    parser.add_argument(
+        "--kept", type=Path, help="has the trained bases, which their ensembles need", default=Path("runs/plan_study")
+    )
     args = parser.parse_args()
     names = [args.setting] if args.setting else list(SETTINGS)
     if args.action == "run":
