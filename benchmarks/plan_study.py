@@ -469,6 +469,7 @@ def line(plan: str, weight: float, rows: list[dict[str, Any]]) -> str:
         f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
         for values, form in columns
     ]
+    cells = [cell.replace("nan ± nan", "").replace("nan", "") for cell in cells]  # tagging has no ECE
     costs = [f"{fmean(values):.2f}" for values in zip(*(row["shares"].values() for row in rows), strict=True)]
     step = fmean(row.get("step", 1.0) for row in rows)
     first = (plan, f"{weight:g}", shape_of(rows[0]), str(len(rows)))
