@@ -38,7 +38,7 @@ def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     guide = (ROOT / "docs" / "guide.md").read_text()
-    small = guide.replace("--trainer.max_epochs 40", "--trainer.max_epochs 1")
+    small = guide.replace("--epochs 40", "--epochs 1")
     assert small != guide
     variables = {}
     for language, code in blocks(small):

@@ -90,6 +90,8 @@ class Budget:
         macs: share of the base's MACs.
         activations: share of the base's activations, see [`ensemblenet.Cost`][].
         time: share of the base's estimated time on an accelerator.
+        measured: whether `time` is that of a training step, measured where the base and its example inputs are, with
+            their number of examples, in the precision of an enclosing autocast; a few plans are tried.
 
     Example:
         >>> budget = Budget(parameters=0.5, time=1.2)
@@ -103,6 +105,12 @@ class Budget:
     macs: float | None = 1.0
     activations: float | None = None
     time: float | None = None
+    measured: bool = False
+
+    @property
+    def shares(self) -> tuple[float | None, float | None, float | None, float | None]:
+        """The shares, in the order of a cost's parts."""
+        return self.parameters, self.macs, self.activations, self.time
 
     @classmethod
     def of(cls, budget: float | Budget | Mapping[str, float | None]) -> Budget:
@@ -113,29 +121,36 @@ class Budget:
 
         Example:
             >>> Budget.of(0.5)
-            Budget(parameters=0.5, macs=0.5, activations=None, time=None)
+            Budget(parameters=0.5, macs=0.5, activations=None, time=None, measured=False)
         """
         if isinstance(budget, Mapping):
-            budget = cls(**budget)
-        shares = astuple(budget) if isinstance(budget, Budget) else (budget, budget)
+            budget = cls(**budget)  # pyright: ignore[reportArgumentType]
+        shares = budget.shares if isinstance(budget, Budget) else (budget, budget)
         for share in shares:
             if isinstance(budget, Budget) and share is None:
                 continue
             if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) < math.inf:
                 raise BudgetError(
-                    f"budget must be a positive number (a share of the base's cost) or "
-                    f"ensemblenet.Budget(parameters=, macs=, activations=, time=), got {share!r}."
+                    "budget must be a positive number, a share of the base's cost such as 0.95, or shares by name "
+                    f"(parameters, macs, activations, time), got {share!r}."
                 )
+            if (share := float(share)) >= _PERCENT:
+                raise BudgetError(f"budget is a share of the base's cost, got {share:g}: did you mean {share / 100:g}?")
         if all(share is None for share in shares):
             raise BudgetError("budget must limit something: give one of parameters, macs, activations and time.")
-        return cls(*(None if share is None else float(share) for share in shares))
+        is_measured = isinstance(budget, Budget) and budget.measured
+        if is_measured and shares[-1] is None:
+            raise BudgetError("Budget(measured=True) needs a share of the time to measure: give time=.")
+        return cls(*(None if share is None else float(share) for share in shares), measured=is_measured)
 
     def limit(self, base: Cost) -> Cost:
-        """The most that may be spent; infinite where nothing is said."""
+        """The most that may be spent; infinite where nothing is said, and for a time that is to be measured."""
         parameters, *others = (
             math.inf if share is None else share * whole
-            for share, whole in zip(astuple(self), astuple(base), strict=True)
+            for share, whole in zip(self.shares, astuple(base), strict=True)
         )
+        if self.measured:
+            others[-1] = math.inf
         whole = parameters if math.isinf(parameters) else math.floor(parameters)
         return Cost(whole, *others)  # pyright: ignore[reportArgumentType]
 
@@ -148,7 +163,7 @@ class Budget:
         """
         parts = [
             f"{format(share, form)} of {{}} {_WORDS.get(field.name, field.name)}"
-            for field, share in zip(fields(self), shares, strict=True)
+            for field, share in zip(fields(Cost), shares, strict=True)
             if getattr(self, field.name) is not None
         ]
         owners = [of, *["its" if of != "the" else of] * (len(parts) - 1)]
@@ -156,10 +171,11 @@ class Budget:
         return f"{', '.join(first)} and {last}" if first else last
 
     def __str__(self) -> str:
-        return self.of_limited(Shares(*astuple(self)), of="the base's")
+        return self.of_limited(Shares(*(share or 0.0 for share in self.shares)), of="the base's")
 
 
 _WORDS = {"macs": "MACs"}
+_PERCENT = 10.0  # a share from here on is one in percent
 
 
 def count_parameters(module: nn.Module) -> int:

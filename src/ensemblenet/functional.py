@@ -344,6 +344,20 @@ def _holds_indices(target: Tensor, task: Task) -> bool:
     return task == "multiclass" and not target.is_floating_point()
 
 
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether outputs (N, C) are those of a softmax, where the losses here take logits.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 2.0, 0.5]])
+        >>> are_probabilities(z), are_probabilities(z.softmax(1))
+        (False, True)
+    """
+    if outputs.ndim != 2 or outputs.shape[1] < 2 or not outputs.is_floating_point():
+        return False
+    sums = outputs.float().sum(1)
+    return bool((outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
@@ -371,7 +385,8 @@ def _check_has_heads(head_outputs: Tensor) -> None:
     if head_outputs.ndim < 3 or len(head_outputs) == 0:
         raise ValueError(
             f"head_outputs must have the shape (K, N, C) or (K, N, C, *) with at least one head, got "
-            f"{tuple(head_outputs.shape)}. {_ASK_FOR_HEADS}"
+            f"{tuple(head_outputs.shape)}. {_ASK_FOR_HEADS} Heads that give one number an example, (K, N), have C = 1: "
+            "unsqueeze(-1) them and the target."
         )
 
 

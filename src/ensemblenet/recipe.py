@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,6 +30,7 @@ Shape = Literal["auto", "narrow", "short"]
 Blocks = Literal["fewer", "narrower"]
 FORMAT = 4
 _WIDEST = 4.0
+_DEEPEST_TREE = 32
 
 
 @dataclass(frozen=True)
@@ -197,14 +199,14 @@ class Recipe:
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LoadError(f"The recipe is not JSON: {error}") from error
         if not isinstance(data, dict) or "format" not in data:
             raise LoadError("The recipe is not one of ensemblenet's: it has no 'format'.")
         if data["format"] not in range(1, FORMAT + 1):
             raise LoadError(
-                f"The recipe has format {data['format']!r}; this version reads formats up to {FORMAT}: update "
-                "ensemblenet."
+                f"The recipe has format {reprlib.repr(data['format'])}; this version reads formats up to {FORMAT}: "
+                "update ensemblenet."
             )
         if data["format"] == 1:
             data = _from_format_1(data)
@@ -222,7 +224,7 @@ class Recipe:
             _check_fields(InputSpec, spec, "recipe's input")
         for name, expected, value, is_valid in _checks(data):
             if not is_valid:
-                raise LoadError(f"The recipe's {name} must be {expected}, got {repr(value)[:200]}.")
+                raise LoadError(f"The recipe's {name} must be {expected}, got {reprlib.repr(value)}.")
         data["base"] = data["base"] and BaseSource(**data["base"])
         specs = [InputSpec(**{k: _tuples(v) for k, v in spec.items()}) for spec in data["inputs"]["tensors"]]
         data["inputs"] = Inputs(tuple(specs), data["inputs"]["tree"])
@@ -247,6 +249,9 @@ def _from_format_1(data: dict[str, Any]) -> dict[str, Any]:
 
 def _from_format_2(data: dict[str, Any]) -> dict[str, Any]:
     """Format 2 knew one input and one output, and fixed no sizes."""
+    for name in ("inputs", "head"):
+        if not isinstance(data.get(name), dict):
+            raise LoadError(f"The recipe's {name} must have fields by name, got {reprlib.repr(data.get(name))}.")
     _check_fields(InputSpec, {"is_batched": True, "fixed": [], **data["inputs"]}, "recipe's inputs")
     tensor = {**data["inputs"], "is_batched": True, "fixed": []}
     inputs, head = {"tensors": [tensor], "tree": 0}, {"blocks": "fewer", **data["head"]}
@@ -286,7 +291,7 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
         ("blocks", f"one of {get_args(Blocks)}", head["blocks"], head["blocks"] in get_args(Blocks)),
         ("pinned", "a list of names", pinned, _is_list(pinned) and all(isinstance(name, str) for name in pinned)),
         ("split_at", "a name", data["split_at"], isinstance(data["split_at"], str)),
-        ("seed", "an integer", data["seed"], isinstance(data["seed"], int)),
+        ("seed", "an integer of 64 bits", data["seed"], _is_seed(data["seed"])),
     ]
     for spec in inputs["tensors"]:
         shape, fixed = spec["shape"], spec["fixed"]
@@ -294,7 +299,7 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
             ("shape of inputs", "a list of positive integers", shape, _is_list(shape) and all(map(_is_count, shape))),
             ("dtype of inputs", "a dtype's name", spec["dtype"], spec["dtype"] in DTYPES),
             ("is_batched of inputs", "true or false", spec["is_batched"], isinstance(spec["is_batched"], bool)),
-            ("fixed of inputs", "a list of dimensions", fixed, _is_list(fixed) and all(map(_is_index, fixed))),
+            ("fixed of inputs", "a list of dimensions", fixed, _are_dims(fixed, shape)),
         ]
     heads = data["num_heads"]
     found.append(("num_heads", "an integer from 1 to 1024", heads, _is_count(heads) and heads <= 1024))
@@ -323,6 +328,15 @@ def _is_index(value: Any) -> bool:
     return value == 0 or _is_count(value)
 
 
+def _are_dims(value: Any, shape: Any) -> bool:
+    """Of a tensor whose examples have this shape."""
+    return _is_list(value) and _is_list(shape) and all(_is_index(dim) and dim <= len(shape) for dim in value)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**64
+
+
 def _is_output(value: Any) -> bool:
     values = value if isinstance(value, list) and value else [value]
     return value is None or all(isinstance(one, str) or _is_index(one) for one in values)
@@ -332,12 +346,12 @@ def _is_tree(inputs: dict[str, Any]) -> bool:
     """Whether every tensor stands in the tree once, in order."""
     found: list[Any] = []
 
-    def visit(part: Any) -> None:
-        if isinstance(part, (list, dict)):
+    def visit(part: Any, depth: int) -> None:
+        if isinstance(part, (list, dict)) and depth < _DEEPEST_TREE:
             for value in part.values() if isinstance(part, dict) else part:
-                visit(value)
+                visit(value, depth + 1)
         else:
             found.append(part)
 
-    visit(inputs["tree"])
+    visit(inputs["tree"], 0)
     return bool(found) and found == list(range(len(inputs["tensors"])))

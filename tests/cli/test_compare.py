@@ -11,6 +11,7 @@ from studies import BASE, DATA, lines
 
 from ensemblenet.cli import main
 from ensemblenet.cli.compare import read_study
+from ensemblenet.cost import Budget
 from ensemblenet.study.methods import METHODS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "compare").glob("*.yaml"))
@@ -93,3 +94,60 @@ def test_a_shipped_config_makes_a_study(path: Path) -> None:
     assert next(iter(study.candidates())) == "base"
     assert any(METHODS[one.method].several for one in study.candidates().values())
     assert study.seeds >= 3
+
+
+def test_a_configuration_of_fit_is_compared_with_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_thread: None
+) -> None:
+    settings = {
+        "name": "mine",
+        "model": {
+            "base": BASE,
+            "conversion": {"num_heads": 3, "budget": 0.9},
+            "codistillation_weight": 1.5,
+            "label_smoothing": 0.1,
+            "optimization": {"lr": 0.03, "weight_decay": 0.3, "warmup": 0.2},
+        },
+        "data": DATA,
+        "trainer": {"max_epochs": 7, "precision": "bf16-mixed", "gradient_clip_val": 1.0},
+    }
+    path = tmp_path / "fit.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    study, plain = read_study([str(path), "--budget", "macs=0.8", "--tuning.trials", "1", "--min-width", "0.2"])
+    assert [(name, one.setup.weight) for name, one in study.candidates().items()] == [
+        ("base", 1.5),
+        ("co-distillation, λ = 1.5", 1.5),
+    ]
+    assert (study.num_heads, study.budget, study.min_width, study.epochs) == (3, Budget(macs=0.8), 0.2, 7)
+    assert (study.precision, plain["name"]) == ("bf16", "compare-mine")
+    assert study.tuning.trials == 1
+    assert (*study.tuning.lr, *study.tuning.weight_decay) == pytest.approx((0.01, 0.09, 0.1, 0.9))
+    printed = capsys.readouterr().out
+    assert "no model.optimization.warmup, model.label_smoothing, trainer.gradient_clip_val" in printed
+
+    more = [
+        "--methods",
+        "[base, joint]",
+        "--epochs",
+        "1",
+        "--seeds",
+        "1",
+        "--workers",
+        "0",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    assert main(["compare", "--config", str(path), "--tuning.trials=1", *more]) == 0
+    [folder] = (tmp_path / "runs").iterdir()
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["base", "joint, λ = 0"]
+    assert read_study(["--resume", str(folder)])[0].epochs == 1
+
+
+def test_the_folder_of_the_data_and_misspelt_settings(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(config), "--data", "nowhere/"]) == 2  # MNIST-1D has none
+    assert "'folder' is not accepted" in capsys.readouterr().err
+    assert main(["compare", str(config), "--tuning.trails", "3"]) == 2
+    assert "Did you mean tuning.trials?" in capsys.readouterr().err
+    assert main(["compare", str(config), "--budget", "95"]) == 2
+    assert "did you mean 0.95?" in capsys.readouterr().err

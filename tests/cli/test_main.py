@@ -59,12 +59,37 @@ def test_info_shows_shares_of_activations_and_time(
     assert 100 < max(row[2] for row in shares) <= 130
 
 
-@pytest.mark.parametrize("text", ["much", "speed=1", "time", "time=fast"])
-def test_a_budget_that_says_nothing_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "must be a number, or shares by name such as") for text in ("much", "speed=1", "time", "time=fast")),
+        ("-1", "budget must be a positive number"),
+        ("95", "got 95: did you mean 0.95?"),
+        ("time=120", "got 120: did you mean 1.2?"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["info", NET, "--budget", text])
     assert exit_.value.code == 2
-    assert "must be a number, or shares by name such as" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"ensemblenet {ensemblenet.__version__}\n"
+
+
+def test_options_may_have_underscores_and_unknown_ones_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", NET, "--num_heads", "3", "--input_shape=40"]) == 0
+    assert "3 heads" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["info", NET, "--num-haeds", "3"])
+    assert "Did you mean --num-heads?" in capsys.readouterr().err
 
 
 def test_info_takes_timm_names_and_an_input_shape(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,6 +108,16 @@ def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, caps
     assert "exists already; --output needs a new folder" in capsys.readouterr().err
 
 
+def test_info_and_benchmark_take_what_convert_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "net"
+    assert main(["convert", NET, "--num-heads", "3", "--min-width", "0.1", "--output", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["info", str(folder)]) == 0
+    assert "24,746 parameters" in " ".join(capsys.readouterr().out.split())
+    assert main(["benchmark", str(folder), "--batch-size", "2", "--repeats", "1"]) == 0
+    assert "3 heads" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,9 +128,8 @@ def test_convert_saves_what_load_reads_and_never_overwrites(tmp_path: Path, caps
         (["info", "builtins:dict"], "builtins:dict must return an nn.Module, got dict"),
         (["info", "torch.nn:Linear"], "torch.nn:Linear cannot be called with no arguments"),
         (["info", "torch.nn:ReLU"], "torch.nn:ReLU does not say what inputs it takes: give --input-shape"),
-        (["info", NET, "--budget", "-1"], "budget must be a positive number"),
         (["convert", NET, "--budget", "0.001", "--output", "never"], "do not fit a budget"),
-        (["convert", NET, "--split-at", "conv9", "--output", "never"], "conv9"),
+        (["convert", NET, "--split-at", "conv9", "--output", "never"], "`ensemblenet info` lists them all"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (
             ["fit", "--resume", "missing"],

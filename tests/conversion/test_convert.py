@@ -249,7 +249,7 @@ BAD = [
     ("end", make, X, {"split_at": "3", "num_heads": 3, "budget": 0.5}, "3 heads do not fit a budget of 0.5"),
     ("no heads", make, X, {"num_heads": 0}, 'num_heads must be an integer of at least 1, or "auto", got 0'),
     ("half a head", make, X, {"num_heads": 1.5}, 'num_heads must be an integer of at least 1, or "auto", got 1.5'),
-    ("budget", make, X, {"budget": 0}, "budget must be a positive number .*, got 0"),
+    ("budget", make, X, {"budget": 0}, "budget must be a positive number.*, got 0"),
     ("negative", make, X, {"budget": -1.0}, "budget must be a positive number .*, got -1.0"),
     ("not a number", make, X, {"budget": "half"}, "budget must be a positive number .*, got 'half'"),
     ("nan", make, X, {"budget": float("nan")}, "budget must be a positive number .*, got nan"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,75 @@ def test_file_lists(tmp_path: Path, line: str) -> None:
     assert (found.paths, found.labels) == (expected, ["high jump", "run"])
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["a b.mp4\thigh jump", "a b.mp4,high jump", "a b.mp4;high jump", "a b.mp4 high jump", '"a b.mp4", "high jump"'],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lists_as_programs_write_them(tmp_path: Path, line: str, encoding: str, end: str) -> None:
+    expected = touch(tmp_path, "a b.mp4", "a b.mp4 c/d, e.mpg.MOV")
+    second = line.replace("a b.mp4", "a b.mp4 c/d, e.mpg.MOV").replace("high jump", "h\u00e9 \u2028 2")
+    (tmp_path / "train.txt").write_bytes(f"{line}{end}{second}{end}".encode(encoding))
+    found = find_videos(tmp_path, "train.txt")
+    assert (found.paths, found.labels) == (expected, ["high jump", "h\u00e9 \u2028 2"])
+
+
+def test_other_suffixes_end_at_a_tab_or_the_last_separator(tmp_path: Path) -> None:
+    expected = touch(tmp_path, "a b.mpg", "c,d.flv", "e f.wmv")
+    (tmp_path / "train.txt").write_text("a b.mpg\thigh jump\nc,d.flv,run\ne f.wmv run\n")
+    found = find_videos(tmp_path, "train.txt")
+    assert (found.paths, found.labels) == (expected, ["high jump", "run", "run"])
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize(
+    "header", ["label,youtube_id,time_start,time_end", ' Label, YouTube ID ,"time_start", Time End']
+)
+def test_annotations_as_spreadsheets_store_them(tmp_path: Path, separator: str, encoding: str, header: str) -> None:
+    expected = touch(tmp_path, "ID-1_000002_000012.mp4")
+    text = f"{header}\r\n h\u00e9, ID-1 , 2,12\r\n".replace(",", separator)
+    (tmp_path / "train.csv").write_bytes(text.encode(encoding))
+    found = find_videos(tmp_path, "train.csv")
+    assert (found.paths, found.labels, found.spans) == (expected, ["h\u00e9"], [(2, 12)])
+
+
+@pytest.mark.parametrize("text", [HEADER + "run,a,,,\nh\u00e9,b,,,\n", "x/a.mp4 run\nb.mp4 y\nc.mp4 \u00e9\n"])
+def test_text_of_another_encoding_says_where(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.csv, line 3, column [27]: is no text in UTF-8; store the file in UTF-8"):
+        find_videos(tmp_path, "a.csv")
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_with_accents_have_two_spellings(tmp_path: Path, listed: Any, stored: Any) -> None:
+    name = "\u00e9clair"
+    expected = touch(tmp_path, unicodedata.normalize(stored, f"{name}/{name}.mp4"))
+    (tmp_path / "train.txt").write_text(unicodedata.normalize(listed, f"{name}/{name}.mp4 {name}"), "utf-8")
+    for split in ("train.txt", "."):
+        found = find_videos(tmp_path, split)
+        assert (found.paths, found.labels) == (expected, [name])
+
+
+def test_videos_lie_at_any_depth_of_their_class(tmp_path: Path) -> None:
+    expected = touch(tmp_path, "train/run/x/a.mp4", "train/run/y/b.mp4", "train/swim/c.mp4")
+    touch(tmp_path, "train/.trash/d.mp4", "train/run/._a.mp4")
+    (tmp_path / "train" / "loop").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / "swim" / "up").symlink_to(tmp_path)
+    found = find_videos(tmp_path, "train")
+    assert (found.paths, found.labels) == (expected, ["run", "run", "swim"])
+
+
+def test_a_folder_with_links_to_itself_is_searched_once(tmp_path: Path) -> None:
+    touch(annotate(tmp_path), "ID-1.mp4")
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(tmp_path)
+    begun = time.monotonic()
+    assert find_videos(tmp_path, "train.csv").paths == [tmp_path / "ID-1.mp4"]
+    assert time.monotonic() - begun < 2
+
+
 def test_numbers_as_labels_keep_their_order(tmp_path: Path) -> None:
     for number in range(12):
         make_video(tmp_path / f"{number}.mp4", frames=2)
@@ -129,10 +200,35 @@ def test_missing_videos_are_counted(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("absent", None, "absent is neither a folder of class folders nor a file that lists videos"),
-        ("a.csv", HEADER + "run,ID,0,1,train\n", r"None of the 1 videos of .*a\.csv is in"),
-        ("a.csv", HEADER + "run,,0,1,train\n", r"a\.csv, line 2 is no row of Kinetics: youtube_id is empty"),
-        ("a.csv", HEADER + "run,ID,soon,1,train\n", r"a\.csv, line 2 is no row of Kinetics: could not convert"),
-        ("a.csv", HEADER + "run\n", r"a\.csv, line 2 is no row of Kinetics"),
+        (
+            "a.csv",
+            HEADER + "run,ID,0,1,train\n",
+            r"None of the 1 videos of .*a\.csv is there: no ID_000000_000001\.mp4 anywhere in",
+        ),
+        ("a.txt", "b/c.mp4 run", r"None of the 1 videos of .*a\.txt is there: no .*b/c\.mp4\.$"),
+        ("a.csv", HEADER + "run,,0,1,train\n", r"a\.csv, line 2: youtube_id is empty"),
+        ("a.csv", HEADER + "run,ID,soon,1,train\n", r"a\.csv, line 2: time_start must be seconds, got 'soon'"),
+        ("a.csv", HEADER + "run\n", r"a\.csv, line 2: youtube_id is empty"),
+        ("a.csv", HEADER + "\n,ID,0,1,train\n", r"a\.csv, line 3: label is empty"),
+        ("a.csv", HEADER + "run,ID,9,1,train\n", r"a\.csv, line 2: .* must be ascending seconds, got 9 and 1"),
+        ("a.csv", HEADER + "run,ID,0,nan,train\n", r"a\.csv, line 2: .* must be ascending seconds, got 0 and nan"),
+        ("a.csv", HEADER + "run,ID,0,1e999,train\n", r"a\.csv, line 2: .* must be ascending seconds, got 0 and inf"),
+        (
+            "a.csv",
+            HEADER + "run, fast,ID,0,1,train\n",
+            r"a\.csv, line 2: time_start must be seconds, got 'ID'|6 columns",
+        ),
+        ("a.csv", HEADER.replace(",", ";") + "run;ID;0,5;1;train\n", r"line 2: time_start must be seconds, got '0,5'"),
+        (
+            "a.csv",
+            "label,video,time_start\nrun,ID,0\n",
+            r"a\.csv has no column youtube_id; it has label, video, time_start",
+        ),
+        ("a.csv", "path,label\na.mp4,run\n", r"a\.csv has no column youtube_id; it has path, label"),
+        ("a.csv", "x" * 200000, r"a\.csv cannot be read: field larger than field limit"),
+        ("a.txt", "a.mp4 120 5\n", r"a\.txt, line 1 must be a path and a label, got 'a\.mp4 120 5'"),
+        ("a.txt", "a.mp4\trun\t5\n", r"a\.txt, line 1 must be a path and a label"),
+        ("a.txt", "a.mp4,run,5\n", r"a\.txt, line 1 must be a path and a label"),
         ("a.txt", "a.mp4 1\nb.mp4\n", r"a\.txt, line 2 must be a path and a label, got 'b\.mp4'"),
         ("folder/", "", r"folder holds no class folders with videos \(\.mp4"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,15 @@ feature = st.one_of(
 
 
 def values(data, span):
-    return [bytes_of(data, span), floats_of(data, span).tolist(), integers_of(data, span)]
+    """What each kind of feature reads; nothing where another kind is refused."""
+    found = []
+    for read in (bytes_of, floats_of, integers_of):
+        try:
+            found.append(list(read(data, span)))
+        except ValueError as error:
+            assert re.fullmatch(r"is a list of another kind: (\w+), not (?!\1)\w+", str(error))  # noqa: PT017
+            found.append([])
+    return found
 
 
 def expected(feature):
@@ -56,12 +66,13 @@ def test_context_and_frames_of_a_sequence_example(context: dict[str, Any], frame
 
 
 def test_unpacked_numbers_and_unknown_fields() -> None:
-    # float_list with two values of wire type 5, then int64_list with two of type 0, each behind an unknown field
+    # a float_list with two values of wire type 5, an int64_list with two of type 0, each behind unknown fields
     floats = b"\x0d" + np.float32(1.5).tobytes() + b"\x0d" + np.float32(-2).tobytes()
     integers = b"\x08\x07\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"
     unknown = b"\x7a\x03abc" + b"\x78\x05" + b"\x7d1234" + b"\x7912345678"
-    data = unknown + b"\x12" + bytes([len(floats)]) + floats + b"\x1a" + bytes([len(integers)]) + integers
-    assert values(data, (0, len(data))) == [[], [1.5, -2.0], [7, -1]]
+    for tag, numbers, expected in ((b"\x12", floats, [[], [1.5, -2.0], []]), (b"\x1a", integers, [[], [], [7, -1]])):
+        data = unknown + tag + bytes([len(numbers)]) + numbers
+        assert values(data, (0, len(data))) == expected
 
 
 def test_frames_that_are_not_laid_out_at_equal_distances() -> None:
@@ -95,3 +106,18 @@ def test_any_bytes_are_read_or_refused_cleanly(data: bytes) -> None:
 def test_bytes_that_are_no_message(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_fields(data)
+
+
+def test_a_number_without_an_end_takes_no_time() -> None:
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="has a number of more than 10 bytes"):
+        read_fields(b"\xff" * 2**20)
+    assert time.monotonic() - begun < 1
+
+
+def test_only_an_empty_feature_may_be_of_another_kind() -> None:
+    empty = example_pb2.Feature(bytes_list={"value": []}).SerializeToString()
+    assert integers_of(empty, (0, len(empty))) == []
+    floats = example_pb2.Feature(float_list={"value": [3.0]}).SerializeToString()
+    with pytest.raises(ValueError, match="is a list of another kind: FloatList, not Int64List"):
+        integers_of(floats, (0, len(floats)))

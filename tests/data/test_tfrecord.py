@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 from shards import framed, serialized, videos, write
+from tfrecord.writer import TFRecordWriter
 
 from ensemblenet.data.tfrecord import find_shards, index_shard, index_shards
 from ensemblenet.errors import DataError
@@ -102,6 +104,16 @@ def test_a_truncated_gzip_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(DataError, match=r"x\.tfrecord\.gz cannot be read: .*end-of-stream"):
         index_shard(str(path))
+
+
+@pytest.mark.parametrize("length", [2**28 + 1, 5 * 2**30, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("name", ["x.tfrecord", "x.tfrecord.gz"])
+def test_a_record_that_claims_too_much(tmp_path: Path, length: int, name: str) -> None:
+    header = length.to_bytes(8, "little")
+    data = framed(b"first") + header + TFRecordWriter.masked_crc(header) + bytes(2**20)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(DataError, match=rf"the record at byte 21 claims {length:,} bytes; up to 268,435,456 are read"):
+        index_shard(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("position", [0, 5, 8, 11])

@@ -12,7 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from made_videos import frame, make_sound, make_video, turn_clockwise
+from made_videos import copy_packets, frame, make_packed, make_sound, make_video, show_with, turn_clockwise
 
 from ensemblenet.data.video import ClipSampling, Video, reader
 from ensemblenet.errors import DataError
@@ -26,6 +26,12 @@ KINDS = {
     "pictures.mov": {"codec": "mjpeg", "pixels": "yuvj420p"},
     "odd.mp4": {"size": (51, 33)},
     "uneven.mp4": {"moments": [t * t for t in range(20)]},
+    "invented.avi": {"x264-params": "b-adapt=0:scenecut=0:weightp=0", "g": 250},
+    "invented_mpeg2.avi": {"codec": "mpeg2video", "pixels": "yuv420p", "g": 6, "bf": 2},
+    "all_keys.avi": {"codec": "ffv1", "pixels": "bgr0"},
+    "program.mpg": {"codec": "mpeg1video", "pixels": "yuv420p", "bf": 2},
+    "raw.h264": {"bf": 2},
+    "hidden.webm": {"codec": "libvpx", "pixels": "yuv420p", "auto-alt-ref": 1, "lag-in-frames": 16, "b": "200k"},
 }
 
 
@@ -47,6 +53,19 @@ def test_frames_are_those_of_a_plain_decode(tmp_path: Path, name: str) -> None:
         assert len(video) == len(expected) == 20
         for wanted in [[index] for index in range(20)] + [rng.integers(20, size=5) for _ in range(10)]:
             assert torch.equal(video.frames(wanted), expected[torch.as_tensor(wanted)])
+
+
+@pytest.mark.parametrize("container", ["avi", "mkv", "mp4"])
+def test_frames_of_packed_streams_come_once_and_in_order(tmp_path: Path, container: str) -> None:
+    path = make_packed(tmp_path / "packed.avi")
+    if container != "avi":
+        path = copy_packets(path, tmp_path / f"packed.{container}")
+    with Video(path) as video:
+        assert len(video) == 20
+        assert video.times.tolist() == pytest.approx([number / 25 for number in range(20)])
+        for wanted in (range(20), [7], [19, 0, 7]):
+            levels = video.frames(list(wanted))[:, :, -1, -1].float().mean(1)  # frame t is as bright as 4 t
+            assert levels.tolist() == pytest.approx([4 * number for number in wanted], abs=1.9)
 
 
 def test_few_other_frames_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +94,23 @@ def test_rotated_videos_are_read_upright(tmp_path: Path) -> None:
     assert picture.shape == (24, 16)
     corners = picture[:11, 9:], picture[:11, :7], picture[13:, :7], picture[13:, 9:]
     assert [corner.mean().round().item() for corner in corners] == pytest.approx([90, 40, 40, 40], abs=3)
+
+
+@pytest.mark.parametrize("a", [-1, 1])
+@pytest.mark.parametrize("b", [-1, 1])
+@pytest.mark.parametrize("turned", [False, True])
+def test_all_eight_display_matrices(tmp_path: Path, a: int, b: int, turned: bool) -> None:
+    path = show_with(make_video(tmp_path / "a.mp4", frames=2), *((0, a, b, 0) if turned else (a, 0, 0, b)))
+    with Video(path) as video:
+        shown = video.frames([1])[0]
+    with av.open(str(path)) as container:
+        stored = [picture.to_ndarray(format="rgb24") for picture in container.decode(video=0)][1]
+    expected = np.zeros((48, 32, 3) if turned else (32, 48, 3), np.uint8)
+    for y, x in np.ndindex(32, 48):  # of a mirrored axis, place 0 is shown last
+        across, down = (b * y, a * x) if turned else (a * x, b * y)
+        signs = (b, a) if turned else (a, b)
+        expected[down - (signs[1] < 0), across - (signs[0] < 0)] = stored[y, x]
+    assert np.array_equal(shown.permute(1, 2, 0).numpy(), expected)
 
 
 def test_times_of_an_uneven_video(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shards import AUDIO, CLASSES, RGB, serialized, videos, write
+from shards import AUDIO, CLASSES, RGB, example_pb2, serialized, videos, write
 from tfrecord.writer import TFRecordWriter
 
 from ensemblenet.data import YouTube8M
@@ -184,6 +184,75 @@ def test_bad_records_say_which_and_why(kind: str, made: list[Any], message: str)
         good = []
     with pytest.raises(DataError, match=re.escape(f"x.tfrecord: the record at byte {7 * len(good)} {message}")):
         decode(kind, [*good, *made])
+
+
+def of_kinds(**kinds: example_pb2.Feature) -> bytes:
+    """A video of 16 + 8 features, some of them given."""
+    whole = {
+        "id": example_pb2.Feature(bytes_list={"value": [b"ab12"]}),
+        "labels": example_pb2.Feature(int64_list={"value": [3]}),
+        "mean_rgb": example_pb2.Feature(float_list={"value": [0.5] * RGB}),
+        "mean_audio": example_pb2.Feature(float_list={"value": [0.5] * AUDIO}),
+    }
+    return example_pb2.Example(features={"feature": whole | kinds}).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (
+            {"labels": {"bytes_list": {"value": [b"3"]}}},
+            "'labels' that is a list of another kind: BytesList, not Int64List",
+        ),
+        (
+            {"labels": {"float_list": {"value": [3.0]}}},
+            "'labels' that is a list of another kind: FloatList, not Int64List",
+        ),
+        (
+            {"mean_rgb": {"bytes_list": {"value": [b"x" * 16]}}},
+            "'mean_rgb' that is a list of another kind: BytesList, not FloatList",
+        ),
+        (
+            {"mean_audio": {"int64_list": {"value": [1] * 8}}},
+            "'mean_audio' that is a list of another kind: Int64List, not FloatList",
+        ),
+        ({"id": {"int64_list": {"value": [1]}}}, "'id' that is a list of another kind: Int64List, not BytesList"),
+        ({"labels": {"int64_list": {"value": [2**40]}}}, "has the label 1099511627776 in labels"),
+    ],
+)
+def test_features_of_another_kind_name_it(kinds: dict[str, Any], message: str) -> None:
+    data = of_kinds(**{name: example_pb2.Feature(**kind) for name, kind in kinds.items()})
+    with pytest.raises(DataError, match=re.escape(message)):
+        decode("video", [data])
+
+
+def test_frames_of_floats_name_the_kind() -> None:
+    message = example_pb2.SequenceExample.FromString(serialized(videos(1, frames=3)[0]))
+    del message.feature_lists.feature_list["rgb"].feature[:]
+    message.feature_lists.feature_list["rgb"].feature.add(float_list={"value": [0.5] * RGB})
+    with pytest.raises(DataError, match="'rgb' that is a list of another kind: FloatList, not BytesList"):
+        decode("frame", [message.SerializeToString()])
+
+
+@pytest.mark.parametrize("kind", ["video", "frame"])
+def test_what_is_trained_or_tested_on_has_labels(tmp_path: Path, kind: str) -> None:
+    made = [serialized(video) for video in videos(4, None if kind == "video" else 3)]
+    if kind == "video":
+        made[-1] = of_kinds()
+        message = example_pb2.Example.FromString(made[-1])
+        del message.features.feature["labels"]
+    else:
+        message = example_pb2.SequenceExample.FromString(made[-1])
+        del message.context.feature["labels"]
+    made[-1] = message.SerializeToString()
+    assert decode(kind, made).targets[-1].sum() == 0  # to predict it needs none
+    for split in ("train", "validate"):
+        write(tmp_path / f"{split}0.tfrecord", made)
+    data = data_module(tmp_path, level=kind, features=FEATURES[kind])
+    data.setup()
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        with pytest.raises(DataError, match="has no labels: it can be predicted, and neither trained nor tested on"):
+            list(loader)
 
 
 def test_a_record_without_an_id() -> None:

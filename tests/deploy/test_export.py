@@ -23,7 +23,7 @@ from ensemblenet.cli import main
 from ensemblenet.deploy import formats
 from ensemblenet.models import MLPTagger, MNIST1DNet, MoETagger
 
-CLASSES = ["cat", 'a "quoted" dog', "Ünicode"]
+CLASSES = ["cat", 'a "quoted" dog', "Ünicode", *"3456789"]
 
 
 def runs(path, x):
@@ -109,6 +109,12 @@ def test_fused_heads_stay_fused_in_the_file(tmp_path):
 
     looped = convolutions(model, "looped.onnx")
     assert convolutions(fuse(model), "fused.onnx") < looped
+
+
+def test_names_of_other_classes_are_refused(tmp_path: Path, model: EnsembleNet) -> None:
+    with pytest.raises(ExportError, match=r"^The description names 11 classes, but the model has 10 outputs\.$"):
+        export(model, tmp_path / "m.onnx", description={"classes": [*CLASSES, "another"]})
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_program_of_torch_export_says_of_itself(tmp_path, model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,12 @@ from ensemblenet.cli.main import main
 from ensemblenet.cli.predict import predict
 from ensemblenet.data.files import InputFiles, file_reader, find_files
 from ensemblenet.data.kinetics import Kinetics
+from ensemblenet.data.youtube8m_levels import VideoBatch
+from ensemblenet.evaluation.predictions import PredictionFile
+from ensemblenet.evaluation.submission import submission_rows
+from ensemblenet.inputs import Inputs
 from ensemblenet.models import CifarResNet, MLPTagger
-from ensemblenet.storage.restore import data_module, restore
+from ensemblenet.storage.restore import Restored, data_module, restore
 from ensemblenet.training.fit import fit
 
 CLASSES = ["cat", "dog, or wolf", "crane", "crane"]  # ImageNet has two of that name
@@ -204,7 +209,7 @@ def nothing_but_broken(images):
     ("change", "more", "message"),
     [
         (nothing_but_broken, ["--on-broken", "skip"], "There is no example to predict"),
-        (lambda images: [path.unlink() for path in images.rglob("*.*")], [], "holds no files that end in .bmp"),
+        (lambda images: [path.unlink() for path in images.rglob("*.*")], [], "holds no files that end in .avif, .bmp"),
         (lambda images: None, ["--data", "nowhere"], "nowhere is neither a file nor a folder"),
         (lambda images: None, ["--data.folder", "x"], "--config and --data.KEY are for the data of a run"),
         (lambda images: None, ["--data.class_path=MNIST1D"], "--config and --data.KEY are for the data of a run"),
@@ -235,6 +240,35 @@ def test_a_submission_is_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     saved = ensemblenet.save(ensemblenet.convert(base, torch.randn(2, 1152), task="multilabel"), tmp_path / "saved")
     assert main(["predict", str(saved), "--data", "x", "--output", str(tmp_path / "x.parquet")]) == 2
     assert "submission to the challenge is a .csv file" in capsys.readouterr().err
+
+
+FORMULAS = ["=1+1", "+1+cmd|'/C calc'!A0", "-1+cmd|'/C calc'!A0", "@SUM(1)", "\t=1", " =1", "\r\n=1"]
+PLAIN = ["-Ab_1-.mp4", "--Ab/c d.mp4", "a=b", "a, b", 'a "b"', "a\nb", "\u00e9"]
+
+
+def test_no_cell_of_a_csv_file_is_a_formula(tmp_path: Path) -> None:
+    ids = FORMULAS + PLAIN
+    network = torch.nn.Linear(4, 2)
+    classes = {"classes": ["=cmd()", "b"]}
+    for name in ("x.csv", "x.parquet"):
+        restored = Restored(network, "multiclass", Inputs.of(torch.zeros(1, 4)), classes, None, Path())
+        with PredictionFile(tmp_path / name, restored) as file:
+            file.write(ids, torch.tensor([[[9.0, 0.0]] * len(ids)]), torch.zeros(len(ids), dtype=torch.int64))
+    rows = read(tmp_path / "x.csv")
+    assert [row["id"] for row in rows] == [f"'{name}" for name in FORMULAS] + PLAIN
+    assert {row["predicted"] for row in rows} == {row["label"] for row in rows} == {"'=cmd()"}
+    rows = read(tmp_path / "x.parquet")  # which no spreadsheet runs
+    assert [row["id"] for row in rows] == ids
+    assert {row["predicted"] for row in rows} == {"=cmd()"}
+
+
+def test_ids_of_a_submission_are_one_cell_each(tmp_path: Path) -> None:
+    ids = FORMULAS + PLAIN
+    batch = VideoBatch(ids, torch.zeros(len(ids), 3), torch.zeros(len(ids), 3))
+    lines = [f"{row}\n" for row in submission_rows(torch.nn.Identity(), [batch], top=1)]
+    cells = list(csv.reader(io.StringIO("".join(lines), newline="")))
+    assert cells == [[name, "0 0.5"] for name in [f"'{name}" for name in FORMULAS] + PLAIN]
+    assert lines[len(FORMULAS)] == "-Ab_1-.mp4,0 0.5\n"  # the usual ones without quotes
 
 
 @pytest.fixture

@@ -210,3 +210,26 @@ def test_chance_and_statistics_are_no_faults(layer: nn.Module, slow: set) -> Non
 def test_a_fault_of_the_model_itself_is_not_hidden(slow: set) -> None:
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         choose(EnsembleNet(nn.Linear(6, 8), [nn.Linear(8, 3) for _ in range(2)]), torch.randn(4, 7))
+
+
+def test_checkpointing_that_was_set_by_hand_stays_unless_another_way_is_asked_for() -> None:
+    network = model()
+    network.checkpoint_activations = True
+    chosen, why = choose(network, IMAGES)
+    assert chosen.checkpoint_activations
+    assert (why.heads, why.reason) == ("checkpointed", "checkpoint_activations was set by hand")
+    chosen, why = choose(network, IMAGES, "looped")
+    assert not chosen.checkpoint_activations
+
+
+def test_auto_checkpoints_where_a_training_step_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_much(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(choice, "step", lambda *_: too_much)
+    chosen, why = choose(model(), IMAGES)
+    assert chosen.checkpoint_activations
+    assert why.reason == "a training step of 4 examples does not fit the memory without"
+    for network, heads in ((model().eval(), "auto"), (model(), "fused")):
+        with pytest.raises(torch.OutOfMemoryError):
+            choose(network, IMAGES, heads)  # pyright: ignore[reportArgumentType]

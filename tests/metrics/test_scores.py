@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from ensemblenet.metrics import scores
-from ensemblenet.metrics.scores import IN_PERCENT, SCORES, TASKS, Score, in_row, meanings, row_scale
+from ensemblenet.metrics.scores import IN_PERCENT, SCORES, TASKS, Score, in_row, meanings, row_score
 from ensemblenet.reports.tables import results_table, scores_columns, with_spread
 
 
@@ -23,7 +23,16 @@ def test_a_share_is_shown_in_percent_wherever_it_stands() -> None:
     assert row["gap_mean"] == pytest.approx(64.63)
     assert with_spread(row, "gap") == "64.63 ± 0.10"
     assert with_spread({"disagreement_mean": 0.25, "disagreement_std": 0, "seeds": 1}, "disagreement") == "25.00"
-    assert row_scale("disagreement") * in_row("disagreement", 0.25) == 25
+    assert row_score("disagreement").shown(in_row("disagreement", 0.25)) == 25
+
+
+def test_of_classification_errors_are_shown_whatever_was_measured() -> None:
+    row = {"top5_mean": 0.9, "top5_std": 0.01, "seeds": 2, "accuracy": 0.75, "method": "base", "num_heads": 1}
+    assert with_spread(row, "top5") == "10.00 ± 1.00"
+    *_, column = scores_columns([row | {"parameters": 5, "macs": 6.0}])
+    assert (column.heading, column.cell(row)) == ("error", "25.00")
+    assert SCORES["accuracy"].lower_is_better
+    assert not SCORES["gap"].lower_is_better
 
 
 def test_a_new_score_gets_a_column_and_a_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,10 +44,10 @@ def test_a_new_score_gets_a_column_and_a_meaning(monkeypatch: pytest.MonkeyPatch
     assert "worst class" in captured.get()
     assert "12.5" in captured.get()
     assert meanings(row) == (
-        f"top-1 is {SCORES['accuracy'].meaning}; worst class is the accuracy of the worst class. "
-        "Higher is better for top-1, worst class."
+        f"error is {SCORES['accuracy'].meaning}; worst class is the accuracy of the worst class. "
+        "Higher is better for worst class. Lower is better for error."
     )
-    assert meanings(["nll", "accuracy"]).endswith("Higher is better for top-1. Lower is better for NLL.")
+    assert meanings(["nll", "gap"]).endswith("Higher is better for GAP@20. Lower is better for NLL.")
 
 
 def test_diversity_of_one_head_is_not_shown() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +13,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from torch import nn
 
 from ensemblenet import LoadError, convert, load, save
+from ensemblenet.cli import main
 from ensemblenet.models.finding import find_source
-from ensemblenet.models.sources import BaseSource, is_plain
+from ensemblenet.models.sources import BaseSource, create, is_plain
 from ensemblenet.recipe import Recipe
 
 SMALL_ROPE = {"num_classes": 5, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -66,6 +70,88 @@ def test_timm_networks_with_arguments_are_made_again(name: str, options: dict, s
 )
 def test_nothing_is_recorded_rather_than_another_network(base: Callable[[], nn.Module]) -> None:
     assert find_source(base(), (3, 32, 32)) is None
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        lambda: create("test_resnet", 5, options={"act_layer": "silu", "drop_path_rate": 0.1}),
+        lambda: create("vit_small_patch16_rope_mixed_224", options={"img_size": 32, **SMALL_ROPE}),
+        lambda: create("torchvision:squeezenet1_1", 5, options={"dropout": 0.2}),
+        lambda: create("base_sources_own:make", options={"sizes": [20, 16], "act": {"name": "gelu"}}),
+        lambda: torchvision.models.resnet18(num_classes=7),
+        lambda: torchvision.models.mobilenet_v3_small(),
+        lambda: torchvision.models.shufflenet_v2_x0_5(),
+    ],
+    ids=["timm", "timm's sizes", "torchvision", "own", "resnet18", "mobilenet", "shufflenet"],
+)
+def test_what_was_asked_for_is_recorded(
+    base: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And loaded again without a word to pass; the user's own code where it is trusted."""
+    (tmp_path / "base_sources_own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    network = base().eval()
+    shape = (20,) if isinstance(network, nn.Sequential) else (3, 32, 32)
+    x = torch.randn(2, *shape)
+    model = convert(network, x, 2, 1.2).eval()
+    assert model.recipe is not None
+    assert model.recipe.base is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        directory = save(model, tmp_path / "saved")
+    is_own = model.recipe.base.factory == "module"
+    if is_own:
+        with pytest.raises(LoadError, match="is code of the model's author"):
+            load(directory)
+    assert torch.equal(load(directory, trust=is_own)(x), model(x))
+    assert find_source(copy.deepcopy(network), shape) == model.recipe.base
+
+
+OWN = """
+from torch import nn
+
+def make(sizes, act):
+    kinds = {"gelu": nn.GELU, "relu": nn.ReLU}
+    return nn.Sequential(nn.Linear(*sizes), kinds[act["name"]](), nn.Linear(sizes[-1], 32), nn.ReLU(), nn.Linear(32, 3))
+"""
+
+
+def test_what_was_changed_since_is_not_recorded() -> None:
+    network: Any = create("torchvision:squeezenet1_1", 5)
+    network.classifier[0] = nn.Identity()
+    assert find_source(network, (3, 32, 32)) is None
+
+
+def test_save_says_what_loading_needs(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))
+    with pytest.warns(UserWarning, match=r"load it with ensemblenet\.load\(directory, base=\.\.\.\)"):
+        save(convert(base, torch.randn(2, 8)), tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("torchvision:squeezenet1_1", "ensemblenet.load(directory)."),
+        ("base_sources_convert:make", "ensemblenet.load(directory, trust=True), which imports base_sources_convert."),
+        ("base_sources_convert:another", "ensemblenet.load(directory, base=...), where base is a fresh instance"),
+    ],
+)
+def test_convert_says_how_to_load(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "base_sources_convert.py").write_text(
+        "from itertools import count\nfrom torch import nn\nnumbers = count()\n"
+        "def make(): return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(14400, 3))\n"
+        "def another():\n    network = make()\n    network.number = next(numbers)\n    return network\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["--input-shape", "3,32,32", "--budget", "1.2", "--output", str(tmp_path / "saved")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert main(["convert", name, *arguments]) == 0
+    assert says in " ".join(capsys.readouterr().out.split())
 
 
 def changed(network: nn.Module, change: Callable[[Any], None]) -> nn.Module:

@@ -240,15 +240,15 @@ def test_a_page_of_a_base_alone_on_validation_data(runs: tuple[Path, Path], tmp_
 
 def test_stopping_goes_from_one_head_to_all() -> None:
     findings = findings_of(Z, Y)
-    macs = {1: 10.0, 2: 15.0, 3: 20.0}
-    by_confidence, by_agreement, whole = early_stopping(findings.heads, findings.firsts, macs)
+    macs, percent = {1: 10.0, 2: 15.0, 3: 20.0}, lambda share: 100 * share
+    by_confidence, by_agreement, whole = early_stopping(findings.heads, findings.firsts, macs, percent)
     right = {k: pytest.approx(100 * findings.firsts.hits[k - 1].double().mean().item()) for k in (1, 3)}
     assert by_confidence[0] == (10, right[1])
     assert by_confidence[-1] == whole == (20, right[3])
     [(mean, _)] = by_agreement  # of two heads that agree
     assert 15 <= mean <= 20
     alone = findings_of(Z[:1], Y)
-    assert early_stopping(alone.heads, alone.firsts, macs) == ([], [], (10, right[1]))
+    assert early_stopping(alone.heads, alone.firsts, macs, percent) == ([], [], (10, right[1]))
 
 
 def test_the_figure_of_stopping_gets_the_scores_of_the_table(

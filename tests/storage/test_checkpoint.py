@@ -85,7 +85,7 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ensemblenet.storage.checkpoint.save_model", full)
+    monkeypatch.setattr("ensemblenet.weights.save_model", full)
     with pytest.raises(OSError, match="No space left"):
         save(convert(perceptron(), X), tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -113,6 +113,14 @@ def rebuild_weights(directory: Path, keep: slice) -> None:
     (directory / "model.safetensors").write_bytes(data[keep])
 
 
+def nested(depth: int) -> list:
+    """A list in a list, and so on."""
+    found: list = [0]
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 OTHER_INPUT = {"shape": [7], "dtype": "float32", "is_batched": True, "fixed": []}
 DAMAGE = [
     (lambda d: (d / "recipe.json").unlink(), "holds no saved model: recipe.json is missing"),
@@ -122,14 +130,14 @@ DAMAGE = [
     (lambda d: (d / "recipe.json").write_text("[1]"), "not one of ensemblenet's"),
     (lambda d: (d / "recipe.json").write_text('{"model_type": "bert"}'), "not one of ensemblenet's"),
     (lambda d: (d / "recipe.json").write_text(" " * (17 << 20)), "larger than any recipe"),
-    (lambda d: edit(d, format=99), "format 99; this version reads formats up to 3: update"),
+    (lambda d: edit(d, format=99), "format 99; this version reads formats up to 4: update"),
     (lambda d: edit(d, more=1), "must have the fields"),
     (lambda d: edit(d, "head", more=1), "recipe's head must have the fields"),
     (lambda d: edit(d, head=3), "recipe's head must have the fields"),
     (lambda d: edit(d, format=1), r"format 1 but no \['frozen', 'input_dtype', 'input_shape', 'multiple', 'width'\]"),
     (lambda d: edit(d, num_heads=10**9), "num_heads must be an integer from 1 to 1024, got 1000000000"),
     (lambda d: edit(d, num_heads=2), "The recipe has 2 heads, the weights have 3"),
-    (lambda d: edit(d, "head", width=-1), r"width must be a number in \(0, 1\], got -1"),
+    (lambda d: edit(d, "head", width=-1), r"width must be a number in \(0, 4\], got -1"),
     (lambda d: edit(d, "head", width=0.1), r"of shape .*, but the model of this base has"),
     (lambda d: edit(d, split_at="nowhere"), "does not fit the recipe.*Unknown split point 'nowhere'"),
     (
@@ -140,6 +148,13 @@ DAMAGE = [
     (lambda d: edit(d, "inputs", tensors=[OTHER_INPUT | {"dtype": "Tensor"}]), "dtype of inputs must be"),
     (lambda d: edit(d, output=[[1]]), "output must be a name, a position or a list of them"),
     (lambda d: edit(d, init="exec"), "init must be one of"),
+    (lambda d: edit(d, combine="probabilities"), r"recipe\.json is damaged, or of another model: its checksum"),
+    (lambda d: edit(d, "inputs", tree=nested(900)), "tree of inputs must be"),
+    (lambda d: edit(d, "inputs", tensors=[OTHER_INPUT | {"fixed": [3]}]), "fixed of inputs must be"),
+    (lambda d: edit(d, seed=2**70), "seed must be an integer of 64 bits"),
+    (lambda d: edit(d, format=2, inputs=5), "The recipe's inputs must have fields by name, got 5"),
+    (lambda d: edit(d, format=2, head=None), "The recipe's head must have fields by name, got None"),
+    (lambda d: (d / "recipe.json").write_text("[" * 100_000), "The recipe is not JSON: maximum recursion depth"),
     (lambda d: edit(d, base={"factory": "os", "name": "system", "arguments": {}}), None),
     (lambda d: rebuild_weights(d, slice(1000)), "damaged or not a safetensors file"),
     (lambda d: rebuild_weights(d, slice(-100)), "damaged or not a safetensors file"),

@@ -64,7 +64,7 @@ def test_a_base_of_integers_is_given_integers(tmp_path: Path) -> None:
     restored = restore(tmp_path, trust=True)
     assert (restored.inputs.dtype, restored.num_classes()) == ("int64", 3)
     (tmp_path / "model" / "data.json").write_text('{"task": "multiclass", "input_shape": [], "input_dtype": "load"}')
-    with pytest.raises(LoadError, match=r"does not name task and input_shape: there is no dtype 'load'$"):
+    with pytest.raises(LoadError, match=r"data.json: input_dtype must be a dtype's name, got 'load'\.$"):
         restore(tmp_path, trust=True)
 
 
@@ -77,11 +77,11 @@ def test_other_data_of_the_same_kind(tmp_path: Path) -> None:
 
 def test_a_saved_directory(tmp_path: Path) -> None:
     model = ensemblenet.convert(MNIST1DNet(8), torch.randn(2, 40), seed=1).eval()
-    ensemblenet.save(model, tmp_path / "saved", {"classes": ["a", "b"]})
+    ensemblenet.save(model, tmp_path / "saved", {"classes": list("abcdefghij")})
     restored = restore(tmp_path / "saved")
     x = torch.randn(3, 40)
     assert torch.equal(restored.network(x), model(x))
-    assert (restored.classes, restored.task, restored.config) == (["a", "b"], "multiclass", None)
+    assert (restored.classes, restored.task, restored.config) == (list("abcdefghij"), "multiclass", None)
     with pytest.raises(LoadError, match="is no run's folder and so does not know its data"):
         data_module(restored)
 
@@ -104,9 +104,9 @@ def missing_weight(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (missing_weight, "does not hold the weights of the run's base"),
-        (lambda f: (f / "model" / "model.safetensors").unlink(), "does not hold the weights of the run's base"),
-        (lambda f: (f / "model" / "model.safetensors").write_bytes(b"x"), "does not hold the weights"),
+        (missing_weight, "does not hold the weights of this network"),
+        (lambda f: (f / "model" / "model.safetensors").unlink(), "holds no weights: model.safetensors is missing"),
+        (lambda f: (f / "model" / "model.safetensors").write_bytes(b"x"), "damaged or not a safetensors file"),
         (lambda f: (f / "model" / "data.json").write_text("["), "data.json is not JSON"),
         (lambda f: (f / "model" / "data.json").write_text("[]"), "must hold an object of JSON, got list"),
         (lambda f: (f / "model" / "data.json").unlink(), "does not name task and input_shape"),

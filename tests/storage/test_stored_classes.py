@@ -195,7 +195,7 @@ def test_a_run_that_kept_no_classes_is_resumed(copy: Path) -> None:
 def test_damaged_classes_are_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run_of(copy) / "data.json").write_text('{"classes": 5}')
     assert main(resume(copy)) == 2
-    assert "the classes in data.json must be a list of names, got 5" in one_line(capsys.readouterr().err)
+    assert "data.json: classes must be a list of names, got 5." in one_line(capsys.readouterr().err)
 
 
 def predicted(folder: Path, *options: str) -> dict[str, tuple[str, float]]:

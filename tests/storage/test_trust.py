@@ -515,6 +515,8 @@ def test_weights_that_training_began_with_are_not_read_again(run: Path, evil: Pa
     config["model"]["base"] = of_class(CREATE, name="test_resnet", num_classes=10, weights="gone.pth")
     write(run, config)
     save_file(base.state_dict(), run / "model" / "model.safetensors")
+    description = json.loads((run / "model" / "data.json").read_text())
+    (run / "model" / "data.json").write_text(json.dumps(description | {"input_shape": [3, 64, 64]}))
     restored = restore(run)
     assert restored.config is not None
     assert restored.config["model"]["base"]["init_args"]["weights"] == "gone.pth"

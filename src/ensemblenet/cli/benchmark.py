@@ -11,8 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ensemblenet.cli.options import add_base, base_of, command_parser, positive_integer
-from ensemblenet.conversion.convert import convert
+from ensemblenet.cli.options import (
+    add_base,
+    add_device,
+    add_trust,
+    base_of,
+    command_parser,
+    conversion_of,
+    converted,
+    positive_integer,
+)
+from ensemblenet.conversion.convert import convert_as
 from ensemblenet.heads import capture, fuse, tune
 from ensemblenet.inputs import InputSpec
 from ensemblenet.timing import measure, step
@@ -38,14 +47,18 @@ def benchmark(arguments: Sequence[str]) -> None:
     parser.add_argument("--batch-size", type=positive_integer, default=64, help="N (default: %(default)s)")
     parser.add_argument("--repeats", type=positive_integer, default=7, help="of each (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="also under torch.compile, which takes minutes")
-    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+    add_device(parser, default="cpu")
+    add_trust(parser)
     options = parser.parse_args(arguments)
+    looped = converted(options)
     base, x = base_of(options)
-    looped = convert(base, x, options.num_heads, options.budget).to(options.device)
+    if looped is None:
+        looped = convert_as(conversion_of(options), base, x)
+    looped = looped.to(options.device)
     models: dict[str, nn.Module] = {"base": base.to(options.device), "looped": looped}
     models["fused"] = fused = fuse(copy.deepcopy(looped))
     batch = InputSpec.of(x).random(options.batch_size).to(options.device)
-    table = Table(title=f"{options.model}, {options.num_heads} heads, {torch.get_num_threads()} threads")
+    table = Table(title=f"{options.model}, {looped.num_heads} heads, {torch.get_num_threads()} threads")
     table.add_column("")
     names = [
         *models,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from ensemblenet.cli.options import budget_share, underscored, with_config
 from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
-from ensemblenet.reports.comparison import PAGE, comparison_table, summary
+from ensemblenet.reports.comparison import PAGE, comparison_table, summary, tested_on
 from ensemblenet.storage import TRUST_HELP
 from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.lock import sole_writer
-from ensemblenet.storage.runs import CONFIG, create_run_folder
-from ensemblenet.storage.specs import plain
+from ensemblenet.storage.runs import CONFIG, RESULTS, create_run_folder
+from ensemblenet.storage.specs import plain, with_data_folder
 from ensemblenet.storage.trust import config_option, resumed
 from ensemblenet.study.compare import Watcher, run_study
+from ensemblenet.study.from_fit import study_settings
 from ensemblenet.study.settings import Study, study_of
 from ensemblenet.study.trials import Outcome, Phase, Trial
 from ensemblenet.training.resume import changed_setting
@@ -33,12 +36,14 @@ __all__ = ["compare", "progress", "read_study"]
 
 _DESCRIPTION = """Train every method on the same data with the same effort, and show who wins and by how much.
 
-It needs a YAML file: `ensemblenet compare --config configs/compare/mnist1d.yaml`. Every setting of the file is also
-an option below. `base` and `data` take a class_path with init_args, your own classes too if their folder is on
-PYTHONPATH. Learning rate and weight decay are tuned for each method on validation examples, with the same number of
-trials; then each is trained with several seeds and tested once, after the last epoch. The run gets a folder of its own
-under --runs with every finished trial, results.json, results.csv, figures and a page; a killed study goes on with
---resume FOLDER. docs/compare.md has the details.
+It needs a YAML file: `ensemblenet compare configs/compare/mnist1d.yaml`. Every setting of the file is also an option
+below. A file of `fit` will do: `ensemblenet compare configs/mnist1d/ensemblenet.yaml` compares its base and its
+conversion; --methods names others, and --data FOLDER other data. `base` and `data` take a class_path with init_args,
+your own classes too if their folder is on PYTHONPATH. Learning rate and weight decay are tuned for each method on
+validation examples, with the same number of trials; then each is trained with several seeds and tested once, after the
+last epoch: on the test split or, where there is none, on half of the validation examples, while the other half tunes.
+The run gets a folder of its own under --runs with every finished trial, results.json, results.csv, figures and a page;
+a killed study goes on with --resume FOLDER. docs/compare.md has the details.
 """
 
 
@@ -66,7 +71,8 @@ def compare(arguments: Sequence[str]) -> Path:
         console.print(kept, soft_wrap=True)
         with progress() as watch:
             rows = run_study(folder, study, plain["workers"], watch=watch)
-    console.print(comparison_table(rows, title=plain["name"]))
+    results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    console.print(comparison_table(rows, f"{plain['name']}, {tested_on(results)}", study.task))
     console.print(summary(rows, study.task), highlight=False, soft_wrap=True)
     console.print(f"Page, figures, results.json and results.csv: {folder / PAGE}", highlight=False, soft_wrap=True)
     return folder
@@ -96,7 +102,7 @@ def read_study(arguments: Sequence[str]) -> tuple[Study, dict[str, Any]]:
     Raises:
         TrainingError: bad arguments, nothing to resume, or a study with another base, data or task to resume.
     """
-    plain = _parsed(resumed(arguments))
+    plain = _parsed(resumed(_written_out(arguments)))
     if plain["resume"]:
         stored = _parsed(config_option(Path(plain["resume"], CONFIG), trust=True))  # checked with the arguments
         if change := changed_setting(stored, plain, ("base", "data", "task")):
@@ -110,13 +116,44 @@ def read_study(arguments: Sequence[str]) -> tuple[Study, dict[str, Any]]:
     return study, plain
 
 
+def _written_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments with underscores in the names of options, and a configuration of `fit` as one of a study."""
+    written: list[str] = []
+    for argument in with_data_folder([underscored(argument) for argument in with_config(arguments)]):
+        inline = argument.startswith("--") and "=" in argument
+        option, _, value = argument.partition("=") if inline else (written[-1] if written else "", "", argument)
+        if option == "--config":
+            value = _study_of_fit(Path(value)) or value
+        elif option == "--budget":
+            try:
+                value = json.dumps(budget_share(value))
+            except argparse.ArgumentTypeError as error:
+                raise TrainingError(f"--budget: {error}") from error
+        written.append(f"{option}={value}" if inline else value)
+    return written
+
+
+def _study_of_fit(file: Path) -> str | None:
+    """A configuration of `fit` as one of a study; None for any other file, of which the parser says what is wrong."""
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(config, Mapping) or not isinstance(config.get("model"), Mapping):
+        return None
+    settings, left_out = study_settings(config)
+    without = f" A study has no {', '.join(left_out)}: all methods are trained without." if left_out else ""
+    print(f"{file} is of fit: its base and its conversion are compared, tuned around its settings.{without}")
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
 def _parsed(arguments: list[str]) -> dict[str, Any]:
     """Settings as plain data."""
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise TrainingError(plain(error)) from error
+        raise TrainingError(plain(error, parser)) from error
     return yaml.safe_load(parser.dump(options, skip_unset=False))
 
 

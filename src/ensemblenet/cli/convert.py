@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from ensemblenet.cli.options import add_base, base_of, command_parser
+from ensemblenet.cli.options import add_base, base_of, command_parser, conversion_of
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.errors import ConversionError
-from ensemblenet.models.sources import source_named
-from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import COST_NOTE
-from ensemblenet.storage.checkpoint import save
+from ensemblenet.storage.checkpoint import how_to_load, save
 
 __all__ = ["convert"]
 
@@ -36,21 +33,19 @@ def convert(arguments: Sequence[str]) -> None:
     )
     add_base(parser)
     parser.add_argument("--output", type=Path, required=True, help="the folder to create")
-    parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
     if options.output.exists():
         raise ConversionError(f"{options.output} exists already; --output needs a new folder.")
     base, x = base_of(options)
-    wanted = Conversion(options.num_heads, options.budget, options.split_at, options.seed)
-    model = convert_as(wanted, base, x)
+    model = convert_as(conversion_of(options), base, x)
     assert model.cost is not None
     assert model.base_cost is not None
     assert model.recipe is not None
-    if model.recipe.base is None and ":" in options.model:
-        model.recipe = replace(model.recipe, base=source_named(options.model, options.num_classes))
     save(model, options.output)
-    table = Table(title=f"{options.model}, split at {model.recipe.split_at}", caption=COST_NOTE)
+    head = model.recipe.head
+    found = f"split at {model.recipe.split_at}, heads of width {head.width:.2f} and depth {head.depth:.2f}"
+    table = Table(title=f"{options.model}, {found}", caption=COST_NOTE)
     table.add_column()
     for heading in ("parameters", "MACs", "activations", "time"):
         table.add_column(heading, justify="right")
@@ -59,4 +54,4 @@ def convert(arguments: Sequence[str]) -> None:
     table.add_row("share", *(f"{share:.1%}" for share in model.cost.shares_of(model.base_cost)))
     console = Console()
     console.print(table)
-    console.print(f"Saved to {options.output}; load it with ensemblenet.load.", highlight=False)
+    console.print(f"Saved to {options.output}; load it with {how_to_load(model.recipe)}.", highlight=False)

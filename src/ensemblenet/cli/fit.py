@@ -3,17 +3,69 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from ensemblenet.reports.tables import results_table
-from ensemblenet.storage.runs import RESULTS
-from ensemblenet.training.fit import fit as train
-from ensemblenet.training.processes import is_first_process
+from ensemblenet.cli.options import add_device, budget_share, command_parser, underscored, with_config
+from ensemblenet.errors import TrainingError
+from ensemblenet.storage import TRUST_HELP
 
 __all__ = ["fit"]
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A setting that most runs have.
+
+    Args:
+        key: in the configuration.
+        help: what it is.
+        option: its short name, which other commands have as well; None where the key is the option.
+        metavar: what its value is.
+        written: makes of the value what the configuration holds.
+    """
+
+    key: str
+    help: str
+    option: str | None = None
+    metavar: str = "VALUE"
+    written: Callable[[str], str] = str
+
+
+_SETTINGS = [
+    _Setting("data", "folder of the data; or the name of a data module", metavar="FOLDER"),
+    _Setting("model.conversion.num_heads", "number of heads", "num-heads", "K"),
+    _Setting(
+        "model.conversion.budget",
+        "the most all may cost, as a share of the base: 0.95, or parameters=1,time=1.2",
+        "budget",
+        "SHARE",
+        lambda text: json.dumps(budget_share(text)),
+    ),
+    _Setting("model.conversion.split_at", "a split point that `info` lists", "split-at", "NAME"),
+    _Setting("model.conversion.min_width", "the least width of heads", "min-width", "SHARE"),
+    _Setting("model.conversion.init", "fresh, or inherit the weights of a trained base", metavar="WAY"),
+    _Setting("plan", "search: find by short runs what to train", metavar="search"),
+    _Setting("model.codistillation_weight", "lambda of co-distillation", "weight", "LAMBDA"),
+    _Setting("model.heads", "how heads run: auto, looped, fused, compiled, checkpointed", metavar="WAY"),
+    _Setting("model.optimization.optimizer", "adamw, sgd, or a name of timm's", metavar="NAME"),
+    _Setting("model.optimization.lr", "the highest learning rate"),
+    _Setting("model.optimization.weight_decay", "of the optimizer"),
+    _Setting("data.init_args.batch_size", "examples of a step, on each device", metavar="N"),
+    _Setting("trainer.max_epochs", "passes over the training data", "epochs", "N"),
+    _Setting("trainer.precision", "such as bf16-mixed"),
+    _Setting("ema", "keep an average of the weights, such as 0.9999", metavar="DECAY"),
+    _Setting("seed_everything", "of weights, order and augmentation", "seed", "N"),
+    _Setting("name", "begins the name of the run's folder"),
+    _Setting("runs", "where run folders are made", metavar="FOLDER"),
+    _Setting("checkpoint_steps", "save also after every so many steps", metavar="N"),
+    _Setting("resume", "go on with a killed run: its folder, or auto", metavar="FOLDER"),
+]
+_SHORT = {setting.option: setting for setting in _SETTINGS if setting.option}
 
 
 def fit(arguments: Sequence[str]) -> Path:
@@ -24,10 +76,59 @@ def fit(arguments: Sequence[str]) -> Path:
 
     Returns:
         The run's folder.
+
+    Raises:
+        TrainingError: bad arguments, or what training raises.
     """
-    folder = train(arguments)
+    if {"-h", "--help"} & set(arguments) and "all" not in arguments:
+        _help()
+    from ensemblenet.reports.tables import results_table  # slow to import, and nothing that the help needs
+    from ensemblenet.storage.runs import RESULTS
+    from ensemblenet.training.fit import fit as train
+    from ensemblenet.training.processes import is_first_process
+
+    folder = train(_written_out(arguments))
     if is_first_process():
         console = Console()
-        console.print(results_table(json.loads((folder / RESULTS).read_text())["rows"]))
+        rows = json.loads((folder / RESULTS).read_text())["rows"]
+        console.print(results_table(rows, f"tested on {rows[0].get('tested_on', 'the test data')}"))
         console.print(f"Results and logs: {folder}", highlight=False, soft_wrap=True)
     return folder
+
+
+def _help() -> None:
+    parser = command_parser(
+        "fit",
+        "Train a network, or the multi-headed model that it converts to. It needs a YAML file, which the settings "
+        "below change. The run gets a folder of its own with its configuration, logs, checkpoints, results and model.",
+        "`ensemblenet fit --help all` lists every setting, those of Lightning's Trainer among them.",
+    )
+    parser.add_argument("config", metavar="FILE", help="such as configs/mnist1d/ensemblenet.yaml; or --config FILE")
+    for setting in _SETTINGS:
+        parser.add_argument(f"--{setting.option or setting.key}", metavar=setting.metavar, help=setting.help)
+    add_device(parser, default="the file's")
+    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
+    parser.parse_args(["--help"])
+
+
+def _written_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments with short names of settings written out, and `--config` before a file."""
+    written: list[str] = []
+    values = iter(with_config(arguments))
+    for argument in values:
+        name, equals, value = underscored(argument).partition("=")
+        short = name.removeprefix("--").replace("_", "-") if name.startswith("--") else ""
+        if short not in (*_SHORT, "device"):
+            written.append("--help" if argument == "all" else name + equals + value)
+            continue
+        if not equals and (value := next(values, None)) is None:
+            raise TrainingError(f"--{short} needs a value.")
+        if short == "device":
+            kind, _, index = value.partition(":")
+            written += [f"--trainer.accelerator={kind}", *([f"--trainer.devices=[{index}]"] if index else [])]
+            continue
+        try:
+            written.append(f"--{_SHORT[short].key}={_SHORT[short].written(value)}")
+        except ArgumentTypeError as error:
+            raise TrainingError(f"--{short}: {error}") from error
+    return written

@@ -1,22 +1,37 @@
-"""The command `info`: the cost of a network, its split points, and the head width that a budget allows at each."""
+"""The command `info`: the cost of a network, its split points, and the heads that a budget allows at each."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet.cli.options import add_base, add_trust, base_of, command_parser
+from ensemblenet.cli.options import (
+    add_base,
+    add_device,
+    add_trust,
+    base_of,
+    command_parser,
+    conversion_of,
+    positive_integer,
+)
 from ensemblenet.conversion.capacity import Capacity, spare_capacity
-from ensemblenet.conversion.convert import plans
+from ensemblenet.conversion.convert import convert_as, plans_as
+from ensemblenet.conversion.measuring import time_share
+from ensemblenet.conversion.planning import Plan
 from ensemblenet.cost import Budget, measure_cost
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError
-from ensemblenet.inputs import inputs_and_targets, num_examples
+from ensemblenet.heads import choose
+from ensemblenet.inputs import InputSpec, inputs_and_targets, num_examples
+from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import COST_NOTE
 
 __all__ = ["info"]
@@ -25,7 +40,7 @@ _EXAMPLES = 10_000
 
 
 def info(arguments: Sequence[str]) -> None:
-    """Print a network's cost, its split points, and the head width that a budget allows at each.
+    """Print a network's cost, its split points, and the heads that a budget allows at each.
 
     Args:
         arguments: command-line arguments.
@@ -35,12 +50,18 @@ def info(arguments: Sequence[str]) -> None:
     """
     parser = command_parser(
         "info",
-        "Show where a network can be split, and how wide heads could be. It trains nothing, and needs no data unless "
-        "MODEL is the folder of a base's run of `fit`, of which it also says whether it has capacity to spare.",
+        "Show where a network can be split, and how wide and deep heads could be. It trains nothing, and needs no data "
+        "unless MODEL is the folder of a base's run of `fit`, of which it also says whether it has capacity to spare.",
         COST_NOTE,
     )
     add_base(parser)
     add_trust(parser)
+    measuring = parser.add_argument_group("times, measured on this machine")
+    measuring.add_argument("--measure", action="store_true", help="time the plans that come first against the base")
+    measuring.add_argument("--batch-size", type=positive_integer, default=32, help="N (default: %(default)s)")
+    add_device(measuring, default="cpu")
+    measuring.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
+    measuring.add_argument("--channels-last", action="store_true", help="with the channels of images last in memory")
     options = parser.parse_args(arguments)
     run = Path(options.model)
     capacity = None
@@ -48,36 +69,58 @@ def info(arguments: Sequence[str]) -> None:
         base, x, capacity = _trained(run, options.trust)
     else:
         base, x = base_of(options)
+    wanted = conversion_of(options)
+    found = plans_as(wanted, base, x)
     cost = measure_cost(base, x)
     table = Table(title=f"{options.model}: {cost.parameters:,} parameters, {cost.macs:,.0f} MACs", caption=COST_NOTE)
-    for column in ("split point", "tensor (N, ...)"):
-        table.add_column(column, overflow="fold")
-    for column in (
-        "trunk's\nparam.",
-        "trunk's\nMACs",
-        f"width of\n{options.num_heads} heads",
-        "cost, %",
-    ):
-        table.add_column(column, justify="right", overflow="fold")
-    for plan in plans(base, x, options.num_heads, options.budget):
-        point = plan.split
-        shape = ", ".join(("N", *map(str, point.shape[1:])))
-        width = "does not fit" if plan.width is None else f"{plan.width:.3f}"
-        percent = [f"{100 * share:.0f}" for share in plan.cost.shares_of(cost)]
-        shares = "" if plan.width is None else "{}/{} {}/{}".format(*percent)
-        trunk = (f"{point.parameters_share:.1%}", f"{point.macs_share:.1%}")
-        table.add_row(point.name, f"({shape})", *trunk, width, shares)
+    table.add_column("split point", overflow="fold", min_width=20)
+    for column in ("trunk's\nMACs, %", "width", "depth", "par.\n%", "MACs\n%", "act.\n%", "time\n%"):
+        table.add_column(column, justify="right")
+    for plan in found:
+        fits = plan.head is not None
+        shape = [f"{plan.width:.2f}", f"{plan.depth:.2f}"] if fits else ["-", "-"]
+        shares = [f"{100 * share:.0f}" for share in (plan.split.macs_share, *plan.cost.shares_of(cost))]
+        name = f"{plan.split.name} *" if plan.rank == 0 else plan.split.name
+        table.add_row(name, shares[0], *shape, *shares[1:], style="bold" if plan.rank == 0 else None if fits else "dim")
     console = Console()
     console.print(table)
-    console.print(
-        f"width: the share of its channels that each of {options.num_heads} heads keeps when all may cost "
-        f"{Budget.of(options.budget)}; cost: the whole model's parameters/MACs and activations/time against "
-        "the base's.",
-        style="dim",
-        highlight=False,
-    )
+    console.print(_legend(wanted), style="dim", highlight=False)
+    if options.measure:
+        console.print(_measured(found, wanted, base, x, options))
     if capacity is not None:
         console.print(str(capacity), highlight=False)
+
+
+def _legend(wanted: Conversion) -> str:
+    """What the columns say."""
+    heads = "the heads" if wanted.num_heads == "auto" else f"{wanted.num_heads} heads"
+    return (
+        f"width, depth: the shares of its channels, and of the blocks that it may drop, that each of {heads} keeps "
+        f"when all may cost {Budget.of(wanted.budget)}; - does not fit, and what follows is the least. The rest: what "
+        "the whole model costs, of the base. * is the plan that --split-at auto takes."
+    )
+
+
+def _measured(
+    found: Iterable[Plan], wanted: Conversion, base: nn.Module, x: Tensor, options: argparse.Namespace
+) -> Table:
+    """What a training step and a prediction of the plans that come first take of the base's time."""
+    layout = torch.channels_last if options.channels_last and x.dim() == 4 else torch.preserve_format
+    batch = InputSpec.of(x).random(options.batch_size).to(options.device, memory_format=layout)
+    base = base.to(options.device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    what = f"Time of {len(batch)} examples on {batch.device}{', bfloat16' * options.bf16}, of the base's"
+    table = Table(title=what, caption="Heads run in the faster way, as `fit` runs them.")
+    for column in ("split point", "training step", "prediction"):
+        table.add_column(column, justify="left" if column == "split point" else "right")
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=options.bf16):
+        for plan in sorted((plan for plan in found if plan.rank is not None), key=lambda plan: plan.rank or 0):
+            model = convert_as(replace(wanted, split_at=plan.split.name), base, x.to(batch))
+            cells = []
+            for training in (True, False):
+                faster, choice = choose(model.train(training), batch)
+                cells.append(f"{time_share(base, faster, batch, training=training):.2f} ({choice.heads})")
+            table.add_row(plan.split.name, *cells)
+    return table
 
 
 def _trained(run: Path, trust: bool) -> tuple[nn.Module, Tensor, Capacity]:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 __all__ = ["COMMANDS", "main"]
 
@@ -23,6 +24,17 @@ COMMANDS = {
     "predict": "what a trained network says of examples, as CSV or Parquet",
     "report": "one page about trained networks: curves, calibration, heads, examples",
 }
+
+# what messages name in Python, and what that is in the shell
+_SPELLED = (
+    ("ensemblenet.split_points(base, x) lists", "`ensemblenet info` lists"),
+    ("pass trust=True (on the command line --trust); else pass base, a fresh instance", "add --trust"),
+    ("add --trust (in Python: trust=True)", "add --trust"),
+    ('pass init="inherit"', "use --model.conversion.init inherit"),
+    ('Pass init="inherit"', "Use --model.conversion.init inherit"),
+    ("output= takes", "--model.conversion.output takes"),
+    ("a smaller min_width", "a smaller --min-width"),
+)
 
 _STUDIES = ("demo", "compare", "report")  # what draws figures needs more than what trains
 
@@ -47,12 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
         command(arguments[1:])
     except (EnsembleNetError, FileNotFoundError, FileExistsError) as error:
-        print(f"ensemblenet {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ensemblenet {name}: {_in_shell(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"ensemblenet {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _in_shell(message: str) -> str:
+    """A message with options of the command line where it names those of Python."""
+    for spelled, option in _SPELLED:
+        message = message.replace(spelled, option)
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,5 +83,6 @@ def _parser() -> argparse.ArgumentParser:
         + "\n\n`ensemblenet COMMAND --help` says what a command needs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"ensemblenet {version('ensemblenet')}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     return parser

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ensemblenet.storage import TRUST_HELP
 
@@ -12,30 +18,133 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ensemblenet.cost import Budget
+    from ensemblenet.ensemble import EnsembleNet
+    from ensemblenet.recipe import Conversion
 
 __all__ = [
+    "CommandParser",
     "add_base",
     "add_data",
+    "add_device",
+    "add_plan",
     "add_split",
     "add_trained_models",
     "add_trust",
     "base_of",
+    "budget_share",
     "check_new",
     "command_parser",
+    "conversion_of",
+    "converted",
+    "dashed",
     "positive_integer",
+    "underscored",
+    "with_config",
 ]
 
-_BASE = "a timm name such as resnet18, torchvision:NAME, or module.path:callable, a callable that returns a network"
+_BASE = (
+    "a timm name such as resnet18, torchvision:NAME, or module.path:callable, a callable that returns a network; or a "
+    "folder that `convert` wrote, for its base"
+)
 _TRAINED = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
+
+
+class CommandParser(argparse.ArgumentParser):
+    """What follows `ensemblenet COMMAND`: `--num_heads` is `--num-heads`, and a mistake is one line.
+
+    Example:
+        >>> parser = command_parser("test", "")
+        >>> _ = parser.add_argument("model")
+        >>> parser.parse_with_data(["--data.num_test", "30", "RUN"])
+        (Namespace(model='RUN'), ['--data.num_test', '30'])
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The arguments, underscores in the names of options read as dashes."""
+        given = sys.argv[1:] if args is None else args
+        written = [self._known(argument) or argument for argument in given]
+        return super().parse_known_args(written, namespace)
+
+    def _known(self, argument: str) -> str | None:
+        """An argument that names an option, spelt as the option is."""
+        spellings = (argument, dashed(argument), underscored(argument))
+        return next((text for text in spellings if text.partition("=")[0] in self._option_string_actions), None)
+
+    def parse_with_data(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own arguments, and the options of the data module, which may stand anywhere among them.
+
+        Args:
+            arguments: with `--data.KEY VALUE`, and `--data FOLDER` where the command means no files by it.
+        """
+        own: list[str] = []
+        changes: list[str] = []
+        rest = iter(arguments)
+        for argument in rest:
+            if argument.startswith("--data.") and self._known(argument) is None:
+                changes += [underscored(argument), *([] if "=" in argument else islice(rest, 1))]
+            else:
+                own.append(argument)
+        options = self.parse_args(own)
+        if isinstance(folder := getattr(options, "data", None), str):
+            changes = ["--data", folder, *changes]
+        return options, changes
+
+    def error(self, message: str) -> Any:
+        """End the command with one line, and the options that were perhaps meant."""
+        if unknown := re.search(r"unrecognized arguments: .*?(--[\w-]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
+            message += f". Did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` says what it takes)\n")
 
 
 def command_parser(
     command: str, description: str, epilog: str | None = None, allow_abbrev: bool = True
-) -> argparse.ArgumentParser:
+) -> CommandParser:
     """A parser for what follows `ensemblenet COMMAND`; those with options --data.KEY allow no abbreviations."""
-    return argparse.ArgumentParser(
+    return CommandParser(
         prog=f"ensemblenet {command}", description=description, epilog=epilog, allow_abbrev=allow_abbrev
     )
+
+
+def dashed(argument: str) -> str:
+    """An option with dashes in its name, as the commands that list their options write it.
+
+    Example:
+        >>> dashed("--num_heads=4"), dashed("my_run")
+        ('--num-heads=4', 'my_run')
+    """
+    return _renamed(argument, "_", "-")
+
+
+def underscored(argument: str) -> str:
+    """An option with underscores in its name, as the settings of `fit` and `compare` have it.
+
+    Example:
+        >>> underscored("--trainer.max-epochs=4"), underscored("my-run")
+        ('--trainer.max_epochs=4', 'my-run')
+    """
+    return _renamed(argument, "-", "_")
+
+
+def _renamed(argument: str, old: str, new: str) -> str:
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace(old, new)}{equals}{value}" if name.startswith("--") else argument
+
+
+def with_config(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--config` before a YAML file that is no option's value.
+
+    Example:
+        >>> with_config(["fit.yaml", "--name", "x"]), with_config(["--config", "fit.yaml"])
+        (['--config', 'fit.yaml', '--name', 'x'], ['--config', 'fit.yaml'])
+    """
+    written: list[str] = []
+    for argument in arguments:
+        before = written[-1] if written else ""
+        is_value = before.startswith("-") and "=" not in before and before != "--trust"
+        is_file = argument.endswith((".yaml", ".yml")) and not argument.startswith("-")
+        written += ["--config", argument] if is_file and not is_value else [argument]
+    return written
 
 
 def positive_integer(text: str) -> int:
@@ -66,23 +175,45 @@ def _shape(text: str) -> tuple[int, ...]:
 # -- a network to convert
 
 
-def _budget(text: str) -> float | Budget:
+def budget_share(text: str) -> float | dict[str, float]:
+    """A budget as plain data: a share of the base's parameters and MACs, or a share for each cost by name.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none of these.
+
+    Example:
+        >>> budget_share("0.95"), budget_share("activations=1.2,time=1.2")
+        (0.95, {'activations': 1.2, 'time': 1.2})
+    """
     from ensemblenet.cost import Budget
+    from ensemblenet.errors import BudgetError
 
     try:
-        if "=" not in text:
-            return float(text)
-        shares = dict(part.split("=") for part in text.split(","))
-        return Budget(**{name: float(share) for name, share in shares.items()})
+        if text.startswith("{"):  # as a configuration writes it
+            shares = json.loads(text)
+        elif "=" in text:
+            shares = {name: float(share) for name, share in (part.split("=") for part in text.split(","))}
+        else:
+            shares = float(text)
+        Budget.of(shares)
+    except BudgetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     except (ValueError, TypeError) as error:
         form = "a number, or shares by name such as parameters=1,macs=1,activations=1.2,time=1.2"
         raise argparse.ArgumentTypeError(f"must be {form}; got {text!r}") from error
+    return shares
 
 
-def add_base(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL, what it takes, and how to convert it."""
-    parser.add_argument("model", metavar="MODEL", help=_BASE)
-    parser.add_argument("--num-heads", type=positive_integer, default=2, help="K (default: %(default)s)")
+def _budget(text: str) -> float | Budget:
+    from ensemblenet.cost import Budget
+
+    shares = budget_share(text)
+    return Budget.of(shares) if isinstance(shares, dict) else shares
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Add how many heads there are to be, where they begin, and what all may cost."""
+    parser.add_argument("--num-heads", type=_num_heads, default=2, metavar="K", help="or auto (default: %(default)s)")
     parser.add_argument(
         "--budget",
         type=_budget,
@@ -91,6 +222,36 @@ def add_base(parser: argparse.ArgumentParser) -> None:
         help="the most all may cost, as a share of the base's parameters and of its MACs, or several shares by name: "
         "parameters=1,macs=1,activations=1.2,time=1.2 (default: %(default)s)",
     )
+    parser.add_argument("--split-at", default="auto", help="a split point that `info` lists (default: %(default)s)")
+    parser.add_argument("--min-width", type=float, metavar="SHARE", help="the least width of heads (default: found)")
+    parser.add_argument(
+        "--shape",
+        default="auto",
+        metavar="WORD",
+        help="of heads: narrow, short (fewer blocks) or auto, which may be both",
+    )
+    parser.add_argument(
+        "--width", type=float, metavar="SHARE", help="of its channels that a head keeps (default: found)"
+    )
+    parser.add_argument("--depth", type=float, metavar="SHARE", help="of the blocks that it may drop (default: found)")
+
+
+def _num_heads(text: str) -> int | str:
+    return text if text == "auto" else positive_integer(text)
+
+
+def conversion_of(options: argparse.Namespace) -> Conversion:
+    """What the options of `add_plan` ask for."""
+    from ensemblenet.recipe import Conversion
+
+    names = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
+    return Conversion(**{name: getattr(options, name) for name in names}, seed=getattr(options, "seed", 0))
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, what it takes, and how to convert it."""
+    parser.add_argument("model", metavar="MODEL", help=_BASE)
+    add_plan(parser)
     parser.add_argument("--num-classes", type=int, help="outputs of the network (default: its own)")
     parser.add_argument(
         "--input-shape",
@@ -111,11 +272,30 @@ def base_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
     from ensemblenet.inputs import InputSpec
     from ensemblenet.models.sources import create, default_input_shape
 
+    if (model := converted(options)) is not None:
+        recipe = model.recipe
+        if recipe is None or recipe.base is None:
+            raise ConversionError(f"{options.model} does not say what its base is: name the base in its place.")
+        base = recipe.base.build(getattr(options, "trust", False))
+        return base, recipe.inputs.random()
     base = create(options.model, options.num_classes)
     shape = options.input_shape or default_input_shape(base)
     if shape is None:
         raise ConversionError(f"{options.model} does not say what inputs it takes: give --input-shape.")
     return base, InputSpec(shape).random()
+
+
+def converted(options: argparse.Namespace) -> EnsembleNet | None:
+    """The model in the folder that MODEL names; None where it names a network.
+
+    Raises:
+        LoadError: it is damaged, or has a base that is not known.
+    """
+    if not Path(options.model, "recipe.json").is_file():
+        return None
+    from ensemblenet.storage.checkpoint import load
+
+    return load(options.model, trust=getattr(options, "trust", False))
 
 
 # -- a trained network, and data for it
@@ -135,8 +315,22 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
 
 
-def add_data(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add what names a data module; besides there are options `--data.KEY`, which the parser does not know."""
+def add_device(parser: argparse.ArgumentParser | argparse._ArgumentGroup, default: str = "auto") -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device", default=default, metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: %(default)s)"
+    )
+
+
+def add_data(parser: argparse.ArgumentParser | argparse._ArgumentGroup, folder: bool = True) -> None:
+    """Add what names a data module; besides there are options `--data.KEY`, see `CommandParser.parse_with_data`.
+
+    Args:
+        parser: of the command.
+        folder: whether `--data FOLDER` is the data module's folder.
+    """
+    if folder:
+        parser.add_argument("--data", metavar="FOLDER", help="where the data lies now; short for --data.folder")
     parser.add_argument(
         "--config",
         type=Path,

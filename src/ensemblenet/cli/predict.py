@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ensemblenet.cli.options import (
+    CommandParser,
     add_data,
+    add_device,
     add_split,
     add_trained_models,
     check_new,
@@ -47,7 +49,7 @@ def predict(arguments: Sequence[str]) -> Path:
         DataError: files that are missing, damaged or of another kind.
         FileExistsError: the file to write exists.
     """
-    options, changes = _parser().parse_known_args(arguments)
+    options, changes = _parser().parse_with_data(arguments)
     if options.on_damage:
         warnings.warn("--on-damage is now --on-broken.", DeprecationWarning, stacklevel=2)
         options.on_broken = options.on_damage
@@ -83,14 +85,15 @@ def _predict_split(restored: Restored, options: argparse.Namespace, changes: Seq
             ids = [name(options.split, place) for place in seen.places]
             file.write(ids, seen.outputs, seen.targets if restored.task == "multiclass" else None)
 
-        observe(restored, data, options.split, saw)
+        observe(restored, data, options.split, saw, options.device)
     Console().print(f"{file.count:,} examples: {options.output}", highlight=False, soft_wrap=True)
 
 
 def _predict_files(restored: Restored, reader: FileReader, options: argparse.Namespace) -> None:
     files = InputFiles(find_files(options.data, reader.suffixes), reader.read)
     batches = files.batches(options.batch_size, options.num_workers)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(found if options.device == "auto" else options.device)
     network, ndim = restored.network.to(device), len(restored.inputs.shape) + 1
     skipped: list[str] = []
     with PredictionFile(options.output, restored) as file:
@@ -109,7 +112,7 @@ def _predict_files(restored: Restored, reader: FileReader, options: argparse.Nam
     console.print(f"{file.count:,} files{more}: {options.output}", highlight=False, soft_wrap=True)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = command_parser(
         "predict",
         "Predict examples with a trained network: those of --data, or without it a split of the data that "
@@ -136,13 +139,14 @@ def _parser() -> argparse.ArgumentParser:
         default=2,
         help="processes that read images or videos; 0 for none (default: %(default)s)",
     )
+    add_device(parser)
     parser.add_argument(
         "--on-broken", choices=("error", "skip"), default="error", help="for broken examples (default: %(default)s)"
     )
     parser.add_argument("--on-damage", choices=("error", "skip"), help=argparse.SUPPRESS)  # its name in version 0.1
     split = parser.add_argument_group("without --data")
     add_split(split)
-    add_data(split)
+    add_data(split, folder=False)
     tags = parser.add_argument_group("for YouTube-8M")
     tags.add_argument("--top", type=positive_integer, default=20, help="classes a video (default: %(default)s)")
     tags.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ensemblenet.cli.options import add_data, add_split, add_trained_models, check_new, command_parser
+from ensemblenet.cli.options import add_data, add_device, add_split, add_trained_models, check_new, command_parser
 from ensemblenet.evaluation.scoring import chosen_data
 from ensemblenet.reports.networks import write_report
 from ensemblenet.storage.restore import restore
@@ -39,11 +39,12 @@ def report(arguments: Sequence[str]) -> Path:
     add_split(parser)
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="a new file (default: %(default)s)")
     add_data(parser)
-    options, changes = parser.parse_known_args(arguments)
+    add_device(parser)
+    options, changes = parser.parse_with_data(arguments)
     check_new(options.output)
     quiet_lightning()
     networks = [restore(folder, trust=options.trust) for folder in options.runs]
     data = [chosen_data(restored, options.config, changes, options.class_path) for restored in networks]
-    write_report(options.output, networks, data, options.split)
+    write_report(options.output, networks, data, options.split, options.device)
     Console().print(f"Report: {options.output}", highlight=False, soft_wrap=True)
     return options.output

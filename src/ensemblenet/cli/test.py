@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ensemblenet.cli.options import add_data, add_trained_models, check_new, command_parser
-from ensemblenet.evaluation.scoring import Split, chosen_data, score
+from ensemblenet.cli.options import add_data, add_device, add_trained_models, check_new, command_parser
+from ensemblenet.evaluation.scoring import Split, chosen_data, in_words, score
 from ensemblenet.metrics.scores import meanings
 from ensemblenet.reports.tables import results_table, scores_columns
 from ensemblenet.storage.atomic import write_json
@@ -53,15 +53,19 @@ def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[
     )
     add_trained_models(parser)
     add_data(parser)
+    add_device(parser)
     parser.add_argument("--output", type=Path, help="a new JSON file for the scores")
-    options, changes = parser.parse_known_args(arguments)
+    options, changes = parser.parse_with_data(arguments)
     if options.output:
         check_new(options.output)
     restored = restore(options.model, trust=options.trust)
     quiet_lightning()
-    rows = score(restored, chosen_data(restored, options.config, changes, options.class_path), split)
+    data = chosen_data(restored, options.config, changes, options.class_path)
+    rows = score(restored, data, split, options.device)
     console = Console()
-    console.print(results_table(rows, f"{restored.name}, {split}; shares in %", scores_columns(rows)))
+    console.print(
+        results_table(rows, f"{restored.name}, {in_words(split, data, 'examples')}; shares in %", scores_columns(rows))
+    )
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, {"split": split, "rows": rows, "environment": environment()})

@@ -13,20 +13,22 @@ from torch import fx, nn
 from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.initialise import Initialiser
+from ensemblenet.conversion.measuring import time_share
 from ensemblenet.conversion.planning import Plan, Planner, choose_num_heads
 from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut, trunk_graph
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.cost import Budget, Cost, count_parameters
 from ensemblenet.ensemble import EnsembleNet, as_tuple, combining_cost
-from ensemblenet.errors import ConversionError
+from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.finding import find_source
 from ensemblenet.recipe import Conversion, HeadShape, Init, Recipe, Shape
 
-__all__ = ["convert", "convert_as", "plans", "rebuild", "split_points"]
+__all__ = ["convert", "convert_as", "plans", "plans_as", "rebuild", "split_points"]
 
-_MOST_REPAIRS = 25
+_RANKED = 4
+_MOST_MEASURED = 5
 
 
 def convert(
@@ -130,30 +132,35 @@ def convert_as(
     traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
-
-    def planner_of(num_heads: int) -> Planner:
-        combining = combining_cost(_output_shapes(traced), num_heads, wanted.combine, task)
-        return Planner(cuts, wanted, num_heads, base_cost, combining)
-
-    planner = choose_num_heads(planner_of) if wanted.num_heads == "auto" else planner_of(wanted.num_heads)
+    planner = _planner(traced, cuts, wanted, base_cost, task)
+    tried: dict[str, float] = {}
     while True:
         design, plan = planner.choose()
+        if _repair(design, plan, planner):
+            continue
         assert plan.head is not None
-        given = _given(design)
-        if not _repair(design, plan.head, planner.pinned, given):
+        recipe = Recipe(
+            base=find_source(base, traced.inputs.tensors[0].shape),
+            inputs=traced.inputs,
+            output=tuple(wanted.output) if isinstance(wanted.output, list) else wanted.output,
+            num_heads=planner.num_heads,
+            split_at=plan.split.name,
+            head=plan.head,
+            init=wanted.init,
+            seed=torch.initial_seed() % 2**32 if wanted.seed is None else wanted.seed,
+            combine=wanted.combine,
+            task=task,
+        )
+        if not Budget.of(wanted.budget).measured:
             break
-    recipe = Recipe(
-        base=find_source(base, traced.inputs.tensors[0].shape),
-        inputs=traced.inputs,
-        output=tuple(wanted.output) if isinstance(wanted.output, list) else wanted.output,
-        num_heads=planner.num_heads,
-        split_at=plan.split.name,
-        head=plan.head,
-        init=wanted.init,
-        seed=torch.initial_seed() % 2**32 if wanted.seed is None else wanted.seed,
-        combine=wanted.combine,
-        task=task,
-    )
+        # inherited, as fresh weights would be drawn in the trace's own layers
+        timed = _assemble(design, replace(recipe, init="inherit"), base_cost)
+        tried[plan.split.name] = time_share(base, timed, example_inputs)
+        if tried[plan.split.name] <= (Budget.of(wanted.budget).time or 0.0):
+            break
+        if wanted.split_at != "auto" or len(tried) == _MOST_MEASURED:
+            raise _too_slow(tried, Budget.of(wanted.budget))
+        planner.pass_over(plan)
     _check_split(traced, named_cut(cuts, plan.split.name))
     lost: set[str] = set()
     model = _assemble(design, recipe, base_cost, lost)
@@ -242,6 +249,17 @@ def plans(
 ) -> list[Plan]:
     """For every split point, the heads that a budget allows.
 
+    Args:
+        base: a network.
+        example_inputs: for it.
+        num_heads: K.
+        budget: as for [`ensemblenet.convert`][], as are the others.
+        output: as there.
+        shape: as there.
+
+    Returns:
+        The plans in the network's order.
+
     Raises:
         ConversionError: the base, the inputs or the budget cannot be used.
 
@@ -250,12 +268,31 @@ def plans(
         >>> [(plan.split.name, plan.width is not None) for plan in plans(base, torch.randn(4, 8), budget=1.0)]
         [('input', True), ('0', True), ('1', True), ('2', False), ('3', False)]
     """
+    return plans_as(Conversion(num_heads, budget, output=output, shape=shape), base, example_inputs)
+
+
+@torch.inference_mode(False)
+def plans_as(wanted: Conversion, base: nn.Module, example_inputs: Tree) -> list[Plan]:
+    """Do what [`ensemblenet.plans`][] does, with its options in one object.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> [plan.split.name for plan in plans_as(Conversion(), base, torch.randn(4, 8)) if plan.rank == 0]
+        ['input']
+    """
     _check_inputs(base, example_inputs)
-    traced = trace(base, example_inputs, output)
+    traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
-    combining = combining_cost(_output_shapes(traced), num_heads)
-    planner = Planner(cuts, Conversion(num_heads, budget, shape=shape), num_heads, _base_cost(base, traced), combining)
-    return [planner.at(cut)[1] for cut in cuts]
+    planner = _planner(traced, cuts, wanted, _base_cost(base, traced))
+    found = {cut.point.name: planner.at(cut)[1] for cut in cuts}
+    for rank in range(_RANKED):
+        try:
+            best = planner.choose()[1]
+        except ConversionError:  # there are no more
+            break
+        planner.pass_over(best)
+        found[best.split.name] = replace(best, rank=rank)
+    return list(found.values())
 
 
 def _check_inputs(base: nn.Module, example_inputs: Tree) -> None:
@@ -291,17 +328,26 @@ def _output_shapes(traced: Trace) -> list[tuple[int, ...]]:
     return [traced.refs[node].shape for node in traced.outputs]
 
 
-def _repair(design: HeadDesign, shape: HeadShape, pinned: set[fx.Node], given: list[tuple[Any, ...]]) -> bool:
+def _planner(traced: Trace, cuts: list[Cut], wanted: Conversion, base_cost: Cost, task: Task = "multiclass") -> Planner:
+    def planner_of(num_heads: int) -> Planner:
+        combining = combining_cost(_output_shapes(traced), num_heads, wanted.combine, task)
+        return Planner(cuts, wanted, num_heads, base_cost, combining)
+
+    return choose_num_heads(planner_of) if wanted.num_heads == "auto" else planner_of(wanted.num_heads)
+
+
+def _repair(design: HeadDesign, plan: Plan, planner: Planner) -> bool:
     """Try one head; where it fails, pin the sizes there and report that a new plan is needed."""
+    assert plan.head is not None
+    shape = plan.head
     initialiser = Initialiser("inherit", torch.Generator().manual_seed(0))
     head, copies = build_head(design, shape, initialiser)
-    failure = check_head(design, shape, head, copies, given)
+    failure = check_head(design, shape, head, copies, _given(design))
     if failure is None:
         return False
     node, message = failure
-    if node in pinned or len(pinned) >= _MOST_REPAIRS:
+    if not planner.pin(node):
         raise ConversionError(f"A head of width {shape.width:g} fails in {message}. {BY_HAND}")
-    pinned.add(node)
     return True
 
 
@@ -345,6 +391,14 @@ def _assemble(design: HeadDesign, recipe: Recipe, base_cost: Cost, lost: set[str
         head_cost=design.cost(recipe.head),
         base_cost=base_cost,
         output_shapes=_output_shapes(design.trace),
+    )
+
+
+def _too_slow(tried: Mapping[str, float], budget: Budget) -> BudgetError:
+    found = ", ".join(f"{share:.2f} at {name!r}" for name, share in tried.items())
+    return BudgetError(
+        f"No plan that was measured takes at most {budget.time:g} of the base's time: {found}. Use fewer heads, more "
+        "time, or a smaller share of the MACs."
     )
 
 

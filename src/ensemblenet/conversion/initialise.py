@@ -67,6 +67,8 @@ class Initialiser:
             for dim, axis in enumerate(axes):
                 if axis.value(size_of) != axis.size:
                     new = new.index_select(dim, self._chosen(axis, size_of).to(base.device))
+        if layout := _channels_last(base):
+            new = new.contiguous(memory_format=layout)
         return nn.Parameter(new, base.requires_grad) if isinstance(base, nn.Parameter) else new
 
     def projection(self, weight: Tensor, axis: Axis, size_of: SizeOf) -> None:
@@ -109,6 +111,14 @@ class Initialiser:
             order = torch.cat([torch.randperm(unknown.size, generator=self.generator) for _ in range(rounds)])
             self._choices[unknown] = order[:size].sort().values.tolist()
         return self._choices[unknown]
+
+
+def _channels_last(tensor: Tensor) -> torch.memory_format | None:
+    """The memory format of the weight of a convolution, where its channels come last."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if layout is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=layout):
+        return None
+    return layout
 
 
 def _is_frozen(tensor: Tensor) -> bool:

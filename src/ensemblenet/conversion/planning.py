@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 
@@ -33,6 +33,7 @@ _LEAST_WIDTH_OF_SHORT = 0.75
 _FAST = 1.05
 _MOST_STARTS = 0.5
 _MANY_HEADS = (4, 3)
+_MOST_REPAIRS = 25
 _BLOCKS = ", which are alike, follow each other and give a tensor of the shape that they take."
 _NARROW = 'pass shape="narrow".'
 # A trunk without multiply-adds, such as embeddings, is a table of inputs: K narrow copies of it would learn the same.
@@ -50,6 +51,8 @@ class Plan:
         cost: what the whole model would cost; the least possible, if the plan does not fit.
         head: the shape of every head; None if no width fits the budget.
         keepers: if none fits, what keeps the width of its layers, in words; first what keeps most parameters.
+        rank: its place in the order in which `split_at="auto"` takes plans, 0 for the one that it takes; None for those
+            behind the fourth.
 
     Example:
         >>> import torch, ensemblenet
@@ -63,6 +66,7 @@ class Plan:
     cost: Cost
     head: HeadShape | None
     keepers: tuple[str, ...] = ()
+    rank: int | None = None
 
     @property
     def width(self) -> float | None:
@@ -151,12 +155,11 @@ class Planner:
 
     Attributes:
         num_heads: K.
-        pinned: nodes that must keep their sizes, because they failed with smaller ones.
     """
 
     def __init__(self, cuts: list[Cut], wanted: Conversion, num_heads: int, base: Cost, combining: Cost) -> None:
         self.num_heads = num_heads
-        self.pinned: set[fx.Node] = set()
+        self._pinned: set[fx.Node] = set()
         self._cuts = cuts
         self._wanted = wanted
         self._base = base
@@ -164,24 +167,41 @@ class Planner:
         budget = Budget.of(wanted.budget)
         self._limit = budget.limit(base)
         self._fast = _FAST * max(1.0, budget.macs or 1.0)
-        work = [numbers for _, numbers in cuts[0].flow.trace.work]
-        self._is_small = ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
         self._must_shorten = wanted.shape == "short" or (wanted.depth is not None and wanted.depth < 1)
         self._runs = [] if wanted.shape == "narrow" else find_runs(cuts)
-        # by split point; what does not fit with few pinned nodes does not with more, so it is not solved again
-        self._misfits: dict[str, Plan] = {}
+        work = [numbers for _, numbers in cuts[0].flow.trace.work]
+        self._is_small = not self._runs and ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
+        self._found: dict[str, tuple[HeadDesign, Plan]] = {}  # by split point
+        self._passed: set[str] = set()
+
+    def pin(self, node: fx.Node) -> bool:
+        """Have a node keep its sizes, because it failed with smaller ones; False if that was so already, or too often.
+
+        What did not fit before does not fit then either, so only what did is planned anew.
+        """
+        if node in self._pinned or len(self._pinned) >= _MOST_REPAIRS:
+            return False
+        self._pinned.add(node)
+        self._found = {name: one for name, one in self._found.items() if not is_eligible(one[1], self._wanted)}
+        return True
+
+    def pass_over(self, plan: Plan) -> None:
+        """Have `choose` take another split point than this plan's."""
+        self._passed.add(plan.split.name)
 
     def at(self, cut: Cut) -> tuple[HeadDesign, Plan]:
-        """The plan at one split point.
+        """The plan at one split point."""
+        name = cut.point.name
+        if name not in self._found:
+            self._found[name] = self._plan_at(cut)
+        return self._found[name]
 
-        Raises:
-            ConversionError: heads behind it have no blocks to drop, where some shall be dropped.
-        """
+    def _plan_at(self, cut: Cut) -> tuple[HeadDesign, Plan]:
         depths = depths_behind(self._runs, cut)
         wanted = self._wanted
         if len(depths) == 1 and self._must_shorten:
-            where = f"Heads behind {cut.point.name!r} have no blocks to drop"
-            raise ConversionError(f"{where}{_BLOCKS} Split earlier, or {_NARROW}")
+            design, plan = self._plan(cut, depths[0])
+            return design, replace(plan, head=None, keepers=())
         if wanted.depth is not None or len(depths) == 1:
             chosen = depths[round((wanted.depth or 0.0) * (len(depths) - 1))]
             # one network alone, short and as wide as fits, is what heads must be better than
@@ -194,17 +214,25 @@ class Planner:
             return short
         if num_fitting == 0:
             return self._plan(cut, depths[0])
-        if self._used(short[1]) >= _WELL_USED:
-            return short
+        fast = [one for one in self._fuller(cut, depths, num_fitting) if self.is_fast(one[1])]
+        if self.is_fast(short[1]):
+            fast.insert(0, short)
+        well_used = (one for one in fast if self._used(one[1]) >= _WELL_USED)
+        return next(well_used, None) or max(fast, key=lambda one: self._used(one[1]), default=short)
+
+    def _fuller(self, cut: Cut, depths: list[Depth], num_fitting: int) -> Iterator[tuple[HeadDesign, Plan]]:
+        """Short heads that use what full width leaves of the budget, and those that give up blocks for more width."""
         deeper = self._plan(cut, depths[num_fitting])
-        fuller = [deeper] if (deeper[1].width or 0.0) >= _LEAST_WIDTH_OF_SHORT else []
-        if wanted.init == "fresh":
-            fuller.append(self._plan(cut, depths[num_fitting - 1], most=_MOST_WIDTH))
-        return max((short, *(one for one in fuller if self.is_fast(one[1]))), key=lambda one: self._used(one[1]))
+        if (deeper[1].width or 0.0) >= _LEAST_WIDTH_OF_SHORT:
+            yield deeper
+        if self._wanted.init == "fresh":
+            yield self._plan(cut, depths[num_fitting - 1], most=_MOST_WIDTH)
+            if num_fitting > 1:
+                yield self._plan(cut, depths[num_fitting - 2], most=_MOST_WIDTH)
 
     def _plan(self, cut: Cut, depth: Depth, width: float | None = None, most: float = 1.0) -> tuple[HeadDesign, Plan]:
         shortened = depth.shorten(cut)
-        design = design_head(cut.flow.trace, shortened, self.pinned, grows=(width or most) > 1)
+        design = design_head(cut.flow.trace, shortened, self._pinned, grows=(width or most) > 1)
         plan = plan_at(design, self.num_heads, self._limit, self._combining, depth, width or 0.0, width or most)
         return design, plan
 
@@ -214,7 +242,7 @@ class Planner:
     def is_fast(self, plan: Plan) -> bool:
         """Whether a model takes about the base's memory and time on an accelerator, or as much more as it may compute.
 
-        A base whose time goes into starting its operators is no measure: fused heads start theirs once.
+        Narrow heads of a base whose time goes into starting its operators count as fast: fused, they start theirs once.
         """
         shares = plan.cost.shares_of(self._base)
         return self._is_small or max(shares.activations, shares.time) <= self._fast
@@ -234,6 +262,8 @@ class Planner:
         cut = named_cut(self._cuts, name)
         if not cut.has_parameters:
             raise ConversionError(f"No parameters follow split point {name!r}, so all heads would be the same.")
+        if self._must_shorten and len(depths_behind(self._runs, cut)) == 1:
+            raise ConversionError(f"Heads behind {name!r} have no blocks to drop{_BLOCKS} Split earlier, or {_NARROW}")
         design, plan = self.at(cut)
         if plan.width is None or plan.width < (self._wanted.min_width or 0.0):
             raise self._no_fit(plan, f"at split point {name!r}", self._wanted.min_width)
@@ -249,13 +279,14 @@ class Planner:
             slow = slow or found
         if slow:
             return slow
-        if not self._misfits:
+        if self._must_shorten and not self._runs:
             raise ConversionError(f"The base has no blocks that heads could drop{_BLOCKS} Please {_NARROW}")
         # the one that comes nearest: the widest heads, or where none fit, the least cost
-        least = max(
-            self._misfits.values(), key=lambda plan: (plan.width or 0.0, -max(plan.cost.shares_of(self._limit)))
-        )
-        raise self._no_fit(least, "at any split point", _least_width(self._wanted))
+        misfits = [plan for _, plan in self._found.values() if plan.split.name not in self._passed]
+        if not misfits:
+            raise ConversionError("The base has no other split point that heads could have.")
+        nearest = max(misfits, key=lambda plan: (plan.width or 0.0, -max(plan.cost.shares_of(self._limit))))
+        raise self._no_fit(nearest, "at any split point", _least_width(self._wanted))
 
     def _best(self, points: Iterable[SplitPoint]) -> tuple[HeadDesign, Plan] | None:
         """The first of some split points that may be chosen, of those that are as fast as the base if there are any.
@@ -265,13 +296,10 @@ class Planner:
         unshared: tuple[HeadDesign, Plan] | None = None
         slow: tuple[HeadDesign, Plan] | None = None
         for point in points:
-            cut = named_cut(self._cuts, point.name)
-            if point.name in self._misfits or (self._must_shorten and len(depths_behind(self._runs, cut)) == 1):
+            design, plan = self.at(named_cut(self._cuts, point.name))
+            if point.name in self._passed or not is_eligible(plan, self._wanted):
                 continue
-            design, plan = self.at(cut)
-            if not is_eligible(plan, self._wanted):
-                self._misfits[point.name] = plan
-            elif point.name == "input":
+            if point.name == "input":
                 unshared = design, plan
             elif unshared is None or plan.width >= unshared[1].width * _least_ratio(point):  # type: ignore[operator]
                 if self.is_fast(plan):
@@ -282,9 +310,10 @@ class Planner:
     def _no_fit(self, plan: Plan, where: str, min_width: float | None) -> BudgetError:
         heads, allowed = self.num_heads, f"a budget of {Budget.of(self._wanted.budget)}"
         if plan.width is not None:
+            least, found = f"{min_width:g} of their channels", f"{plan.width:g} (at {plan.split.name!r})"
             return BudgetError(
-                f"{heads} heads that keep {min_width:g} of their channels do not fit {allowed} {where}: they could "
-                f"keep {plan.width:g} (at {plan.split.name!r}); use fewer heads, a larger budget or a smaller min_width."
+                f"{heads} heads that keep {least} do not fit {allowed} {where}: they could keep {found}; use fewer "
+                "heads, a larger budget or a smaller min_width."
             )
         least = Budget.of(self._wanted.budget).of_limited(plan.cost.shares_of(self._base), ".3f")
         given = [

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+
+import numpy as np
 
 from ensemblenet.errors import ClassesError, DataError
 
 __all__ = [
+    "MAX_CLASSES",
     "KnownClasses",
+    "class_name",
     "in_order",
     "natural_key",
+    "numbered_classes",
     "refuse_other_classes",
     "refuse_strange_classes",
     "training_data_if_any",
 ]
+
+
+MAX_CLASSES = 1_000_000  # of data that numbers its classes: one label of 2^40 must not fill the memory with names
 
 
 class KnownClasses:
@@ -39,7 +48,7 @@ class KnownClasses:
         Args:
             classes: the names in the order of the network's outputs.
         """
-        self.classes = list(classes)
+        self.classes = [class_name(name) for name in classes]
 
 
 @contextmanager
@@ -56,6 +65,36 @@ def training_data_if_any() -> Iterator[None]:
         raise
     except DataError:
         pass
+
+
+def class_name(name: str) -> str:
+    """A class's name in one encoding: systems write an accent as part of its letter (NFC) or behind it (NFD).
+
+    Example:
+        >>> class_name("e\u0301clair") == class_name("\u00e9clair") == "\u00e9clair"
+        True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def numbered_classes(where: str, labels: np.ndarray) -> list[str]:
+    """The names of classes that have numbers only, up to the highest label.
+
+    Args:
+        where: name of the data, for messages.
+        labels: (N,), integers.
+
+    Raises:
+        DataError: a label of `MAX_CLASSES` or more.
+
+    Example:
+        >>> numbered_classes("train", np.array([0, 2]))
+        ['0', '1', '2']
+    """
+    highest = int(labels.max(initial=-1))
+    if highest >= MAX_CLASSES:
+        raise DataError(f"{where} has the label {highest:,}; labels must be below {MAX_CLASSES:,}, one for each class.")
+    return [str(label) for label in range(highest + 1)]
 
 
 def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:

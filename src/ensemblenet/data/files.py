@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import ensemblenet.data
+from ensemblenet.data.listing import find_in
 from ensemblenet.errors import DataError
 
 __all__ = ["FileBatch", "FileReader", "InputFiles", "file_reader", "find_files"]
@@ -45,13 +46,22 @@ def file_reader(input_shape: Sequence[int], description: Mapping[str, Any]) -> F
     Example:
         >>> known = {"mean": [0.5] * 3, "std": [0.2] * 3, "crop_pct": 1.0}
         >>> file_reader((3, 32, 32), {"data": "ImageData", "preprocessing": known}).suffixes[0]
-        '.bmp'
+        '.avif'
     """
     preprocessing = description.get("preprocessing") or {}
     name = description.get("data")
     if name not in ensemblenet.data.__all__:
         name = _BY_DIMENSIONS.get(len(input_shape)) if {"mean", "std"} <= preprocessing.keys() else None
-    return None if name is None else getattr(ensemblenet.data, name).file_reader(tuple(input_shape), preprocessing)
+    if name is None:
+        return None
+    try:
+        return getattr(ensemblenet.data, name).file_reader(tuple(input_shape), preprocessing)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"What is stored of the {name} that the network was trained on does not say how files are read: {error!r}."
+        ) from error
 
 
 class FileBatch(NamedTuple):
@@ -109,7 +119,7 @@ def _joined(items: Sequence[tuple[str, Tensor | str]]) -> FileBatch:
 
 
 def find_files(paths: Sequence[str], suffixes: Sequence[str]) -> list[Path]:
-    """The files that are named, and those with some suffixes anywhere in the folders that are named.
+    """The files that are named, and those with some suffixes anywhere in the folders that are named; hidden ones aside.
 
     Args:
         paths: files and folders.
@@ -138,7 +148,7 @@ def _files_of(path: Path, suffixes: Sequence[str]) -> Iterator[Path]:
         return
     if not path.is_dir():
         raise DataError(f"{path} is neither a file nor a folder.")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    found = find_in(path, suffixes)
     if not found:
         raise DataError(f"{path} holds no files that end in {', '.join(suffixes)}.")
     yield from found

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from ensemblenet.data.classes import in_order, natural_key, refuse_other_classes, refuse_strange_classes
-from ensemblenet.errors import ClassesError, DataError
+from ensemblenet.data.classes import (
+    class_name,
+    in_order,
+    natural_key,
+    numbered_classes,
+    refuse_other_classes,
+    refuse_strange_classes,
+)
+from ensemblenet.data.image_files import IMAGE_SUFFIXES, decode_image
+from ensemblenet.data.listing import class_folders
+from ensemblenet.data.tars import TarFile, files_of_tar
+from ensemblenet.errors import ClassesError, DataError, first_line
 
-__all__ = ["IMAGE_SUFFIXES", "ImageSet", "decode_image", "open_images"]
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+__all__ = ["ImageSet", "open_images"]
 
 _VALIDATION = ("val", "validation", "valid", "test")
 _CLASSES = "classes.txt"
-_UNDECODABLE = (OSError, EOFError, SyntaxError, ValueError, tarfile.TarError, Image.DecompressionBombError)
+_LABEL = ".cls"
+_LONGEST_LABEL = 100  # bytes
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,7 @@ class ImageSet:
         where: name of the data, for messages.
         labels: (N,), integers from 0.
         classes: the names of the classes; None where the data names none.
-        read: gives an image by index, encoded or decoded.
+        read: gives an image by index: a file, open or not, or decoded.
         name: gives the name of an image by index, for messages.
         numbered: whether the data itself numbers its classes; if not, their names alone count.
     """
@@ -41,7 +49,7 @@ class ImageSet:
     where: str
     labels: np.ndarray
     classes: list[str] | None
-    read: Callable[[int], BinaryIO | Image.Image]
+    read: Callable[[int], BinaryIO | Path | Image.Image]
     name: Callable[[int], str]
     numbered: bool = True
 
@@ -83,31 +91,6 @@ class ImageSet:
         return decode_image(lambda: self.read(index), f"{self.where}: the image {self.name(index)}")
 
 
-def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str, mode: str = "RGB") -> Image.Image:
-    """Decode an image, wherever it comes from.
-
-    Args:
-        source: gives a file, open or not, or an image that is decoded already.
-        what: name of the image, for messages.
-        mode: Pillow's name of the colours, such as "RGB" or "L" for grey.
-
-    Raises:
-        DataError: it cannot be read or decoded.
-
-    Example:
-        >>> decode_image(lambda: io.BytesIO(b"nonsense"), "a.png")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        ensemblenet.errors.DataError: a.png cannot be decoded: cannot identify image file ...
-    """
-    try:
-        found = source()
-        with found if isinstance(found, Image.Image) else Image.open(found) as image:
-            return image.convert(mode)
-    except _UNDECODABLE as error:
-        raise DataError(f"{what} cannot be decoded: {error}") from error
-
-
 def open_images(
     folder: Path, dataset: str, split: str, classes: Sequence[str] | None, complete: bool, options: Mapping[str, Any]
 ) -> ImageSet:
@@ -132,11 +115,16 @@ def open_images(
         raise DataError(f"dataset must begin with one of {', '.join(map(repr, openers))}, got {dataset!r}.")
     images = openers[kind](folder, dataset, split, options)
     images = images if classes is None else images.labelled(classes, complete)
+    if images.classes is None:
+        images = replace(images, classes=numbered_classes(images.where, images.labels))
+    count = len(images.classes or ())
+    if count < 2:
+        raise DataError(
+            f"{images.where} has {count} class{'' if count == 1 else 'es'}; at least 2 are needed, each image in its "
+            "class's folder."
+        )
     if not len(images):
         raise DataError(f"{images.where} holds no images.")
-    count = len(images.classes) if images.classes is not None else int(images.labels.max()) + 1
-    if count < 2:
-        raise DataError(f"{images.where} has {count} class; at least 2 are needed, each image in its class's folder.")
     wrong = ((images.labels < 0) | (images.labels >= count)).nonzero()[0]
     if len(wrong):
         index = int(wrong[0])
@@ -151,21 +139,64 @@ def open_images(
 
 
 def _class_folders(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
-    """Images by timm's reader, sorted here: timm leaves the order of names with equal natural keys to chance."""
+    """Images in the order of their names; those of one class lie in one folder, at any depth."""
     path = _find_split(folder, split)
-    is_tar = path.suffix == ".tar"
-    in_tar = {"cache_tarinfo": False, "cache_tarfiles": False}  # no pickles; open files must not pass to workers
-    reader = _timm_dataset(path, dataset, split, **(in_tar if is_tar else {}), **options).reader
-    if not is_tar:
-        reader.samples.sort(key=lambda sample: natural_key(sample[0]))
-    found = reader.class_name_to_idx if is_tar else reader.class_to_idx
-    names = sorted(found, key=found.get)
-    if not is_tar:
-        _refuse_empty_classes(path, names)
-    labels = np.asarray(reader.targets if is_tar else [label for _, label in reader.samples])
-    mapped = bool(options.get("class_map"))
-    images = ImageSet(str(path), labels, names, lambda index: reader[index][0], reader.filename, numbered=mapped)
-    return images if mapped else images.labelled(in_order(names), complete=True)
+    class_map = _class_map(path, options)
+    found: dict[str, list[tuple[str, Path | TarFile]]]
+    if path.is_dir():
+        by_class = class_folders(path, IMAGE_SUFFIXES)
+        found = {of: [(file.relative_to(path).as_posix(), file) for file in files] for of, files in by_class.items()}
+    else:
+        found = _classes_of_tar(path)
+    if loose := [name for name, _ in found.pop("", [])]:
+        rank_zero_info(f"{len(loose):,} images of {path} lie in no class's folder and are left out: {loose[0]}, ...")
+    numbers = class_map or {name: number for number, name in enumerate(in_order(found))}
+    for name, files in sorted(found.items()):
+        if name in numbers and not files:
+            raise DataError(f"The class {path / name} holds no images: fill it or remove it.")
+    samples = [(name, file, numbers[of]) for of, files in found.items() if of in numbers for name, file in files]
+    samples.sort(key=lambda sample: natural_key(sample[0]))
+    return ImageSet(
+        str(path),
+        np.array([label for *_, label in samples], np.int64),
+        sorted(numbers, key=numbers.__getitem__),
+        lambda index: _opened(samples[index][1]),
+        lambda index: samples[index][0],
+        numbered=class_map is not None,
+    )
+
+
+def _opened(file: Path | TarFile) -> Path | BinaryIO:
+    return file.open() if isinstance(file, TarFile) else file
+
+
+def _classes_of_tar(path: Path) -> dict[str, list[tuple[str, Path | TarFile]]]:
+    """The images of each class, with names, as in class folders; what all images lie in is the split itself."""
+    files = files_of_tar(path, IMAGE_SUFFIXES)
+    places = [PurePosixPath(file.name.removeprefix("/")).parts for file in files]
+    while places and all(len(place) > 2 for place in places) and len({place[0] for place in places}) == 1:
+        places = [place[1:] for place in places]
+    found: dict[str, list[tuple[str, Path | TarFile]]] = {}
+    for place, file in zip(places, files, strict=True):
+        of = class_name(place[0]) if len(place) > 1 else ""
+        found.setdefault(of, []).append(("/".join(place), file))
+    return found
+
+
+def _class_map(split: Path, options: Mapping[str, Any]) -> dict[str, int] | None:
+    """The numbers of classes that the user gives: by name, or as a file with a name a line."""
+    if unknown := set(options) - {"class_map"}:
+        given = ", ".join(sorted(unknown))
+        raise DataError(f"Of the reader's arguments class folders take class_map alone, got {given}.")
+    given = options.get("class_map")
+    if not given:
+        return None
+    if isinstance(given, Mapping):
+        return {class_name(name): int(number) for name, number in given.items()}
+    for path in (Path(given), split / given):
+        if (names := _named_classes(path)) is not None:
+            return {name: number for number, name in enumerate(names)}
+    raise DataError(f"class_map={given} is neither a file with the name of a class in each line, nor in {split}.")
 
 
 def _find_split(folder: Path, split: str) -> Path:
@@ -184,14 +215,6 @@ def _find_split(folder: Path, split: str) -> Path:
     raise DataError(f"{folder} holds neither {split}/ nor {split}.tar, with a folder of images for each class.")
 
 
-def _refuse_empty_classes(path: Path, names: Sequence[str]) -> None:
-    """Raise an error for a class folder without images, which timm leaves out silently."""
-    for entry in sorted(path.iterdir()):
-        is_class = entry.is_dir() and not any(inside.is_dir() for inside in entry.iterdir())
-        if is_class and entry.name not in names:
-            raise DataError(f"The class {entry} holds no images: fill it or remove it.")
-
-
 def _timm_dataset(root: Path | None, dataset: str, split: str, **options: Any) -> Any:
     from timm.data.dataset_factory import create_dataset  # slow to import
 
@@ -201,8 +224,8 @@ def _timm_dataset(root: Path | None, dataset: str, split: str, **options: Any) -
         )
     except ImportError as error:
         raise DataError(f"dataset={dataset} needs a library: pip install datasets ({error}).") from error
-    except (AssertionError, OSError, RuntimeError, ValueError, TypeError, KeyError, tarfile.TarError) as error:
-        raise DataError(f"{dataset or 'Images'} of split {split} in {root}: {error}") from error
+    except (AssertionError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{dataset} of split {split} in {root}: {error}") from error
 
 
 # -- data sets of libraries
@@ -216,12 +239,17 @@ def _torchvision(folder: Path, dataset: str, split: str, options: Mapping[str, A
     names = getattr(images, "classes", None)
     if names is not None:  # ImageNet's are tuples of synonyms
         names = [name if isinstance(name, str) else ", ".join(name) for name in names]
+    if hasattr(images, "loader"):
+        images.loader = Path  # else torchvision itself decodes, without a look at how the image is to be turned
     return ImageSet(f"{dataset} in {folder}, {split}", np.asarray(labels), names, lambda i: images[i][0], str)
 
 
 def _hugging_face(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     reader = _timm_dataset(None, dataset, split, **options).reader
-    labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
+    try:
+        labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{dataset}, {split}: labels must be integers: {first_line(error)}") from error
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.get) or None
     return ImageSet(f"{dataset}, {split}", labels, names, lambda i: reader[i][0], lambda i: f"in row {i}")
 
@@ -229,49 +257,38 @@ def _hugging_face(folder: Path, dataset: str, split: str, options: Mapping[str, 
 # -- shards of WebDataset
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """An image of a shard: its bytes in the file, and its label."""
-
-    shard: Path
-    name: str
-    begin: int
-    size: int
-    label: int
-
-
 def _shards(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     """Images in tars where the files of one stem are a sample: an image, and its label in `.cls`."""
     shards = sorted(Path(folder).glob(split))
     if not shards:
         raise DataError(f"No shards match {split} in {folder}; dataset=wds/ takes a pattern such as train-*.tar.")
-    samples = [sample for shard in shards for sample in _index(shard)]
-    names = folder / _CLASSES
-    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
-
-    def read(index: int) -> BinaryIO:
-        sample = samples[index]
-        with sample.shard.open("rb") as file:
-            file.seek(sample.begin)
-            return io.BytesIO(file.read(sample.size))
-
+    samples = [sample for shard in shards for sample in _samples(shard)]
     return ImageSet(
         f"{folder}/{split}",
-        np.array([sample.label for sample in samples], np.int64),
-        [line.strip() for line in lines if line.strip()] or None,
-        read,
-        lambda i: f"{samples[i].name} of {samples[i].shard.name}",
+        np.array([label for _, label in samples], np.int64),
+        _named_classes(folder / _CLASSES),
+        lambda index: samples[index][0].open(),
+        lambda index: f"{samples[index][0].name} of {samples[index][0].tar.name}",
     )
 
 
-def _index(shard: Path) -> list[_Sample]:
+def _named_classes(path: Path) -> list[str] | None:
+    """The names in a file, one a line: neither spaces nor rarer characters end a line."""
+    if not path.is_file():
+        return None
     try:
-        with tarfile.open(shard, "r:") as tar:
-            files = [member for member in tar if member.isfile()]
-            grouped = groupby(files, key=lambda member: _stem(member.name))
-            return [_sample(shard, tar, stem, list(members)) for stem, members in grouped]
-    except tarfile.TarError as error:
-        raise DataError(f"{shard} is not a readable tar: {error}") from error
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8: {error}.") from error
+    if "" in lines[1:]:
+        raise DataError(f"{path}, line {lines.index('', 1) + 1} is empty: each line must name a class.")
+    return [class_name(line) for line in lines] if lines[0] else None
+
+
+def _samples(shard: Path) -> list[tuple[TarFile, int]]:
+    """The images of a shard, and their labels."""
+    grouped = groupby(files_of_tar(shard, (*IMAGE_SUFFIXES, _LABEL)), key=lambda file: _stem(file.name))
+    return [_sample(shard, stem, list(files)) for stem, files in grouped]
 
 
 def _stem(name: str) -> str:
@@ -279,17 +296,14 @@ def _stem(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _sample(shard: Path, tar: tarfile.TarFile, stem: str, members: Sequence[tarfile.TarInfo]) -> _Sample:
-    from timm.data.readers.img_extensions import get_img_extensions  # slow to import
-
-    images = [member for member in members if Path(member.name).suffix.lower() in get_img_extensions(as_set=True)]
-    labels = [member for member in members if member.name.endswith(".cls")]
+def _sample(shard: Path, stem: str, files: Sequence[TarFile]) -> tuple[TarFile, int]:
+    labels = [file for file in files if file.name.endswith(_LABEL)]
+    images = [file for file in files if file not in labels]
     if len(images) != 1 or len(labels) != 1:
-        found = ", ".join(member.name for member in members)
+        found = ", ".join(file.name for file in files)
         raise DataError(f"{shard}: the sample {stem} must have one image and one label (.cls); it has {found}.")
-    file = tar.extractfile(labels[0])
-    assert file is not None
-    text = file.read().decode(errors="replace").strip()
-    if not text.lstrip("-").isdigit():
-        raise DataError(f"{shard}: {labels[0].name} must hold a number, got {text[:20]!r}.")
-    return _Sample(shard, images[0].name, images[0].offset_data, images[0].size, int(text))
+    text = replace(labels[0], size=min(labels[0].size, _LONGEST_LABEL)).open().read().decode(errors="replace").strip()
+    try:
+        return images[0], int(np.int64(int(text)))
+    except (ValueError, OverflowError):
+        raise DataError(f"{shard}: {labels[0].name} must hold a number, got {text[:20]!r}.") from None

@@ -12,13 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 from ensemblenet.data.files import FileReader
-from ensemblenet.data.image_sets import IMAGE_SUFFIXES, ImageSet, decode_image, open_images
+from ensemblenet.data.image_files import IMAGE_SUFFIXES, decode_image
+from ensemblenet.data.image_sets import ImageSet, open_images
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
 from ensemblenet.errors import DataError
 
 __all__ = ["ImageData"]
 
+_LONGEST = 16  # times the shorter side
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -31,10 +33,11 @@ class ImageData(DataModule):
 
     Args:
         folder: of the data.
-        dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or `train.tar` and `val.tar` that hold
-            the same; `wds/` for WebDataset shards on a local disk (an image and a `.cls` for each sample; `classes.txt`
-            may name the classes, one a line); `hfds/NAME` for a name that `datasets.load_dataset` takes, or a folder of
-            Parquet files; `torch/NAME` for torchvision's sets, see `timm.data.create_dataset`.
+        dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg` at any depth, or `train.tar` and
+            `val.tar` that hold the same; `wds/` for WebDataset shards on a local disk (an image and a `.cls` for each
+            sample; `classes.txt` may name the classes, one a line); `hfds/NAME` for a name that
+            `datasets.load_dataset` takes, or a folder of Parquet files; `torch/NAME` for torchvision's sets, see
+            `timm.data.create_dataset`.
         train: the training split: a name, or for `wds/` a pattern such as `train-*.tar`.
         val: the validation split.
         test: the test split; None takes the validation split.
@@ -50,7 +53,8 @@ class ImageData(DataModule):
         std: standard deviation of each channel.
         on_broken: "error" or "skip", for an image that cannot be decoded; a skipped one is left out, counted and named.
         max_broken: how many images of a split may be skipped.
-        reader: arguments of timm's reader, such as `input_key` and `target_key` for `hfds/`.
+        reader: arguments of timm's reader, such as `input_key` and `target_key` for `hfds/`; for class folders
+            `class_map` alone: numbers of classes by name, or a file with a name a line.
         seed: of order and augmentation; None takes the run's own.
 
     Raises:
@@ -111,12 +115,18 @@ class ImageData(DataModule):
         if split == "test" and self.splits["test"] == self.splits["val"]:
             return self.examples("val")
         images = open_images(self.folder, self.dataset, self.splits[split], self.classes, split == "train", self.reader)
-        classes = images.classes or [str(label) for label in range(int(images.labels.max()) + 1)]
+        classes = images.classes
+        assert classes is not None
         unseen = set(range(len(classes))) - set(images.labels.tolist())
         if split == "train" and unseen:
             raise DataError(f"{images.where} holds no images of the class {classes[min(unseen)]!r}.")
         self.classes = classes
         return TransformedImages(images, self.transforms[split])
+
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether `test` finds the images of `val`."""
+        return self.examples("test").images.where == self.examples("val").images.where
 
     def example_name(self, split: Split, place: int) -> str:
         """The file of an image after `setup`, or its place in the data where it has no file of its own."""
@@ -143,6 +153,11 @@ class TransformedImages:
     images: ImageSet
     transform: Callable[[Image.Image], Tensor] = field(repr=False)
 
+    @property
+    def labels(self) -> list[int]:
+        """(N,)."""
+        return self.images.labels.tolist()
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -162,6 +177,22 @@ def _transform(
         "crop_pct": preprocessing.get("crop_pct"),
     }
     try:
-        return create_transform(tuple(input_shape), **(known | options))  # pyright: ignore  in no mode that we ask for
+        shape: Any = tuple(input_shape)
+        transform: Any = create_transform(shape, **(known | options))
+        return partial(_transformed, transform=transform)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"timm.data.create_transform does not take {options}: {error}") from error
+
+
+def _transformed(image: Image.Image, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """An image as an input; of one that is extremely long the middle, which is all that evaluation looks at.
+
+    Resizing the shorter side would else make 5 million pixels of a row of 20,000, for each pixel of the height. Random
+    crops of usual shape do not fit such images: there, too, the middle is what training gets.
+    """
+    width, height = image.size
+    longest = _LONGEST * min(width, height)
+    if max(width, height) > longest:
+        left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+        image = image.crop((left, top, width - left, height - top))
+    return transform(image)

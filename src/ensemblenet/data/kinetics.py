@@ -157,7 +157,9 @@ class Kinetics(DataModule):
         refuse_strange_classes(videos.where, classes, videos.labels)
         if videos.missing:
             total = videos.missing + len(videos.paths)
-            rank_zero_info(f"{videos.missing:,} of the {total:,} videos of {videos.where} do not exist.")
+            rank_zero_info(
+                f"{videos.missing:,} of the {total:,} videos of {videos.where} do not exist, such as {videos.example}."
+            )
         self.classes = classes
         numbers = {name: number for number, name in enumerate(classes)}
         return LabelledViews(
@@ -166,6 +168,11 @@ class Kinetics(DataModule):
             videos.spans if self.untrimmed else [None] * len(videos.paths),
             view_reader(self.preprocessing, self.views[split], self.decoder, self.cache),
         )
+
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether `test` names the videos of `val`."""
+        return self.splits["test"] == self.splits["val"]
 
     def example_name(self, split: Split, place: int) -> str:
         """The file of a video after `setup`, relative to `folder`."""

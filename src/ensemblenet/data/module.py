@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import Subset
 
 from ensemblenet.data.classes import KnownClasses, training_data_if_any
 from ensemblenet.data.files import FileReader
@@ -154,6 +155,15 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         if split not in self._opened:
             self._opened[split] = self.open_split(split)
         return self._opened[split]
+
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether the test examples are the validation examples, as where the data has no test split."""
+        return False
+
+    def keep_examples(self, split: Split, places: Sequence[int]) -> None:
+        """Leave only some examples of a split, by their places."""
+        self._opened[split] = Subset(self.examples(split), places)
 
     def expect_classes(self, classes: Sequence[str]) -> None:
         """Give examples the labels that a network was trained on; see [`ensemblenet.data.classes.KnownClasses`][]."""

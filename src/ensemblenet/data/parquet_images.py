@@ -17,12 +17,12 @@ from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 
-from ensemblenet.data.classes import refuse_other_classes
+from ensemblenet.data.classes import class_name, numbered_classes, refuse_other_classes
 from ensemblenet.data.files import FileReader
-from ensemblenet.data.image_sets import IMAGE_SUFFIXES, decode_image
+from ensemblenet.data.image_files import IMAGE_SUFFIXES, decode_image
 from ensemblenet.data.module import DataModule, Split
 from ensemblenet.data.tensors import TensorExamples
-from ensemblenet.errors import DataError
+from ensemblenet.errors import DataError, first_line
 
 __all__ = ["Normalize", "ParquetImages", "RandomCropFlip", "count_rows", "read_parquet_images"]
 
@@ -230,12 +230,15 @@ def read_parquet_images(
         DataError: the file is missing or damaged, or a label or an image of it is.
     """
     table = _read_table(path)
-    labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
+    try:
+        labels = torch.tensor(table["label"].to_pylist(), dtype=torch.int64)
+    except (RuntimeError, ValueError) as error:  # beyond 64 bits
+        raise DataError(f"{path}: a label: {first_line(error)}") from error
     names = (table.schema.metadata or {}).get(b"classes")
-    named = names.decode().split(",") if names else None
+    named = [class_name(name) for name in names.decode(errors="replace").split(",")] if names else None
     if named is not None and classes is not None:
         refuse_other_classes(str(path), classes, named)
-    classes = list(named or classes or map(str, range(int(labels.max()) + 1)))
+    classes = list(named or classes or numbered_classes(str(path), labels.numpy()))
     wrong = ((labels < 0) | (labels >= len(classes))).nonzero()
     if len(wrong):
         row = int(wrong[0])
@@ -272,7 +275,8 @@ def _read_table(path: Path) -> pa.Table:
     schema = file.schema_arrow
     columns = {field.name: field.type for field in schema}
     image, label = columns.get("image", pa.null()), columns.get("label", pa.null())
-    has_bytes = pa.types.is_struct(image) and "bytes" in [field.name for field in image]
+    kinds = {field.name: field.type for field in image} if pa.types.is_struct(image) else {}
+    has_bytes = pa.types.is_binary(kind := kinds.get("bytes", pa.null())) or pa.types.is_large_binary(kind)
     if not has_bytes or not pa.types.is_integer(label):
         raise DataError(
             f"{path} must have the columns image (a struct with the field bytes) and label (integers); "

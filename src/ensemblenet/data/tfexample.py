@@ -18,6 +18,7 @@ Span = tuple[int, int]  # the first byte of a value, and the end
 Fields = dict[str, Span]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_KINDS = {1: "BytesList", 2: "FloatList", 3: "Int64List"}
 
 
 def read_fields(data: bytes) -> tuple[Fields, Fields]:
@@ -137,10 +138,12 @@ def _encode_varint(number: int) -> bytes:
 
 
 def _lists(data: bytes, span: Span, kind: int) -> Iterator[Span]:
-    """The lists of a kind in a feature."""
+    """The lists of a kind in a feature; one of another kind that is not empty raises an error."""
     for number, _, begin, end in _fields(data, span):
         if number == kind:
             yield begin, end
+        elif number in _KINDS and begin < end:
+            raise ValueError(f"is a list of another kind: {_KINDS[number]}, not {_KINDS[kind]}")
 
 
 def _fields(data: bytes, span: Span) -> Iterator[tuple[int, int, int, int]]:
@@ -172,7 +175,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
         if byte < 128:
             return byte, position + 1
         number, shift = byte & 127, 7
-        while True:
+        while shift < 70:
             position += 1
             byte = data[position]
             number |= (byte & 127) << shift
@@ -181,3 +184,4 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
             shift += 7
     except IndexError:
         raise ValueError("ends within a number") from None
+    raise ValueError("has a number of more than 10 bytes")

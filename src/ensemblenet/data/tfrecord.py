@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ _CHECKSUM = struct.Struct("<I")
 _AROUND = _HEADER.size + _CHECKSUM.size  # bytes of a record besides its data
 _ENDINGS = (".tfrecord", ".tfrecords", ".tfrecord.gz", ".tfrecords.gz")
 _UNREADABLE = (OSError, EOFError, zlib.error)
+_LARGEST = 2**28  # bytes of a record: a few of gzip may claim any number
 _THREADS = 16  # for the headers of remote shards, which wait for the network
 
 
@@ -214,9 +216,9 @@ def index_shard(path: str, on_broken: OnBroken = "error") -> Shard:
             out the rest of the file.
 
     Raises:
-        DataError: the file is no TFRecord file, or is truncated or damaged.
+        DataError: the file is no TFRecord file, is truncated or damaged, or claims a record of over 256 MiB.
     """
-    offsets = [0]
+    offsets = array("q", [0])  # an eighth of the memory of a list
     with _open(path) as file:
         try:
             for end in _ends(file, path):
@@ -240,6 +242,10 @@ def _ends(file: IO[bytes], path: str) -> Iterator[int]:
                 if offset == 0:
                     raise DataError(f"{path} is not a TFRecord file: it does not begin with a record's header.")
                 raise DamageError(f"{path}: the header at byte {offset:,} is damaged: its checksum does not fit.")
+            if length > _LARGEST:
+                raise DamageError(
+                    f"{path}: the record at byte {offset:,} claims {length:,} bytes; up to {_LARGEST:,} are read."
+                )
             end = offset + length + _AROUND
             file.seek(end - 1)
             if not file.read(1):

@@ -6,12 +6,13 @@ Shapes: T frames of H x W pixels are a tensor (T, 3, H, W), uint8, RGB.
 from __future__ import annotations
 
 import bisect
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,17 +25,29 @@ __all__ = ["ClipSampling", "Decoder", "Short", "TorchcodecVideo", "Video", "read
 Decoder = Literal["pyav", "torchcodec"]
 Short = Literal["loop", "pad"]
 
+_REORDERED = ("h264", "hevc")  # whose headers need not say whether frames are reordered
+
+
+class _Packet(NamedTuple):
+    """When a packet's frame is shown and read, in the stream's units, and whether decoding can begin with it."""
+
+    shown: Any  # None where the file does not say
+    read: Any
+    is_key: bool
+
 
 class Video:
     """A video file, open for reading; a context manager.
 
     Opening it lists its packets and decodes nothing. So frames have numbers even where the frame rate varies, and a
-    seek goes to the last key frame before the wanted frame.
+    seek goes to the last key frame before the wanted frame. Where the file does not say when its frames are shown
+    (see `_is_stamped`), frames are numbered in the order in which the decoder gives them: opening decodes the file once
+    to count them, and reading decodes from the first frame on.
 
     Args:
         path: of a file that FFmpeg can read.
-        short_side: pixels of the shorter side of the frames; None keeps the file's size. Videos with a rotation in
-            their header are read upright.
+        short_side: pixels of the shorter side of the frames; None keeps the file's size. Videos that are to be shown
+            turned or mirrored, as their header says, are read as they are shown.
 
     Attributes:
         times: the seconds at which the frames are shown, ascending.
@@ -46,15 +59,29 @@ class Video:
     def __init__(self, path: Path | str, short_side: int | None = None) -> None:
         self.path = Path(path)
         self.short_side = short_side
+        self._matrix: Sequence[int] | None = None
+        # has threads; a frame of its own would keep them until it is freed, in a forked worker for ever
+        self._reformatter = _pyav().video.reformatter.VideoReformatter()
         self._container = self._open()
         try:
             self._stream = self._only_stream()
             self._stream.thread_count = 1  # many videos are decoded side by side, by workers
-            self._stamps, self._keys = self._list_packets()
+            packets = self._list_packets()
+            self._has_stamps = self._is_stamped(packets)
+            if self._has_stamps:
+                first = packets[0]
+                keys = [(packet.shown, packet.read) for packet in packets if packet.is_key]
+                self._stamps, unit = sorted({packet.shown for packet in packets}), self._stream.time_base or 1
+                self._keys = sorted(keys) or [(first.shown, first.read)]
+            else:
+                self._stamps = list(range(sum(1 for _ in self._decode_all())))
+                unit = 1 / (self._stream.average_rate or self._stream.guessed_rate or 25)
+            if not self._stamps:
+                raise DataError(f"{self.path} holds no frames.")
         except BaseException:
             self.close()
             raise
-        self.times = np.array(self._stamps, dtype=float) * float(self._stream.time_base or 1)
+        self.times = np.array(self._stamps, dtype=float) * float(unit)
 
     def __len__(self) -> int:
         return len(self._stamps)
@@ -82,7 +109,8 @@ class Video:
         """
         stamps = [self._stamps[index] for index in indices]
         wanted = sorted(set(stamps))
-        pictures = dict(zip(wanted, self._pictures(wanted), strict=True))
+        found = self._pictures(wanted) if self._has_stamps else self._pictures_in_order(wanted)
+        pictures = dict(zip(wanted, map(self._as_shown, found), strict=True))
         shapes = {picture.shape for picture in pictures.values()}
         if len(shapes) > 1:
             raise DataError(f"{self.path}: its frames have {len(shapes)} sizes.")
@@ -103,24 +131,37 @@ class Video:
                 return stream
         raise DataError(f"{self.path} has no video stream.")
 
-    def _list_packets(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """The time stamps of all frames; and of key frames, those of showing and of reading."""
+    def _list_packets(self) -> list[_Packet]:
         av = _pyav()
         try:
             packets = [
-                (packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe)
+                _Packet(packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe)
                 for packet in self._container.demux(self._stream)
-                if packet.size and packet.pts is not None and not packet.is_discard
+                if packet.size and not packet.is_discard
             ]
         except av.error.FFmpegError as error:
             raise DataError(f"{self.path} is damaged: {error.strerror}") from error
         if not packets:
             raise DataError(f"{self.path} holds no frames.")
-        first, *_ = packets
-        keys = [(shown, read) for shown, read, is_key in packets if is_key]
-        return sorted({shown for shown, *_ in packets}), sorted(keys) or [first[:2]]
+        return packets
 
-    def _pictures(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+    def _is_stamped(self, packets: Sequence[_Packet]) -> bool:
+        """Whether each frame has a time stamp of its own in the file, which the decoder gives back with it.
+
+        AVI has none, and program streams have few; FFmpeg invents the rest, which is wrong where frames are read in
+        another order than they are shown. Packed streams (two frames in a packet, then an empty one) keep their
+        invented stamps when they are copied to another container: there stamps rise from packet to packet although
+        frames are reordered.
+        """
+        shown = [packet.shown for packet in packets]
+        if None in shown or len(set(shown)) < len(shown):
+            return False
+        codec, kind = self._stream.codec_context, self._container.format.name
+        is_reordered = codec.has_b_frames or codec.name in _REORDERED
+        is_packed = codec.name == "mpeg4" and shown == sorted(shown)
+        return not (kind == "mpeg" or (is_reordered and (kind == "avi" or is_packed)))
+
+    def _pictures(self, wanted: Sequence[int]) -> Iterator[Any]:
         """The frames of some time stamps, ascending; the next one in place of a frame that the decoder drops."""
         decoded, frame = iter(()), None
         for stamp in wanted:
@@ -133,7 +174,30 @@ class Video:
                 frame = following
             if frame is None:
                 raise DataError(f"{self.path} is damaged: no frame can be decoded.")
-            yield self._upright(frame)
+            yield frame
+
+    def _pictures_in_order(self, wanted: Sequence[int]) -> Iterator[Any]:
+        """The frames of some numbers, ascending."""
+        following = iter(wanted)
+        due = next(following, None)
+        for number, frame in enumerate(self._decode_all()):
+            if number == due:
+                yield frame
+                due = next(following, None)
+            if due is None:
+                return
+        raise DataError(f"{self.path} is damaged: frame {due} cannot be decoded.")
+
+    def _decode_all(self) -> Iterator[Any]:
+        """All frames, in the decoder's order; from a container of its own, as such files may not allow a seek."""
+        av = _pyav()
+        try:
+            with self._open() as container:
+                stream = container.streams[self._stream.index]
+                stream.thread_count = 1
+                yield from container.decode(stream)
+        except av.error.FFmpegError as error:
+            raise DataError(f"{self.path} is damaged: {error.strerror}") from error
 
     def _key_before(self, stamp: int) -> int:
         """The number of the last key frame that is not after a time stamp, or 0."""
@@ -163,10 +227,17 @@ class Video:
             where = f"{self.path} is damaged after {float(start * self._stream.time_base):.2f} s"
             raise DataError(f"{where}: {error.strerror}") from error
 
-    def _upright(self, frame: Any) -> np.ndarray:
+    def _as_shown(self, frame: Any) -> np.ndarray:
+        """A frame as the display matrix has it: a pixel at (x, y) is shown at (a x + c y, b x + d y)."""
+        if self._matrix is None:  # once, as side data and its frame refer to each other and stay in memory
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            self._matrix = (1, 0, 0, 0, 1) if matrix is None else struct.unpack("=9i", bytes(matrix))
+        a, b, _, c, d, *_ = self._matrix
         height, width = _resized(frame.height, frame.width, self.short_side)
-        picture = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-        return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+        picture = self._reformatter.reformat(frame, width, height, "rgb24").to_ndarray()
+        if abs(b) > abs(a):  # a quarter turn, to the nearest
+            picture, a, d = picture.swapaxes(0, 1), c, b
+        return np.ascontiguousarray(picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 class TorchcodecVideo(Video):
@@ -175,7 +246,8 @@ class TorchcodecVideo(Video):
     PyAV still opens the file and lists its packets, so time stamps, frame numbers and messages for files that cannot
     be opened are the same. Frames of MP4 files are equal at the file's size; resized ones differ a little, as FFmpeg
     and torchvision resize in different ways. With open groups of pictures, in transport streams and in old
-    AVI files torchcodec 0.17 gives wrong frames where PyAV here gives the right ones.
+    AVI files torchcodec 0.17 gives wrong frames where PyAV here gives the right ones; files without time stamps are
+    left to PyAV.
     """
 
     def __init__(self, path: Path | str, short_side: int | None = None) -> None:
@@ -190,6 +262,8 @@ class TorchcodecVideo(Video):
         """Decode some frames; see [`Video.frames`][]."""
         from torchvision.transforms.v2.functional import resize
 
+        if not self._has_stamps:
+            return super().frames(indices)
         try:
             pictures = self._decoder.get_frames_at(list(map(int, indices))).data
         except (RuntimeError, IndexError, ValueError) as error:

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
+import math
 import re
+import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ensemblenet.data.classes import in_order
+from ensemblenet.data.classes import class_name, in_order
+from ensemblenet.data.listing import class_folders, find_in
 from ensemblenet.data.views import Span
 from ensemblenet.errors import DataError
 
 __all__ = ["VIDEO_SUFFIXES", "LabelledVideos", "find_videos", "order_of_labels"]
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
-_COLUMNS = {"label", "youtube_id"}
+_NEEDED = ("label", "youtube_id")
+_COLUMNS = {*_NEEDED, "time_start", "time_end"}
+
+# A line of a list. A path ends with a suffix that videos have; another one ends at the first tab, else at the last
+# comma or semicolon, else at the last space. Several numbers are other columns, no label.
+_SUFFIXES = "|".join(re.escape(suffix) for suffix in VIDEO_SUFFIXES)
+_LINES = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf'"?(?P<path>.+(?:{_SUFFIXES}))"?\s*(?P<between>[\s,;])\s*(?P<label>[^\s,;].*)',
+        r"(?P<path>[^\t]+)(?P<between>\t)\s*(?P<label>.+)",
+        r"(?P<path>.+)(?P<between>[,;])(?P<label>.+)",
+        r"(?P<path>.+)(?P<between> )(?P<label>.+)",
+    )
+]
+_NUMBERS = re.compile(r"[\d.]+([\s,;]+[\d.]+)+")
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,7 @@ class LabelledVideos:
         labels: N names of classes.
         spans: N pairs of seconds, where an annotation names them, else None.
         missing: number of videos that the annotation or list names and that do not exist.
+        example: the first of these that was looked for, for messages.
     """
 
     where: str
@@ -37,6 +56,7 @@ class LabelledVideos:
     labels: list[str]
     spans: list[Span | None]
     missing: int = 0
+    example: str = ""
 
 
 def find_videos(folder: Path, split: str) -> LabelledVideos:
@@ -68,68 +88,138 @@ def find_videos(folder: Path, split: str) -> LabelledVideos:
     elif not place.is_file():
         raise DataError(f"{place} is neither a folder of class folders nor a file that lists videos.")
     else:
-        lines = place.read_text(encoding="utf-8").splitlines()
-        header = set(next(csv.reader(lines[:1]), []))
-        found = _of_annotation(place, lines, folder) if header >= _COLUMNS else _of_list(place, lines)
+        text = _text_of(place)
+        try:
+            header, separator = _header_of(text)
+            found = _of_annotation(place, text, header, separator, folder) if header else _of_list(place, text)
+        except csv.Error as error:
+            raise DataError(f"{place} cannot be read: {error}.") from error
     if not found.paths:
-        raise DataError(f"None of the {found.missing:,} videos of {place} is in {folder}.")
+        raise DataError(f"None of the {found.missing:,} videos of {place} is there: no {found.example}.")
     return found
 
 
 def _of_class_folders(place: Path) -> LabelledVideos:
-    paths = sorted(path for path in place.glob("*/*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    if not paths:
+    by_class = class_folders(place, VIDEO_SUFFIXES)
+    videos = sorted((path, _class_name(name)) for name, paths in by_class.items() if name for path in paths)
+    if not videos:
         raise DataError(f"{place} holds no class folders with videos ({', '.join(VIDEO_SUFFIXES)}).")
-    return LabelledVideos(str(place), paths, [_class_name(path.parent.name) for path in paths], [None] * len(paths))
+    paths, labels = map(list, zip(*videos, strict=True))
+    return LabelledVideos(str(place), paths, labels, [None] * len(paths))
 
 
-def _of_annotation(place: Path, lines: Sequence[str], folder: Path) -> LabelledVideos:
+def _text_of(place: Path) -> str:
+    """The text of a list, in UTF-8, or in UTF-16 as spreadsheets store it."""
+    data = place.read_bytes()
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = data[: error.start].split(b"\n")
+        where = f"{place}, line {len(before)}, column {len(before[-1]) + 1}"
+        raise DataError(
+            f"{where}: is no text in {encoding[:6].upper().rstrip('-')}; store the file in UTF-8."
+        ) from error
+
+
+def _header_of(text: str) -> tuple[list[str], str]:
+    """The columns of an annotation and what separates them; no columns if the first line is a video's."""
+    first = next(io.StringIO(text, newline=None), "")
+    names = {
+        separator: [
+            name.strip().lower().replace(" ", "_") for name in next(csv.reader([first], delimiter=separator), [])
+        ]
+        for separator in ",;\t"
+    }
+    separator = max(names, key=lambda separator: len(_COLUMNS & set(names[separator])))
+    found = names[separator]
+    is_header = _COLUMNS & set(found) and not any(name.endswith(VIDEO_SUFFIXES) for name in found)
+    return found if is_header else [], separator
+
+
+def _of_annotation(place: Path, text: str, header: Sequence[str], separator: str, folder: Path) -> LabelledVideos:
+    if missing := [name for name in _NEEDED if name not in header]:
+        raise DataError(
+            f"{place} has no column {missing[0]}; it has {', '.join(header)}. (A list of videos has no header.)"
+        )
     by_name: dict[str, list[Path]] = defaultdict(list)
-    walk = os.walk(folder, followlinks=True)  # videos often lie on another disk
-    for path in sorted(Path(parent, name) for parent, _, names in walk for name in names):
-        if path.suffix.lower() in VIDEO_SUFFIXES:
-            by_name[path.stem].append(path)
-    paths, labels, spans, missing = [], [], [], 0
-    for number, row in enumerate(csv.DictReader(lines), 2):
-        try:
-            start, end, label = row.get("time_start"), row.get("time_end"), _class_name(row["label"])
-            span = (float(start), float(end)) if start and end else None
-            files = [path for name in _file_names(row["youtube_id"], span) for path in by_name.get(name, ())]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{place}, line {number} is no row of Kinetics: {error}") from error
-        own = [path for path in files if _plain(path.parent.name) == _plain(label)] or files
-        if own:
+    for path in find_in(folder, VIDEO_SUFFIXES):
+        by_name[path.stem].append(path)
+    paths, labels, spans, missing_ids = [], [], [], []
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    next(rows)
+    for cells in rows:
+        if not any(cell.strip() for cell in cells):
+            continue
+        where = f"{place}, line {rows.line_num}"
+        if any(cell.strip() for cell in cells[len(header) :]):
+            raise DataError(
+                f"{where} has {len(cells)} columns, and the header {len(header)}; quote a {separator!r} in a cell."
+            )
+        row = dict.fromkeys(header, "") | dict(zip(header, map(str.strip, cells), strict=False))
+        span, label, video = _span(where, row), _class_name(row["label"]), row["youtube_id"]
+        if not video or not label:
+            raise DataError(f"{where}: {'label' if video else 'youtube_id'} is empty.")
+        files = [path for name in _file_names(video, span) for path in by_name.get(name, ())]
+        if own := [path for path in files if _plain(path.parent.name) == _plain(label)] or files:
             paths.append(own[0])
             labels.append(label)
             spans.append(span)
-        missing += not own
-    return LabelledVideos(str(place), paths, labels, spans, missing)
+        else:
+            missing_ids.append(_file_names(video, span)[0])
+    example = f"{missing_ids[0]}{VIDEO_SUFFIXES[0]} anywhere in {folder}" if missing_ids else ""
+    return LabelledVideos(str(place), paths, labels, spans, len(missing_ids), example)
+
+
+def _span(where: str, row: Mapping[str, str]) -> Span | None:
+    """The seconds of a clip, if its row has them."""
+    seconds = []
+    for column in ("time_start", "time_end"):
+        text = row.get(column, "")
+        try:
+            seconds.append(float(text) if text else None)
+        except ValueError:
+            raise DataError(f"{where}: {column} must be seconds, got {text!r}.") from None
+    start, end = seconds
+    if start is None or end is None:
+        return None
+    if not 0 <= start <= end < math.inf:
+        raise DataError(f"{where}: time_start and time_end must be ascending seconds, got {start:g} and {end:g}.")
+    return start, end
 
 
 def _file_names(video: str, span: Span | None) -> list[str]:
     """The names that downloaders give to a clip, the more specific one first."""
-    if not video:
-        raise ValueError("youtube_id is empty.")
     return [*([f"{video}_{int(span[0]):06d}_{int(span[1]):06d}"] if span else []), video]
 
 
-def _of_list(place: Path, lines: Sequence[str]) -> LabelledVideos:
-    paths, labels = [], []
-    for number, line in enumerate(lines, 1):
+def _of_list(place: Path, text: str) -> LabelledVideos:
+    paths, labels, missing = [], [], []
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if not line.strip():
             continue
-        path, _, label = line.strip().replace("\t", " ").rpartition("," if "," in line else " ")
-        if not path.strip() or not label.strip():
-            raise DataError(f"{place}, line {number} must be a path and a label, got {line!r}.")
-        paths.append(place.parent / path.strip())
-        labels.append(_class_name(label))
-    kept = [k for k, path in enumerate(paths) if path.is_file()]
-    missing = len(paths) - len(kept)
-    return LabelledVideos(str(place), [paths[k] for k in kept], [labels[k] for k in kept], [None] * len(kept), missing)
+        found = next((match for pattern in _LINES if (match := pattern.fullmatch(line.strip()))), None)
+        label = found["label"].strip() if found else ""
+        has_more = found and found["between"] != " " and found["between"] in label and label[:1] != '"'
+        if found is None or not _class_name(label) or has_more or _NUMBERS.fullmatch(label):
+            raise DataError(f"{place}, line {number} must be a path and a label, got {line.strip()!r}.")
+        path = place.parent / found["path"].strip()
+        # names with accents have two spellings, of which a copy from another system may have the other
+        spellings = [path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))]
+        if there := [path for path in spellings if path.is_file()]:
+            paths.append(there[0])
+            labels.append(_class_name(label))
+        else:
+            missing.append(path)
+    example = str(missing[0]) if missing else ""
+    return LabelledVideos(str(place), paths, labels, [None] * len(paths), len(missing), example)
 
 
 def _class_name(name: str) -> str:
-    return name.strip().strip('"').replace("_", " ")
+    name = name.strip()
+    if len(name) > 1 and name[0] == name[-1] == '"':
+        name = name[1:-1].replace('""', '"')
+    return class_name(name.replace("_", " ")).strip()
 
 
 def _plain(name: str) -> str:

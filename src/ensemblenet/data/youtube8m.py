@@ -96,7 +96,7 @@ class YouTube8M(DataModule):
             on_broken = on_damage
         super().__init__(batch_size, None, num_workers, on_broken, max_broken, seed)
         self.folder = folder
-        self.level = make_level(level, features, num_classes, num_frames, sample_frames)
+        self.level = replace(make_level(level, features, num_classes, num_frames, sample_frames), needs_labels=True)
         self.preprocessing = {
             "level": level,
             "features": features,
@@ -110,6 +110,11 @@ class YouTube8M(DataModule):
     def open_split(self, split: Split) -> list[Shard]:
         """Find the shards of a split and their records."""
         return index_shards(find_shards(self.patterns[split], self.folder), self.on_broken)
+
+    @property
+    def tests_on_validation(self) -> bool:
+        """Whether `test` names the shards of `val`."""
+        return self.patterns["test"] == self.patterns["val"]
 
     def make_loader(self, split: Split, **process: int) -> RecordLoader:
         """A loader of a split, see [`ensemblenet.data.module.DataModule.make_loader`][]."""

@@ -45,10 +45,12 @@ class VideoLevel:
     Args:
         features: names of features and their sizes, which add up to D.
         num_classes: C.
+        needs_labels: whether a record without labels is an error; if not, it counts as one of no class.
     """
 
     features: Mapping[str, int]
     num_classes: int = NUM_CLASSES
+    needs_labels: bool = False
     default_features: ClassVar[Mapping[str, int]] = {"mean_rgb": 1024, "mean_audio": 128}
 
     @property
@@ -77,7 +79,7 @@ class VideoLevel:
                 row[begin : begin + size] = values
                 begin += size
             ids.append(_video_id(record, fields))
-            target[_labels(record, fields, "labels", self.num_classes)] = 1
+            target[_labels(record, fields, "labels", self.num_classes, self.needs_labels)] = 1
         return VideoBatch(ids, torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
@@ -95,6 +97,7 @@ class FrameLevel:
         sample: whether to spread the T frames over the video instead, one in each of T equal parts: a random one in
             training, else the one in the middle.
         train: whether sampled frames are random.
+        needs_labels: whether a record without labels is an error; if not, it counts as one of no class.
     """
 
     features: Mapping[str, int]
@@ -102,6 +105,7 @@ class FrameLevel:
     num_frames: int = 300
     sample: bool = False
     train: bool = False
+    needs_labels: bool = False
     default_features: ClassVar[Mapping[str, int]] = {"rgb": 1024, "audio": 128}
 
     @property
@@ -128,7 +132,7 @@ class FrameLevel:
                 chosen = places.astype(np.int64)
             _dequantise([feature[chosen] for feature in frames], video)
             ids.append(_video_id(record, fields))
-            target[_labels(record, fields, "labels", self.num_classes)] = 1
+            target[_labels(record, fields, "labels", self.num_classes, self.needs_labels)] = 1
         return VideoBatch(ids, torch.from_numpy(inputs), torch.from_numpy(targets))
 
     def frames(self, record: Record, fields: Fields, lists: Fields) -> list[np.ndarray]:
@@ -181,7 +185,7 @@ class SegmentLevel(FrameLevel):
         if "segment_start_times" not in fields:
             raise record.error("has no segments; they are in the validation shards of 2019 only.")
         starts = _decoded(record, "segment_start_times", integers_of, fields["segment_start_times"])
-        labels = _labels(record, fields, "segment_labels", self.num_classes)
+        labels = _labels(record, fields, "segment_labels", self.num_classes, needed=True)
         scores = _decoded(record, "segment_scores", floats_of, fields.get("segment_scores", (0, 0)))
         if not len(starts) == len(labels) == len(scores):
             raise record.error(
@@ -228,8 +232,10 @@ def _video_id(record: Record, fields: Fields) -> str:
     return values[0].decode(errors="replace")
 
 
-def _labels(record: Record, fields: Fields, name: str, num_classes: int) -> list[int]:
+def _labels(record: Record, fields: Fields, name: str, num_classes: int, needed: bool) -> list[int]:
     if name not in fields:  # test shards have none
+        if needed:
+            raise record.error(f"has no {name}: it can be predicted, and neither trained nor tested on.")
         return []
     labels = _decoded(record, name, integers_of, fields[name])
     wrong = next((label for label in labels if not 0 <= label < num_classes), None)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ensemblenet.deploy.formats import Format, Predict, Wanted, onnx_runtime, write
 from ensemblenet.deploy.network_inputs import NetworkInputs, Places, shapes_of
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import ExportError
+from ensemblenet.errors import ExportError, LoadError
 from ensemblenet.heads import FusedEnsembleNet, fuse
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
+from ensemblenet.storage.descriptions import check_classes
 from ensemblenet.timing import measure
 
 __all__ = ["Exported", "Format", "export"]
@@ -125,6 +126,8 @@ def export(
         if isinstance(model, FusedEnsembleNet) and isinstance(network, EnsembleNet):
             given = replace(given, network=fuse(network, given.batch(2)))  # first(k) of fused heads is a plain model
         free = given.other_sizes() if known and example_inputs is None and not batch_size else []
+        if description and "classes" in description:
+            _check_classes(description, tensors_in(call(network, given.batch(2)))[0].shape[1])
         wanted = Wanted(path, format, batch_size, given.describe(description), base)
         try:
             return _export(given, wanted, free)
@@ -181,6 +184,13 @@ def _check_arguments(
         raise ExportError("The model is a single network and has no heads to choose from.")
     if format == "safetensors":
         raise ExportError("Only a converted model is written as safetensors; of a base, save the state_dict().")
+
+
+def _check_classes(description: Mapping[str, Any], num_outputs: int) -> None:
+    try:
+        check_classes(description, num_outputs)
+    except LoadError as error:
+        raise ExportError(str(error)) from error
 
 
 def _part(model: nn.Module, head: int | None, first: int | None) -> nn.Module:

@@ -21,14 +21,14 @@ from ensemblenet.deploy.network_inputs import NetworkInputs, Places
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError, first_line
 from ensemblenet.inputs import Tree, call, tensors_in
-from ensemblenet.storage.checkpoint import load, save
+from ensemblenet.storage.checkpoint import load, write_model
+from ensemblenet.storage.descriptions import DESCRIPTION
 
 __all__ = ["Format", "Predict", "Wanted", "onnx_runtime", "write"]
 
 Format = Literal["onnx", "torch", "aot", "safetensors"]
 Predict = Callable[[Tree], Any]
 
-_DESCRIPTION = "data.json"
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -96,7 +96,7 @@ def write(
     if wanted.format == "onnx":
         predict = _write_onnx(program, given, x, path, wanted, symbols)
     elif wanted.format == "torch":
-        torch.export.save(program, path, extra_files={_DESCRIPTION: json.dumps(wanted.description)})
+        torch.export.save(program, path, extra_files={DESCRIPTION: json.dumps(wanted.description)})
         predict = partial(call, torch.export.load(path).module())
     else:
         predict = partial(call, _write_aot(program, path, wanted.description))
@@ -142,7 +142,8 @@ def _forget_sources(program: ExportedProgram) -> None:
 def _write_directory(network: nn.Module, path: Path, wanted: Wanted) -> nn.Module:
     assert isinstance(network, EnsembleNet)
     device = next(network.parameters(), torch.zeros(0)).device
-    return load(save(network, path, wanted.description), wanted.base).to(device)
+    write_model(network, path, wanted.description)
+    return load(path, wanted.base, trust=True).to(device)  # its code has made the model already
 
 
 def _write_onnx(
@@ -223,7 +224,7 @@ def _write_aot(program: ExportedProgram, path: Path, description: Mapping[str, A
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": {_DESCRIPTION: json.dumps(description)}},
+            inductor_configs={"aot_inductor.metadata": {DESCRIPTION: json.dumps(description)}},
         )
     except Exception as error:  # no compiler, or one that fails
         raise ExportError(

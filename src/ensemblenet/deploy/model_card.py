@@ -17,12 +17,14 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
 from ensemblenet.extras import require
 from ensemblenet.metrics.scores import IN_PERCENT, SCORES, current_name
-from ensemblenet.storage.checkpoint import save
+from ensemblenet.storage.atomic import read_json
+from ensemblenet.storage.checkpoint import write_model
 from ensemblenet.storage.hub import PREFIX, upload
 
 __all__ = ["model_card", "push_to_hub"]
 
 _RESULTS = "results.json"
+_LABELS = {"accuracy": "accuracy, %", "top5": "top-5 accuracy, %"}  # the hub sorts by these, where tables show errors
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _PIPELINES = {3: "image-classification", 4: "video-classification"}  # by the dimensions of an example
 _TRAINER = ("max_epochs", "max_steps", "precision", "accumulate_grad_batches", "gradient_clip_val")
@@ -83,7 +85,8 @@ def push_to_hub(
         raise LoadError("Only a converted model can be loaded from the hub again, got a single network.")
     base_results = _read_row(Path(base_run, _RESULTS)) if base_run is not None else {}
     with tempfile.TemporaryDirectory() as aside:
-        saved = save(network, Path(aside, "model"), description)
+        saved = Path(aside, "model")
+        write_model(network, saved, description)
         card = model_card(network, repo_id, description or {}, results, base_results, config)
         (saved / "README.md").write_text(card, encoding="utf-8")
         if results:
@@ -137,7 +140,7 @@ def model_card(
             dataset_name=data_class.rpartition(".")[2],
             dataset_split="test",
             metric_type=score,
-            metric_name=SCORES[score].label,
+            metric_name=_LABELS.get(score) or SCORES[score].label,
             metric_value=value,
         )
         for score, value in measured.items()
@@ -160,9 +163,10 @@ def model_card(
         others=[
             f"{SCORES[score].heading} {f'in {SCORES[score].unit} ' * bool(SCORES[score].unit)}{value:.4g}"
             for score, value in measured.items()
-            if score not in IN_PERCENT
+            if score not in IN_PERCENT and score not in _LABELS
         ],
         seeds=results.get("seeds"),
+        tested_on=results.get("tested_on"),
         classes=description.get("classes"),
         preprocessing=description.get("preprocessing"),
         training=_settings(config),
@@ -172,9 +176,9 @@ def model_card(
 
 
 def _measured(results: Mapping[str, Any]) -> dict[str, float]:
-    """The scores on test data of a row of results, scaled as they are shown."""
+    """The scores on test data of a row of results, in the units that are shown."""
     test = results.get("test") or {}
-    measured = {name: score.scale * test[name] for name, score in SCORES.items() if name in test}
+    measured = {name: abs(score.scale) * test[name] for name, score in SCORES.items() if name in test}
     return measured | {name: results[f"{name}_mean"] for name in IN_PERCENT if f"{name}_mean" in results}
 
 
@@ -237,7 +241,13 @@ def _read_row(path: Path) -> dict[str, Any]:
     """The first row of a run's results; empty where there are none."""
     if not path.is_file():
         return {}
-    results = json.loads(
-        path.read_text(), object_pairs_hook=lambda pairs: {current_name(key): value for key, value in pairs}
-    )
-    return results["rows"][0]
+    try:
+        return _with_current_names(read_json(path)["rows"][0])
+    except (LookupError, TypeError, RecursionError) as error:
+        raise LoadError(f"{path} holds no rows of results.") from error
+
+
+def _with_current_names(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {current_name(key): _with_current_names(item) for key, item in value.items()}

@@ -13,7 +13,8 @@ from torch import nn
 from ensemblenet.conversion.convert import rebuild
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
-from ensemblenet.storage.checkpoint import load, read_description
+from ensemblenet.storage.checkpoint import load
+from ensemblenet.storage.descriptions import read_description
 from ensemblenet.storage.hub import local_folder
 
 __all__ = ["register_timm"]
@@ -23,7 +24,9 @@ default_cfgs: dict[str, Any] = {}  # timm reads it
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-def register_timm(name: str, directory: str | os.PathLike[str], base: nn.Module | None = None) -> None:
+def register_timm(
+    name: str, directory: str | os.PathLike[str], base: nn.Module | None = None, *, trust: bool = False
+) -> None:
     """Let `timm.create_model(name, pretrained=True)` load a saved model, for as long as this process runs.
 
     What it returns is an [`ensemblenet.EnsembleNet`][]: in evaluation (N, C), as timm's models; in training (K, N, C),
@@ -36,6 +39,7 @@ def register_timm(name: str, directory: str | os.PathLike[str], base: nn.Module 
         name: one that timm does not have.
         directory: a saved directory, or an address such as `hf://owner/name`.
         base: a fresh instance of the base, where no known factory makes it.
+        trust: as for [`ensemblenet.load`][].
 
     Raises:
         LoadError: the directory cannot be loaded, or timm has a model of that name.
@@ -54,14 +58,14 @@ def register_timm(name: str, directory: str | os.PathLike[str], base: nn.Module 
     if not name.isidentifier() or timm.is_model(name) or hasattr(module, name):
         raise LoadError(f"A model needs a name of its own, made of letters, digits and _; got {name!r}.")
     folder = local_folder(directory)
-    config = _pretrained_config(load(folder, base), read_description(folder), str(folder))
+    config = _pretrained_config(load(folder, base, trust=trust), read_description(folder), str(folder))
 
     def make(pretrained: bool = False, **options: Any) -> EnsembleNet:
         _check_options(name, options, config)
-        model = load(folder, base)
+        model = load(folder, base, trust=trust)
         if not pretrained:
             assert model.recipe is not None
-            model = rebuild(base or model.recipe.base.build(), model.recipe)  # pyright: ignore[reportOptionalMemberAccess]
+            model = rebuild(base or model.recipe.base.build(trust), model.recipe)  # pyright: ignore[reportOptionalMemberAccess]
         known = config | {"architecture": name}
         attributes = {"pretrained_cfg": known, "default_cfg": known, "num_classes": config["num_classes"]}
         for attribute, value in attributes.items():

@@ -5,7 +5,7 @@ Shapes: N examples, K heads, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -242,16 +242,19 @@ def stopping(stops: Tensor, hits: Tensor) -> tuple[float, float]:
     return float((used + 1).double().mean()), float(hits.gather(0, used[None]).double().mean())
 
 
-def early_stopping(heads: Best, firsts: Best, macs: Mapping[int, float]) -> tuple[list[Point], list[Point], Point]:
+def early_stopping(
+    heads: Best, firsts: Best, macs: Mapping[int, float], shown: Callable[[float], float]
+) -> tuple[list[Point], list[Point], Point]:
     """The cost and the quality of heads that run one after another and stop early.
 
     Args:
         heads: the best class of each head alone.
         firsts: that of the first 1, 2, ... K heads together.
         macs: of the trunk with 1 and with K heads, by their number.
+        shown: makes of the share of right examples what is drawn.
 
     Returns:
-        Points (mean MACs, share of right examples in percent): of stopping at each of several confidences, of stopping
+        Points (mean MACs, what is drawn): of stopping at each of several confidences, of stopping
         once 2, 3, ... heads agree, and of the whole network.
     """
     several = len(heads.classes)
@@ -259,7 +262,7 @@ def early_stopping(heads: Best, firsts: Best, macs: Mapping[int, float]) -> tupl
 
     def point(stops: Tensor) -> Point:
         used, right = stopping(stops, firsts.hits)
-        return macs[1] + (used - 1) * head, 100 * right
+        return macs[1] + (used - 1) * head, shown(right)
 
     whole = point(torch.zeros_like(firsts.hits))
     if several == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,9 +23,23 @@ from ensemblenet.metrics.diversity import disagreement
 from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.restore import Restored
 
-__all__ = ["Names", "PredictionFile"]
+__all__ = ["Names", "PredictionFile", "as_cell"]
+
+_FORMULA = re.compile(r"\s*[=+@＝＋＠]|[\t\r\n]|\s*-(?![\w./ -]*$)")
 
 __getattr__ = renamed(__name__, {"predict": "ensemblenet.cli.predict.predict"})
+
+
+def as_cell(text: str) -> str:
+    """A text that spreadsheets take as a text: one that they would run as a formula gets a quote in front.
+
+    Names of files and videos may begin with a minus; they stay as they are.
+
+    Example:
+        >>> print(as_cell("=HYPERLINK()"), as_cell("-2+3"), as_cell("-Ab_1/c.mp4"), as_cell("a=b"))
+        '=HYPERLINK() '-2+3 -Ab_1/c.mp4 a=b
+    """
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 @runtime_checkable
@@ -49,6 +64,8 @@ class PredictionFile:
     | `disagreement` | share of pairs of heads whose most likely classes differ |
     | `probabilities` | Parquet: of all classes, whose names the schema's metadata hold under `classes`, as JSON |
     | `p_NAME`, ... | CSV: the same, a column for each class |
+
+    In CSV files texts that a spreadsheet would run as formulas have a quote in front.
 
     Args:
         path: to create; it is there only once it is complete.
@@ -117,7 +134,7 @@ class PredictionFile:
         probabilities = self._probabilities(combine_heads(head_outputs, self.combine, self.task))
         predicted = probabilities.argmax(1)
         of_heads = self._probabilities(head_outputs)[:, torch.arange(len(ids)), predicted]
-        columns = {"id": pa.array(ids, pa.string())}
+        columns = {"id": pa.array([self._text(name) for name in ids], pa.string())}
         if labels is not None:
             columns["label"] = self._names(labels)
         columns |= {
@@ -138,7 +155,10 @@ class PredictionFile:
         return z.softmax(-1) if self.task == "multiclass" else z.sigmoid()
 
     def _names(self, classes: Tensor) -> pa.Array:
-        return pa.array([self.classes[c] for c in classes.tolist()], pa.string())
+        return pa.array([self._text(self.classes[c]) for c in classes.tolist()], pa.string())
+
+    def _text(self, text: str) -> str:
+        return as_cell(text) if self.path.suffix == ".csv" else text
 
 
 def _floats(values: Tensor) -> pa.Array:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ __all__ = [
     "Split",
     "View",
     "chosen_data",
+    "in_words",
     "observe",
     "score",
     "views",
@@ -172,13 +174,14 @@ class Scores:
         ]
 
 
-def score(restored: Restored, data: LightningDataModule, split: Split) -> list[dict[str, Any]]:
+def score(restored: Restored, data: LightningDataModule, split: Split, device: str = "auto") -> list[dict[str, Any]]:
     """Score a network, its heads and its first heads on a split of some data.
 
     Args:
         restored: the network.
         data: its examples.
         split: "val" or "test".
+        device: to run it on, such as "cuda:1"; "auto" takes a GPU if there is one.
 
     Returns:
         A row for each [`View`][ensemblenet.evaluation.scoring.View]: `method`, `num_heads`, `parameters`, `macs`, and
@@ -189,32 +192,41 @@ def score(restored: Restored, data: LightningDataModule, split: Split) -> list[d
         LoadError: the data does not fit the network.
     """
     scores = Scores(restored)
-    observe(restored, data, split, lambda seen: scores.update(seen.outputs, seen.targets))
+    observe(restored, data, split, lambda seen: scores.update(seen.outputs, seen.targets), device)
     return scores.rows()
 
 
-def observe(restored: Restored, data: LightningDataModule, split: Split, saw: Saw) -> None:
-    """Run a network over a split of some data, by Lightning's trainer, on a GPU if there is one.
+def observe(restored: Restored, data: LightningDataModule, split: Split, saw: Saw, device: str = "auto") -> None:
+    """Run a network over a split of some data, by Lightning's trainer.
 
     Args:
         restored: the network.
         data: its examples.
         split: "val" or "test".
         saw: called for each batch.
+        device: to run it on, such as "cuda:1"; "auto" takes a GPU if there is one.
 
     Raises:
-        LoadError: the data does not fit the network.
+        LoadError: the data does not fit the network, or there is no such device.
     """
-    trainer = Trainer(
-        accelerator="auto",
-        devices=1,
+    kind, _, index = device.partition(":")
+    try:
+        trainer = _trainer(kind, [int(index)] if index else 1)
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise LoadError(f"There is no device {device!r}: {error}") from error
+    run = {"val": trainer.validate, "test": trainer.test}[split]
+    run(_Observer(restored, saw), data, verbose=False)
+
+
+def _trainer(accelerator: str, devices: list[int] | int) -> Trainer:
+    return Trainer(
+        accelerator=accelerator,
+        devices=devices,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         callbacks=[RichProgressBar()],
     )
-    run = {"val": trainer.validate, "test": trainer.test}[split]
-    run(_Observer(restored, saw), data, verbose=False)
 
 
 class _Observer(LightningModule):
@@ -282,6 +294,18 @@ def _listed(shapes: Iterable[tuple[int, ...]]) -> str:
 
 
 # -- what data
+
+
+def in_words(split: Split, data: LightningDataModule, what: str) -> str:
+    """What a split is called where its scores are shown.
+
+    Example:
+        >>> in_words("test", LightningDataModule(), "examples")
+        'test examples'
+    """
+    if split == "test" and getattr(data, "tests_on_validation", False):
+        return f"val {what}, as there is no test split"
+    return f"{split} {what}"
 
 
 def chosen_data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ensemblenet.data.records import RecordLoader, Share
 from ensemblenet.data.tfrecord import find_shards, index_shards
 from ensemblenet.data.youtube8m_levels import FrameLevel, VideoBatch, VideoLevel, make_level
 from ensemblenet.errors import LoadError
+from ensemblenet.evaluation.predictions import as_cell
 from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.restore import Restored
 
@@ -82,7 +84,13 @@ def submission_rows(
         with torch.inference_mode():
             best = network(inputs.to(device)).float().topk(top, dim=1)
         for video, classes, logits in zip(ids, best.indices.tolist(), best.values.sigmoid().tolist(), strict=True):
-            yield f"{video}," + " ".join(f"{label} {p:.6g}" for label, p in zip(classes, logits, strict=True))
+            yield f"{_cell(video)}," + " ".join(f"{label} {p:.6g}" for label, p in zip(classes, logits, strict=True))
+
+
+def _cell(video: str) -> str:
+    """An id as a cell of CSV: quoted if it holds what ends a cell or a line."""
+    video = as_cell(video)
+    return '"{}"'.format(video.replace('"', '""')) if re.search(r'[,"\r\n]', video) else video
 
 
 def _level(restored: Restored, sample_frames: bool) -> VideoLevel | FrameLevel:

@@ -57,7 +57,8 @@ def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[Ense
             grouped or head by head as [`ensemblenet.heads.tune`][] finds faster; "compiled" is that under
             `torch.compile`, whose first steps take a minute or more; "checkpointed" is looped with
             `EnsembleNet.checkpoint_activations`, for less memory. "auto" measures the first two, and takes the faster
-            one.
+            one; checkpointed heads where `checkpoint_activations` was set by hand, or where a training step does not
+            fit the memory of a GPU without.
 
     Returns:
         The model, with the very trunk and heads, and the choice.
@@ -74,12 +75,24 @@ def choose(model: EnsembleNet, x: Tree, heads: HeadsMode = "auto") -> tuple[Ense
         Choice(heads='looped', reason='as asked', seconds={}, separate=())
     """
     heads = current_mode(heads)
+    if heads == "auto" and model.checkpoint_activations:
+        return unfuse(model), Choice("checkpointed", "checkpoint_activations was set by hand")
     if heads in ("looped", "checkpointed") or (heads == "auto" and model.num_heads == 1):
         model = unfuse(model)
         model.checkpoint_activations = heads == "checkpointed"
         return model, Choice("looped", "there is one head") if heads == "auto" else Choice(heads, "as asked")
     trial = copy.deepcopy(unfuse(model))  # a step changes statistics
-    step(trial, x)()  # what fails here is no matter of how heads run
+    try:
+        step(trial, x)()  # what fails here is no matter of how heads run, but for the memory
+    except torch.OutOfMemoryError:
+        if heads != "auto" or not model.training:
+            raise
+        del trial
+        torch.cuda.empty_cache()
+        model = unfuse(model)
+        model.checkpoint_activations = True
+        reason = f"a training step of {num_examples(x)} examples does not fit the memory without"
+        return model, Choice("checkpointed", reason)
     try:
         fused, fused_trial = fuse(model, x), fuse(trial, x)
         with torch.random.fork_rng(cuda_devices(x)):

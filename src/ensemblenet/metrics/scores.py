@@ -1,15 +1,17 @@
 """The one table of scores: what each is called, how it is shown, and which way is better.
 
-Tables, pages, cards and commands read it, and show those scores that they were given. A score of your own is a row here
-and a line where it is computed, in `metrics/heads.py` or `metrics/tagging.py`.
+Tables, pages, cards and commands read it, and show those scores that they were given: of classification errors, of
+tagging GAP@20, whichever of the two was measured. A score of your own is a row here and a line where it is computed, in
+`metrics/heads.py` or `metrics/tagging.py`.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +27,8 @@ __all__ = [
     "current_name",
     "in_row",
     "meanings",
-    "row_scale",
+    "row_as_shown",
+    "row_score",
 ]
 
 
@@ -36,15 +39,16 @@ class Score:
     Args:
         heading: in tables.
         meaning: what it is, for captions, after "is".
-        scale: shown is the value times this.
+        scale: shown is the value times this, and the offset.
         digits: behind the point.
         unit: of what is shown.
         lower_is_better: or not; None where neither is better.
         of_several: a single head has none.
+        offset: added to what is shown.
 
     Example:
         >>> SCORES["accuracy"].text(0.98604), SCORES["accuracy"].label
-        ('98.60', 'top-1, %')
+        ('1.40', 'error, %')
     """
 
     heading: str
@@ -54,25 +58,35 @@ class Score:
     unit: str = ""
     lower_is_better: bool | None = False
     of_several: bool = False
+    offset: float = 0.0
 
     @property
     def label(self) -> str:
         """The heading with the unit."""
         return f"{self.heading}, {self.unit}" if self.unit else self.heading
 
+    def shown(self, value: float) -> float:
+        """The number that is shown for a value."""
+        return self.offset + self.scale * value
+
     def text(self, value: float) -> str:
         """A value as it is shown."""
-        return f"{self.scale * value:.{self.digits}f}"
+        return f"{self.shown(value):.{self.digits}f}"
 
 
 def _share(heading: str, meaning: str, of_several: bool = False, lower_is_better: bool | None = False) -> Score:
     return Score(heading, meaning, 100, 2, "%", lower_is_better, of_several)
 
 
+def _wrong(heading: str, meaning: str) -> Score:
+    """A share of right ones, shown as that of wrong ones."""
+    return Score(heading, meaning, -100, 2, "%", True, offset=100)
+
+
 SCORES = {
     # of a metric's values
-    "accuracy": _share("top-1", "the share of examples whose most likely class is right"),
-    "top5": _share("top-5", "the share of examples whose class is among the five most likely"),
+    "accuracy": _wrong("error", "the share of examples whose most likely class is wrong"),
+    "top5": _wrong("top-5 error", "the share of examples whose class is not among the five most likely"),
     "gap": _share("GAP@20", "the average precision of one list with the 20 best predictions of every video"),
     "map": _share("mAP", "the mean over classes of the average precision"),
     "hit1": _share("Hit@1", "the share of videos whose best prediction is right"),
@@ -83,7 +97,7 @@ SCORES = {
     "disagreement": _share("disagree", "the share of pairs of heads whose most likely classes differ", True, None),
     # of a study and of a run's results
     "head_kl": Score("KL", "the mean KL divergence between two heads", 1, 4, "nats", None, of_several=True),
-    "error": Score("error", "the share of examples that are wrong, or 100 − GAP@20", unit="%", lower_is_better=True),
+    "error": Score("error", "the share of examples that are wrong", unit="%", lower_is_better=True),
     "head_error": Score("one head", "the error of a single head, mean over heads", unit="%", lower_is_better=True),
     "head_gap": _share("one head", "GAP@20 of a single head, mean over heads"),
 }
@@ -98,22 +112,20 @@ class TaskScores:
 
     Args:
         main: the one that decides, a share.
-        error: what 100 (1 - main) is called.
-        error_meaning: what it is.
+        title: what a study calls it on its test examples.
         best: says how often the most likely class is right.
         of_class: what a single class is scored by.
     """
 
     main: str
-    error: str
-    error_meaning: str
+    title: str
     best: str
-    of_class: str
+    of_class: Score
 
 
 TASKS: dict[Task, TaskScores] = {
-    "multiclass": TaskScores("accuracy", "test error", "share of examples", "accuracy", "accuracy"),
-    "multilabel": TaskScores("gap", "100 − GAP@20", "100 (1 − GAP@20)", "hit1", "average precision"),
+    "multiclass": TaskScores("accuracy", "test error", "accuracy", SCORES["accuracy"]),
+    "multilabel": TaskScores("gap", "GAP@20", "hit1", _share("average precision", "that of one class")),
 }
 
 
@@ -154,14 +166,27 @@ def in_row(name: str, value: float) -> float:
     return SCORES[name].scale * value if name in IN_PERCENT else value
 
 
-def row_scale(name: str) -> float:
-    """What the value of a row of results.json is multiplied by to be shown.
+def row_score(name: str) -> Score:
+    """How a value in a row of results.json is shown; what is no score, such as seconds, as it is.
 
     Example:
-        >>> row_scale("gap"), row_scale("disagreement"), row_scale("cpu_seconds")
-        (1.0, 100, 1.0)
+        >>> [row_score(name).scale for name in ("gap", "disagreement", "cpu_seconds")]
+        [1.0, 100, 1.0]
     """
-    return 1.0 if name in IN_PERCENT or name not in SCORES else SCORES[name].scale
+    score = SCORES.get(name) or Score(name, "")
+    return replace(score, scale=1.0) if name in IN_PERCENT else score
+
+
+def row_as_shown(row: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """A row of a study, whose errors of tagging are 100 - GAP@20 in percent, with GAP@20 in their place.
+
+    Example:
+        >>> row_as_shown({"method": "base", "error_mean": 35.0, "error_std": 0.1}, "multilabel")
+        {'method': 'base', 'error_mean': 65.0, 'error_std': 0.1}
+    """
+    if SCORES[TASKS[task].main].lower_is_better:
+        return dict(row)
+    return dict(row) | {name: 100 - row[name] for name in ("error_mean", "head_error_mean") if name in row}
 
 
 def meanings(names: Collection[str]) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -12,10 +15,15 @@ import torch
 from torch import nn
 
 from ensemblenet.errors import LoadError, MissingExtraError
-from ensemblenet.models.sources import TIMM_ARGUMENTS, BaseSource, is_plain
+from ensemblenet.models.sources import BaseSource, is_plain, source_of
 
 __all__ = ["find_source"]
 
+# arguments that timm's networks keep as attributes
+_TIMM_ARGUMENTS = (
+    *("num_classes", "in_chans", "img_size", "global_pool", "class_token", "no_embed_class", "dynamic_img_size"),
+    *("drop_rate", "drop_path_rate"),
+)
 # what names people, places and tasks in a configuration of transformers
 _ORIGIN = ("_name_or_path", "architectures", "task_specific_params", "transformers_version")
 _STATES = ("training", "grad_checkpointing", "gradient_checkpointing")  # attributes that are no settings of a layer
@@ -36,16 +44,43 @@ def find_source(base: nn.Module, input_shape: tuple[int, ...]) -> BaseSource | N
         >>> find_source(MNIST1DNet(8), (40,))
         BaseSource(factory='ensemblenet', name='MNIST1DNet', arguments={'width': 8, 'num_classes': 10})
     """
-    module = type(base).__module__
-    candidates: Iterable[BaseSource] = ()
-    if module.startswith("timm.") and getattr(base, "pretrained_cfg", None):
-        candidates = _timm_candidates(base, input_shape)
-    elif module.startswith("transformers.models."):
-        candidates = [_transformers_source(base)]
-    elif module.startswith("ensemblenet.models.") and isinstance(getattr(base, "arguments", None), dict):
-        candidates = [BaseSource("ensemblenet", type(base).__name__, dict(base.arguments))]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    candidates = chain(filter(None, [source_of(base)]), _candidates(base, input_shape))
     with torch.random.fork_rng([]):
         return next((source for source in candidates if is_plain(asdict(source)) and _makes(source, base)), None)
+
+
+def _candidates(base: nn.Module, input_shape: tuple[int, ...]) -> Iterable[BaseSource]:
+    """Who could have made a base that nobody kept a record of."""
+    module = type(base).__module__
+    if module.startswith("timm.") and getattr(base, "pretrained_cfg", None):
+        return _timm_candidates(base, input_shape)
+    if module.startswith("torchvision.models."):
+        return _torchvision_candidates(base, module)
+    if module.startswith("transformers.models."):
+        return [_transformers_source(base)]
+    if module.startswith("ensemblenet.models.") and isinstance(getattr(base, "arguments", None), dict):
+        return [BaseSource("ensemblenet", type(base).__name__, dict(base.arguments))]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return []
+
+
+def _torchvision_candidates(base: nn.Module, module: str) -> Iterator[BaseSource]:
+    """torchvision's networks keep no name: those of the same file that have tensors of the same shapes."""
+    from torchvision import models
+
+    sizes = [getattr(layer, "out_features", getattr(layer, "out_channels", None)) for layer in base.modules()]
+    num_classes = next((size for size in reversed(sizes) if size is not None), None)
+    shapes = _shapes(base)
+    for name in models.list_models():
+        if models.get_model_builder(name).__module__ == module:
+            source = BaseSource("torchvision", name, {} if num_classes is None else {"num_classes": num_classes})
+            with torch.device("meta"), suppress(LoadError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if _shapes(source.build()) == shapes:
+                    yield source
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
 def _timm_candidates(base: nn.Module, input_shape: tuple[int, ...]) -> Iterator[BaseSource]:
@@ -68,7 +103,7 @@ def _timm_candidates(base: nn.Module, input_shape: tuple[int, ...]) -> Iterator[
 
 def _seen_arguments(network: nn.Module) -> dict[str, Any]:
     """Arguments that a network of timm's shows in its attributes and layers."""
-    seen = {key: getattr(network, key) for key in TIMM_ARGUMENTS if _is_setting(getattr(network, key, nn.Module))}
+    seen = {key: getattr(network, key) for key in _TIMM_ARGUMENTS if _is_setting(getattr(network, key, nn.Module))}
     if (size := getattr(getattr(network, "patch_embed", None), "img_size", None)) is not None:
         seen["img_size"] = [*size] if isinstance(size, tuple) else size
     layer: Any
@@ -99,7 +134,7 @@ def _transformers_source(base: Any) -> BaseSource:
 def _makes(source: BaseSource, base: nn.Module) -> bool:
     """Whether a source makes the same layers with the same settings, shapes and dtypes."""
     try:
-        made = source.build()
+        made = source.build(trust=True)  # it is the user's own code that has made the base
     except (LoadError, MissingExtraError):
         return False
     if type(made) is not type(base) or repr(made) != repr(base) or _facts(made) != _facts(base):

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import pickle
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ensemblenet.errors import EnsembleNetError, LoadError, MissingExtraError
 from ensemblenet.extras import require
+from ensemblenet.weights import read_checkpoint, read_header
 
 __all__ = [
-    "TIMM_ARGUMENTS",
+    "TIMM_WORDS",
     "BaseSource",
     "ModelNameError",
     "create",
@@ -26,18 +26,18 @@ __all__ = [
     "is_known",
     "is_plain",
     "made_with",
-    "source_named",
+    "source_of",
 ]
 
 _OWN = "ensemblenet.models"
+_LONGEST = 300  # of what another library says
+_MADE_BY = "_ensemblenet_source"  # an attribute of the networks that `create` made
 
-# the arguments of timm's networks that a stored source may have
-TIMM_ARGUMENTS = (
-    *("num_classes", "in_chans", "img_size", "global_pool", "class_token", "no_embed_class", "dynamic_img_size"),
-    *("drop_rate", "drop_path_rate"),
-)
+# arguments of timm's networks that are words, which it looks up in tables of its own
+TIMM_WORDS = ("act_layer", "norm_layer", "aa_layer", "global_pool", "pool_type", "stem_type", "pos_embed")
 # of transformers' configurations: what may be any text, and what fetches more
 _LABELS = ("id2label", "label2id")
+_MOST = 1 << 24  # of an integer: a list of so many parts is still made in no time
 _FETCHING = ("auto_map", "backbone", "quantization_config", "use_pretrained_backbone")
 
 
@@ -51,7 +51,7 @@ def create(
     weights: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Make a network, with random weights unless others are asked for.
+    """Make a network, with random weights unless others are asked for; it remembers how it was made.
 
     Args:
         name: a name of timm's, such as `resnet18`; `torchvision:NAME`, of images or videos; or
@@ -70,10 +70,14 @@ def create(
     """
     arguments = ({} if num_classes is None else {"num_classes": num_classes}) | (options or {})
     source, _, rest = name.partition(":")
-    if not rest:
-        return _from_timm(name, arguments, weights)
-    if weights is not None:
+    if rest and weights is not None:
         raise ModelNameError(f"weights are for timm's networks only, not for {name}.")
+    network = _from_factory(name, source, rest, arguments) if rest else _from_timm(name, arguments, weights)
+    setattr(network, _MADE_BY, _source_of(name, source, rest, arguments))
+    return network
+
+
+def _from_factory(name: str, source: str, rest: str, arguments: dict[str, Any]) -> nn.Module:
     factory = _from_torchvision(rest) if source == "torchvision" else _from_module(source, rest)
     try:
         network = factory(**arguments)
@@ -139,22 +143,32 @@ def _from_timm(name: str, arguments: dict[str, Any], weights: str | None) -> nn.
         return timm.create_model(name, pretrained=weights is not None, **arguments)
     except TypeError as error:
         raise ModelNameError(f"{name} cannot be made with {arguments}: {error}") from error
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # no network, or whatever weights of another network make of it
         if weights is None:
             raise
-        raise ModelNameError(f"{weights} cannot be had as weights of {name}: {error}") from error
+        raise ModelNameError(f"{weights} cannot be had as weights of {name}: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:_LONGEST]
 
 
 def _check_weights(path: Path) -> None:
-    """Refuse a pickle that holds more than tensors: not every version of timm does."""
+    """Refuse a damaged file, and a pickle that holds more than tensors: not every version of timm does."""
     if not path.is_file():
         raise ModelNameError(f"There is no file {path} with weights.")
     if path.suffix == ".safetensors":
+        read_header(path).check_seal()
         return
     try:
-        torch.load(path, "meta", weights_only=True)
-    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ModelNameError(f"{path} is not a state dict of tensors alone: {error}") from error
+        loaded = read_checkpoint(path, "meta")
+    except LoadError as error:
+        raise ModelNameError(
+            f"{path} is not a state dict of tensors alone: it is damaged, or holds other objects, which run code. "
+            "Save the state_dict() of its network as safetensors."
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ModelNameError(f"{path} is not a state dict of tensors: it holds a {type(loaded).__name__}.")
 
 
 def _from_torchvision(name: str) -> Callable[..., nn.Module]:
@@ -239,7 +253,7 @@ class BaseSource:
                 "trust=True (on the command line --trust); else pass base, a fresh instance."
             )
         makers = {
-            "timm": self._build_timm,
+            "timm": lambda: _from_timm(self.name, self.arguments, None),
             "torchvision": lambda: create(f"torchvision:{self.name}", options=self.arguments),
             "transformers": self._build_transformers,
             "ensemblenet": self._build_own,
@@ -252,11 +266,9 @@ class BaseSource:
         except MissingExtraError:
             raise
         except Exception as error:  # a library of another version, or arguments that it does not take
-            raise LoadError(f"The base {self.name!r} of {self.factory} cannot be built: {error}") from error
-
-    def _build_timm(self) -> nn.Module:
-        arguments = {key: value for key, value in self.arguments.items() if key in TIMM_ARGUMENTS}
-        return _from_timm(self.name, arguments, None)
+            raise LoadError(
+                f"The base {self.name!r} of {self.factory} cannot be built: {_in_one_line(error)}"
+            ) from error
 
     def _build_transformers(self) -> nn.Module:
         import transformers  # slow to import, and only needed for its own networks
@@ -289,12 +301,29 @@ def is_plain(source: Mapping[str, Any]) -> bool:
     if not (isinstance(factory, str) and isinstance(name, str) and isinstance(arguments, dict)):
         return False
     if factory == "transformers":
-        return set(arguments) == {"config", "attn_implementation"} and _is_plain_config(arguments)
+        try:
+            return set(arguments) == {"config", "attn_implementation"} and _is_plain_config(arguments)
+        except RecursionError:
+            return False
+    if factory == "module":
+        return _is_json(arguments)  # nothing is built without trust
     return all(
-        isinstance(item, (int, float)) or (factory == "timm" and key == "global_pool" and _is_word(item))
+        _is_number(item) or (factory == "timm" and key in TIMM_WORDS and _is_word(item))
         for key, value in arguments.items()
         for item in (value if isinstance(value, list) else [value])
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Also a flag. A network of a huge number of layers would take for ever to make."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= _MOST)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _is_plain_config(value: Any) -> bool:
@@ -304,20 +333,26 @@ def _is_plain_config(value: Any) -> bool:
         return all(key in _LABELS or _is_plain_config(item) for key, item in value.items())
     if isinstance(value, list):
         return all(map(_is_plain_config, value))
-    return value is None or isinstance(value, (int, float)) or _is_word(value)
+    return value is None or _is_number(value) or _is_word(value)
 
 
 def _is_word(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w.+-]*", value) is not None
 
 
-def source_named(name: str, num_classes: int | None = None) -> BaseSource:
-    """The source of a network that the user named as `torchvision:NAME` or `module.path:callable`.
+def _source_of(name: str, source: str, rest: str, arguments: dict[str, Any]) -> BaseSource:
+    if not rest:
+        return BaseSource("timm", name, arguments)
+    return (
+        BaseSource("torchvision", rest, arguments) if source == "torchvision" else BaseSource("module", name, arguments)
+    )
+
+
+def source_of(network: nn.Module) -> BaseSource | None:
+    """How [`create`][ensemblenet.models.create] made a network; None for one that it did not make.
 
     Example:
-        >>> source_named("torchvision:resnet18", 10)
+        >>> source_of(create("torchvision:resnet18", 10))
         BaseSource(factory='torchvision', name='resnet18', arguments={'num_classes': 10})
     """
-    factory, _, rest = name.partition(":")
-    arguments = {} if num_classes is None else {"num_classes": num_classes}
-    return BaseSource(factory, rest, arguments) if factory == "torchvision" else BaseSource("module", name, arguments)
+    return getattr(network, _MADE_BY, None)

@@ -10,13 +10,13 @@ from rich.table import Table
 
 from ensemblenet.cost import Budget
 from ensemblenet.functional import Task
-from ensemblenet.metrics.scores import SCORES, TASKS, meanings
+from ensemblenet.metrics.scores import SCORES, TASKS, meanings, row_as_shown
 from ensemblenet.reports.comparison_figures import draw_against_cost, draw_heads, draw_measures, draw_weights
 from ensemblenet.reports.figures import Figure, draw_pairs
 from ensemblenet.reports.page import write_page
 from ensemblenet.reports.tables import Column, results_table, time_columns, with_spread
 
-__all__ = ["PAGE", "comparison_table", "ranked", "summary", "write_comparison"]
+__all__ = ["PAGE", "comparison_table", "ranked", "summary", "tested_on", "write_comparison"]
 
 PAGE = "index.html"
 
@@ -27,7 +27,7 @@ _TERMINAL_COLUMNS = 6
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """The base, and behind it the others from the lowest error to the highest.
+    """The base, and behind it the others from the best to the worst.
 
     Example:
         >>> rows = [{"method": name, "error_mean": error} for name, error in (("base", 2.0), ("a", 3.0), ("b", 1.0))]
@@ -37,11 +37,17 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
     return [rows[0], *sorted(rows[1:], key=lambda row: row["error_mean"])]
 
 
-def comparison_table(rows: Sequence[Row], title: str | None = None) -> Table:
+def comparison_table(rows: Sequence[Row], title: str | None = None, task: Task = "multiclass") -> Table:
     """The rows for a terminal of 80 characters, ranked."""
-    columns = _columns(rows)[:_TERMINAL_COLUMNS]
+    shown = _as_shown(rows, task)
+    columns = _columns(shown, task)[:_TERMINAL_COLUMNS]
     head = Column("head, %", lambda row: f"{row['head_error_mean']:.2f}" if row["num_heads"] > 1 else "")
-    return results_table(ranked(rows), title, [*columns, head])
+    return results_table(shown, title, [*columns, head])
+
+
+def _as_shown(rows: Sequence[Row], task: Task) -> list[Row]:
+    """The rows ranked, with the score that speaks for the task as `error`: for tagging GAP@20, else the error."""
+    return [row_as_shown(row, task) for row in ranked(rows)]
 
 
 def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
@@ -49,26 +55,27 @@ def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
 
     Args:
         rows: the rows of a study's `results.json`, the base first.
-        task: names the error.
+        task: names the score.
 
     Example:
         >>> summary([{"method": "base", "kind": "base", "error_mean": 2.0, "seeds": 1}])
         'The base has test error 2.00 %; nothing of at most its cost was compared with it.'
     """
-    base, others = rows[0], [row for row in rows[1:] if row["kind"] != "larger"]
-    start = f"The base has {TASKS[task].error} {with_spread(base, 'error')} %"
+    base, *others = _as_shown([rows[0], *(row for row in rows[1:] if row["kind"] != "larger")], task)
+    start = f"The base has {TASKS[task].title} {with_spread(base, 'error')} %"
     if not others:
         return f"{start}; nothing of at most its cost was compared with it."
-    best, *rest = ranked([base, *others])[1:]
+    best, *rest = others
     wins = [row for row in others if row["difference"] is not None and row["difference"] < 0]
     sure = [row for row in wins if row["p"] is not None and row["p"] < 0.05]
-    verdict = "Best" if best["error_mean"] < base["error_mean"] else "No method beats it; closest"
+    verdict = "Best" if (best["error_mean"] < base["error_mean"]) == _lower(task) else "No method beats it; closest"
     relation = f"< {p[1:]}" if (p := _p(best)).startswith("<") else f"= {p}"
     next_best = f", before {rest[0]['method']} with {with_spread(rest[0], 'error')} %" if rest else ""
     return (
         f"{start}. {verdict} at no more than its cost: {best['method']} with {with_spread(best, 'error')} % "
-        f"({_change(best, base)} against the base, p {relation}){next_best}. "
-        f"{len(wins)} of {len(others)} methods at no more than the base's cost have a lower mean error, "
+        f"({_change(best, base, task)}{'' if _lower(task) else ' points'} against the base, p {relation}){next_best}. "
+        f"{len(wins)} of {len(others)} methods at no more than the base's cost have a "
+        f"{'lower mean error' if _lower(task) else f'higher mean {TASKS[task].title}'}, "
         f"{len(sure)} of them with p < 0.05."
     )
 
@@ -85,56 +92,80 @@ def write_comparison(
         headline: the first sentences of the page; None takes [`summary`][ensemblenet.reports.comparison.summary].
     """
     study, rows = results["study"], results["rows"]
-    shown = ranked(rows)
+    task: Task = study["task"]
+    shown = _as_shown(rows, task)
     effort = "every method, the same effort" if all(row["trials"] for row in rows) else "methods compared"
     finished = {row["method"] for row in rows}
     unfinished = dict.fromkeys(trial["method"] for trial in results["failed"] if trial["method"] not in finished)
     failures = [{"method": name, "kind": "failed"} for name in unfinished]
-    error = f"{TASKS[study['task']].error}, %"
+    error = f"{TASKS[task].title}, %"
     lead = Figure(
         "errors",
         f"{error[0].upper()}{error[1:]}, mean and standard deviation of a seed. Orange: the base; blue: "
         "co-distillation; hollow: larger than the base.",
         lambda: draw_measures(shown, [("error", error)]),
     )
+    halved = f", {tested_on(results)}" if results.get("halves") else ""
     write_page(
         path,
-        f"{_short(study['base'])} on {_short(study['data'])}: {effort}",
-        headline or summary(rows, study["task"]),
+        f"{_short(study['base'])} on {_short(study['data'])}: {effort}{halved}",
+        " ".join(filter(None, [headline or summary(rows, task), _halves(results)])),
         [*shown, *failures],
-        {"Figures": _figures(rows, error)},
+        {"Figures": _figures(shown, error, _lower(task))},
         _notes(results),
         environment,
-        _columns(rows),
+        _columns(shown, task),
         lead,
     )
 
 
-def _figures(unranked: Sequence[Row], error: str) -> list[Figure]:
+def tested_on(results: Mapping[str, Any]) -> str:
+    """On which examples a study tested, in words.
+
+    Example:
+        >>> tested_on({"halves": [60, 61]})
+        'tested on half of the validation data'
+    """
+    return "tested on half of the validation data" if results.get("halves") else "tested on the test data"
+
+
+def _halves(results: Mapping[str, Any]) -> str | None:
+    """What a study did for want of a test split."""
+    if not (halves := results.get("halves")):
+        return None
+    return (
+        "The data has no test split: methods were tuned on one half of the validation data "
+        f"({halves[0]:,} examples) and tested on the other ({halves[1]:,})."
+    )
+
+
+def _figures(rows: Sequence[Row], error: str, lower_is_better: bool) -> list[Figure]:
     """The figures below the table.
 
     Args:
-        unranked: rows in the order of the study.
-        error: the name of the error.
+        rows: as they are shown.
+        error: the name of the score.
+        lower_is_better: of that score.
     """
-    rows = ranked(unranked)
+    name = error.removeprefix("test ").removesuffix(", %")
+    title = f"{name[0].upper()}{name[1:]}"
     several = [row for row in rows if row["num_heads"] > 1]
     calibration = [(name, SCORES[name].label) for name in ("nll", "ece") if f"{name}_mean" in rows[0]]
     figures = [
         Figure(
             "error_against_cost",
-            "Error against cost, with the base as a line. Methods on the same conversion share their cost; of "
+            f"{title} against cost, with the base as a line. Methods on the same conversion share their cost; of "
             "those that cost about the same the best is named.",
-            lambda: draw_against_cost(rows, error),
+            lambda: draw_against_cost(rows, error, lower_is_better),
         ),
     ]
-    if len(swept := _swept(unranked)) > 2:
+    if len(swept := _swept(rows)) > 2:
         seeds = ", ".join(f"{row['seeds']} at λ = {row['setup']['weight']:g}" for row in swept)
         figures.append(
             Figure(
                 "error_against_lambda",
-                "Error of the ensemble and of its single heads against the co-distillation weight, with the base as a "
-                f"line; seeds: {seeds}.",
+                f"{title} of the ensemble and of its single heads against the co-distillation weight, with the base as "
+                f"a line; seeds: {seeds}.",
                 lambda: draw_weights(swept, rows[0], error),
             )
         )
@@ -142,7 +173,7 @@ def _figures(unranked: Sequence[Row], error: str) -> list[Figure]:
         figures += [
             Figure(
                 "heads",
-                "Error of the whole (circle) and of a single head (square; mean over heads, for OKDDip its leader), "
+                f"{title} of the whole (circle) and of a single head (square; mean over heads, for OKDDip its leader), "
                 "with the base as a line.",
                 lambda: draw_heads(rows, error),
             ),
@@ -153,7 +184,7 @@ def _figures(unranked: Sequence[Row], error: str) -> list[Figure]:
                 lambda: draw_measures(several, [(name, SCORES[name].label) for name in ("disagreement", "head_kl")]),
             ),
         ]
-    if paired := next((row for row in unranked if row["kind"] == "ours" and len(row.get("pairs", ())) > 2), None):
+    if paired := next((row for row in rows if row["kind"] == "ours" and len(row.get("pairs", ())) > 2), None):
         figures.append(
             Figure(
                 "agreement_of_heads",
@@ -193,11 +224,11 @@ def _swept(rows: Sequence[Row]) -> list[Row]:
     return [most[weight] for weight in sorted(most)]
 
 
-def _columns(rows: Sequence[Row]) -> list[Column]:
-    base = rows[0]
+def _columns(rows: Sequence[Row], task: Task) -> list[Column]:
+    base, main = rows[0], SCORES[TASKS[task].main].label
 
     def of(heading: str, cell: Callable[[Row], str]) -> Column:
-        if_failed = "failed" if heading == SCORES["error"].label else ""
+        if_failed = "failed" if heading == main else ""
         return Column(heading, lambda row: if_failed if row["kind"] == "failed" else cell(row))
 
     def score(name: str) -> Column:
@@ -208,8 +239,8 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     timed = [row["milliseconds"] for row in rows if "milliseconds" in row]
     return [
         Column("method", lambda row: row["method"]),
-        score("error"),
-        of("vs base", lambda row: "" if row["kind"] == "base" else _change(row, base)),
+        of(main, lambda row: with_spread(row, "error")),
+        of("vs base", lambda row: "" if row["kind"] == "base" else _change(row, base, task)),
         of("p", lambda row: "" if row["kind"] == "base" else _p(row)),
         of("params", lambda row: f"{row['parameters'] / base['parameters']:.2f}"),
         of("MACs", lambda row: f"{row['macs'] / base['macs']:.2f}"),
@@ -226,8 +257,15 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
     ]
 
 
-def _change(row: Row, base: Row) -> str:
-    return f"{100 * (row['error_mean'] / base['error_mean'] - 1):+.0f} %".replace("-", "−")
+def _lower(task: Task) -> bool:
+    return bool(SCORES[TASKS[task].main].lower_is_better)
+
+
+def _change(row: Row, base: Row, task: Task) -> str:
+    """Of errors the share of the base's, of what is better high the difference in points."""
+    if _lower(task):
+        return f"{100 * (row['error_mean'] / base['error_mean'] - 1):+.0f} %".replace("-", "−")
+    return f"{row['error_mean'] - base['error_mean']:+.2f}".replace("-", "−")
 
 
 def _p(row: Row) -> str:
@@ -238,7 +276,7 @@ def _p(row: Row) -> str:
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
     study, rows, failed = results["study"], results["rows"], results["failed"]
-    tuning = study["tuning"]
+    tuning, main = study["tuning"], SCORES[TASKS[study["task"]].main]
     fixed = [row for row in rows if not row["trials"]]
     scores = [name for name in SCORES if f"{name}_mean" in rows[0] and name not in ("error", "head_error")]
     methods = "; ".join(f"{row['method']}: {row['summary']}" for row in rows)
@@ -252,7 +290,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"Learning rate ({tuning['lr'][0]:g} to {tuning['lr'][1]:g}) and weight decay "
             f"({tuning['weight_decay'][0]:g} to {tuning['weight_decay'][1]:g}) are each method's best of the same "
-            f"{tuning['trials']} pairs, by the error on validation examples after one run of "
+            f"{tuning['trials']} pairs, by the {main.heading} on validation examples after one run of "
             f"{tuning['epochs'] or study['epochs']} epochs each. All else of a method is "
             "as its paper has it."
         )
@@ -264,7 +302,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     return [
         f"Data: {', '.join([_short(study['data']), *numbers])}.",
         *notes,
-        f"Error: {TASKS[study['task']].error_meaning}, on test examples that were read once. p: two-sided paired "
+        f"{main.heading[0].upper()}{main.heading[1:]}: {main.meaning}{_read_once(results)}. p: two-sided paired "
         f"t-test against the base over seeds, not corrected for {len(rows) - 1} comparisons. One head: mean over "
         "single heads, for OKDDip its leader. CPU s: processor time of one training. ms: median time of the "
         "prediction of a batch.",
@@ -282,6 +320,12 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             else []
         ),
     ]
+
+
+def _read_once(results: Mapping[str, Any]) -> str:
+    if results.get("halves"):
+        return ", on the half of the validation examples that tuned nothing, parted by class and a hash of their names"
+    return ", on test examples that were read once"
 
 
 def _short(spec: Mapping[str, Any]) -> str:

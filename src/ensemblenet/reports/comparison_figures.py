@@ -11,7 +11,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from ensemblenet.metrics.scores import row_scale
+from ensemblenet.metrics.scores import row_score
 from ensemblenet.reports.figures import BLUE, GREY, NARROW, ORANGE
 
 __all__ = ["draw_against_cost", "draw_heads", "draw_measures", "draw_weights"]
@@ -19,6 +19,7 @@ __all__ = ["draw_against_cost", "draw_heads", "draw_measures", "draw_weights"]
 Row = Mapping[str, Any]
 
 _BASE_LINE: dict[str, Any] = {"color": ORANGE, "linestyle": "--", "linewidth": 1, "zorder": 0}
+_WIDE = 4  # times as large, and the scale is logarithmic
 _COLOURS = {"base": ORANGE, "ours": BLUE}  # of what a row's `kind` names
 
 
@@ -34,8 +35,8 @@ def draw_measures(rows: Sequence[Row], measures: Sequence[tuple[str, str]]) -> D
     for panel, (name, label) in zip(panels, measures, strict=True):
         for place, row in enumerate(rows):
             if row.get(f"{name}_mean") is not None:
-                scale = row_scale(name)
-                mean, spread = scale * row[f"{name}_mean"], scale * row.get(f"{name}_std", 0)
+                score = row_score(name)
+                mean, spread = score.shown(row[f"{name}_mean"]), abs(score.scale) * row.get(f"{name}_std", 0)
                 panel.errorbar(mean, place, xerr=spread, **_marker(row))
                 if row.get("kind") == "base":
                     panel.axvline(mean, **_BASE_LINE)
@@ -47,7 +48,7 @@ def draw_measures(rows: Sequence[Row], measures: Sequence[tuple[str, str]]) -> D
 
 
 def draw_heads(rows: Sequence[Row], label: str) -> Drawing:
-    """Error of each method's prediction beside that of its single heads, mean over heads; the base's as a line."""
+    """Score of each method's prediction beside that of its single heads, mean over heads; the base's as a line."""
     several = [row for row in rows if row["num_heads"] > 1]
     drawing = Drawing(figsize=(NARROW, 0.9 + 0.32 * len(several)), layout="constrained")
     axes = drawing.subplots()
@@ -57,7 +58,7 @@ def draw_heads(rows: Sequence[Row], label: str) -> Drawing:
         axes.errorbar(ends[0], place, xerr=row["error_std"], **_marker(row))
         axes.plot(ends[1], place, "s", color=GREY, markersize=6)
     axes.axvline(rows[0]["error_mean"], **_BASE_LINE)
-    if max(row["head_error_mean"] for row in several) > 4 * max(row["error_mean"] for row in rows):
+    if max(row["head_error_mean"] for row in several) > _WIDE * max(row["error_mean"] for row in rows):
         axes.set_xscale("log")
         _few_log_ticks(axes.xaxis)
     axes.set_xlabel(label)
@@ -65,10 +66,15 @@ def draw_heads(rows: Sequence[Row], label: str) -> Drawing:
     return drawing
 
 
-def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
-    """Error against parameters and against MACs, as shares of the first row's, the base's, whose error is a line.
+def draw_against_cost(rows: Sequence[Row], label: str, lower_is_better: bool) -> Drawing:
+    """Score against parameters and against MACs, as shares of the first row's, the base's, whose score is a line.
 
     The base, and of methods that cost about the same the best, are named; the rest is for the table.
+
+    Args:
+        rows: the base, and behind it the others from the best to the worst.
+        label: the score's name.
+        lower_is_better: of that score; names stand on the better side of a mark, the base's on the other.
     """
     base = rows[0]
     drawing = Drawing(figsize=(NARROW, 6.4), layout="constrained")
@@ -76,17 +82,18 @@ def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
     for panel, (key, size) in zip(panels, [("parameters", "parameters"), ("macs", "MACs")], strict=True):
         shares = [row[key] / base[key] for row in rows]
         named: list[float] = []
-        for share, row in sorted(zip(shares, rows, strict=True), key=lambda pair: pair[1]["error_mean"]):
+        for share, row in zip(shares, rows, strict=True):
             panel.errorbar(share, row["error_mean"], yerr=row["error_std"], **_marker(row), alpha=0.8)
             if row is base or not any(0.75 < other / share < 1 / 0.75 for other in named):
                 named += [] if row is base else [share]
+                up = 1 if (row is base) == lower_is_better else -1
                 panel.annotate(
                     row["method"],
-                    (share, row["error_mean"] + (row["error_std"] if row is base else -row["error_std"])),
-                    xytext=(0, 7 if row is base else -7),
+                    (share, row["error_mean"] + up * row["error_std"]),
+                    xytext=(0, 7 * up),
                     textcoords="offset points",
                     ha="center",
-                    va="bottom" if row is base else "top",
+                    va="bottom" if up > 0 else "top",
                     fontsize=9,
                 )
         panel.axhline(base["error_mean"], **_BASE_LINE)
@@ -101,12 +108,12 @@ def draw_against_cost(rows: Sequence[Row], label: str) -> Drawing:
 
 
 def draw_weights(rows: Sequence[Row], base: Row, label: str) -> Drawing:
-    """Error of the ensemble and of its single heads against lambda, with the base's as a line.
+    """Score of the ensemble and of its single heads against lambda, with the base's as a line.
 
     Args:
         rows: the rows of one conversion, by rising `weight` of their `setup`.
         base: the base's row.
-        label: the error's name.
+        label: the score's name.
     """
     drawing = Drawing(figsize=(NARROW, 3.2), layout="constrained")
     axes = drawing.subplots()
@@ -121,8 +128,10 @@ def draw_weights(rows: Sequence[Row], base: Row, label: str) -> Drawing:
     axes.set_xticks(list(positions), [f"{row['setup']['weight']:g}" for row in rows])
     axes.set_xlabel("λ, the co-distillation weight")
     axes.set_ylabel(label)
-    axes.set_yscale("log")  # single heads are far worse at λ = 0
-    _few_log_ticks(axes.yaxis)
+    means = [row[f"{name}_mean"] for row in rows for name in ("error", "head_error")]
+    if max(means) > _WIDE * min(means):  # single heads are far worse at λ = 0
+        axes.set_yscale("log")
+        _few_log_ticks(axes.yaxis)
     axes.legend()
     return drawing
 

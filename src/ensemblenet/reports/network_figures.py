@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -15,6 +15,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from ensemblenet.evaluation.findings import Bins
+from ensemblenet.metrics.scores import SCORES
 from ensemblenet.reports.figures import NARROW
 
 __all__ = [
@@ -80,24 +81,21 @@ class Panel:
         label: the label of its axis.
         curve: the name of the curve to draw as a line.
         dashed: the name of one to draw beside it; empty for none.
-        scale: a factor for the values.
+        shown: what is drawn for a value.
     """
 
     label: str
     curve: str
     dashed: str = ""
-    scale: float = 1.0
+    shown: Callable[[float], float] = float
 
 
-def draw_score_against_macs(
-    runs: Sequence[tuple[Looks, Sequence[Mapping[str, Any]]]], score: str, label: str
-) -> Drawing:
+def draw_score_against_macs(runs: Sequence[tuple[Looks, Sequence[Mapping[str, Any]]]], score: str) -> Drawing:
     """A score against MACs: of whole networks (large), of the first k heads (a line), of single heads (squares).
 
     Args:
         runs: each with its rows, see [`ensemblenet.evaluation.scoring.score`][].
-        score: the rows' key, a share.
-        label: the score's name.
+        score: the rows' key, a score's name.
     """
     drawing = Drawing(figsize=(NARROW, 3.4), layout="constrained")
     axes = drawing.subplots()
@@ -110,7 +108,7 @@ def draw_score_against_macs(
         axes.plot(*_points(heads, score), "s", color=looks.colour, markersize=5, alpha=0.5)
         axes.plot(*_points([whole], score), "o", color=looks.colour, markersize=9, label=looks.name)
     axes.set_xlabel("MACs")
-    axes.set_ylabel(f"{label}, %")
+    axes.set_ylabel(SCORES[score].label)
     axes.set_xlim(left=0)
     axes.margins(x=0.1, y=0.12)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -120,7 +118,7 @@ def draw_score_against_macs(
 
 
 def _points(rows: Sequence[Mapping[str, Any]], score: str) -> tuple[list[float], list[float]]:
-    return [row["macs"] for row in rows], [100 * row[score] for row in rows]
+    return [row["macs"] for row in rows], [SCORES[score].shown(row[score]) for row in rows]
 
 
 def draw_stopping(runs: Sequence[tuple[Looks, Line, Line, tuple[float, float]]], label: str) -> Drawing:
@@ -129,7 +127,7 @@ def draw_stopping(runs: Sequence[tuple[Looks, Line, Line, tuple[float, float]]],
     Args:
         runs: each with the points (mean MACs, score in percent) of stopping by confidence, of stopping once heads
             agree, and of the whole network.
-        label: the score's name.
+        label: the score's name, with its unit.
     """
     drawing = Drawing(figsize=(NARROW, 3.4), layout="constrained")
     axes = drawing.subplots()
@@ -141,7 +139,7 @@ def draw_stopping(runs: Sequence[tuple[Looks, Line, Line, tuple[float, float]]],
             axes.plot(*points, "^--", color=looks.colour, alpha=0.6, label=f"{looks.name}: agreed")
         axes.plot(*whole, "o", color=looks.colour, markersize=9, label=looks.name)
     axes.set_xlabel("mean MACs of an example")
-    axes.set_ylabel(f"{label}, %")
+    axes.set_ylabel(label)
     axes.margins(x=0.08, y=0.12)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -162,7 +160,7 @@ def draw_curves(runs: Sequence[tuple[Looks, Mapping[str, Line]]], panels: Sequen
         for looks, curves in runs:
             for name, style in ((panel.curve, "-"), (panel.dashed, "--")):
                 if name in curves:
-                    points = [(step, panel.scale * value) for step, value in curves[name]]
+                    points = [(step, panel.shown(value)) for step, value in curves[name]]
                     label = looks.name if style == "-" else None
                     mark = "." if len(points) < _FEW else ""  # one point alone makes no line
                     ax.plot(*zip(*points, strict=True), mark + style, color=looks.colour, linewidth=1.4, label=label)
@@ -196,19 +194,17 @@ def draw_classes(names: Sequence[str], runs: Sequence[tuple[Looks, Sequence[floa
 
     Args:
         names: the names of the classes, from top to bottom; an empty one leaves a gap.
-        runs: each with the scores of the classes, shares.
-        label: the score's name.
+        runs: each with the scores of the classes, as they are shown.
+        label: the score's name, with its unit.
     """
     drawing = Drawing(figsize=(NARROW, 1.1 + 0.26 * len(names)), layout="constrained")
     axes = drawing.subplots()
     places = [place for place, name in enumerate(names) if name]
     for looks, scores in runs:
-        axes.plot(
-            [100 * scores[place] for place in places], places, "o", color=looks.colour, label=looks.name, alpha=0.85
-        )
+        axes.plot([scores[place] for place in places], places, "o", color=looks.colour, label=looks.name, alpha=0.85)
     axes.set_yticks(places, [_cut(names[place]) for place in places])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlabel(f"{label}, %")
+    axes.set_xlabel(label)
     axes.margins(x=0.06)
     _legend_above(drawing, axes)
     return drawing

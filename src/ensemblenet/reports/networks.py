@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from ensemblenet.cost import Cost
 from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import LoadError
 from ensemblenet.evaluation.findings import FEWEST, Example, Findings, early_stopping, reliability
-from ensemblenet.evaluation.scoring import Scores, Seen, Split, observe
+from ensemblenet.evaluation.scoring import Scores, Seen, Split, in_words, observe
 from ensemblenet.inputs import call
 from ensemblenet.metrics.diversity import same_class
 from ensemblenet.metrics.scores import SCORES, TASKS, meanings
@@ -47,7 +47,11 @@ _MOST_CLASSES = 24
 
 
 def write_report(
-    path: Path, networks: Sequence[Restored], data: Sequence[LightningDataModule], split: Split = "test"
+    path: Path,
+    networks: Sequence[Restored],
+    data: Sequence[LightningDataModule],
+    split: Split = "test",
+    device: str = "auto",
 ) -> None:
     """Evaluate trained networks and write a page about them.
 
@@ -56,6 +60,7 @@ def write_report(
         networks: trained networks of one task and with the same classes.
         data: the examples for each network.
         split: the split to evaluate them on.
+        device: to run them on, such as "cuda:1"; "auto" takes a GPU if there is one.
 
     Raises:
         LoadError: the networks do not belong on one page, or the data does not fit them.
@@ -68,9 +73,9 @@ def write_report(
             )
     converted = [isinstance(restored.network, EnsembleNet) for restored in networks]
     looks = choose_looks([restored.name for restored in networks], converted)
-    runs = [_examine(*run, split) for run in zip(looks, networks, data, strict=True)]
+    runs = [_examine(*run, split, device) for run in zip(looks, networks, data, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, runs, split)
+    _write(path, runs, partial(in_words, split, data[0]))
 
 
 # -- what is found out about a network
@@ -90,7 +95,7 @@ class _Run:
         return self.restored.network
 
 
-def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split: Split) -> _Run:
+def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split: Split, device: str) -> _Run:
     network = restored.network
     combine = network.combine if isinstance(network, EnsembleNet) else "logits"
     scores, findings = Scores(restored), Findings(combine, restored.task)
@@ -100,7 +105,7 @@ def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split:
         inputs = glimpse(seen.inputs, len(restored.inputs.shape)) if isinstance(seen.inputs, Tensor) else None
         findings.update(inputs, seen.outputs, seen.targets, seen.places)
 
-    observe(restored, data, split, saw)
+    observe(restored, data, split, saw, device)
     classes = readable_names(restored.classes or [str(label) for label in range(restored.num_classes())])
     return _Run(looks, restored, scores.rows(), findings, read_curves(restored.folder), classes)
 
@@ -108,14 +113,14 @@ def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split:
 # -- the page
 
 
-def _write(path: Path, runs: Sequence[_Run], split: Split) -> None:
+def _write(path: Path, runs: Sequence[_Run], said: Callable[[str], str]) -> None:
     main = TASKS[runs[0].restored.task].main
     score = SCORES[main]
     lead = Figure(
         "score_against_macs",
         f"{score.heading[0].upper()}{score.heading[1:]} against MACs. Circles: whole networks; line: the first k heads "
         "together; squares: single heads.",
-        lambda: draw_score_against_macs([(run.looks, run.rows) for run in runs], main, score.heading),
+        lambda: draw_score_against_macs([(run.looks, run.rows) for run in runs], main),
     )
     sections = {
         "Network and training": [*_designs(runs), *_curves(runs)],
@@ -125,11 +130,11 @@ def _write(path: Path, runs: Sequence[_Run], split: Split) -> None:
     }
     write_page(
         path,
-        f"{' and '.join(run.looks.name for run in runs)}: {split} examples",
+        f"{' and '.join(run.looks.name for run in runs)}: {said('examples')}",
         " ".join(_summary(run) for run in runs),
         [row for run in runs for row in _table_rows(run)],
         {heading: shown for heading, shown in sections.items() if shown},
-        _notes(runs, split),
+        _notes(runs, said),
         environment(),
         scores_columns(runs[-1].rows),
         lead,
@@ -194,7 +199,7 @@ def _curves(runs: Sequence[_Run]) -> list[Figure | Cards]:
     main = TASKS[runs[0].restored.task].main
     panels = [
         Panel("training loss", "train/loss"),
-        Panel(f"val {SCORES[main].label}", f"val/{main}", f"val/head_{main}", SCORES[main].scale),
+        Panel(f"val {SCORES[main].label}", f"val/{main}", f"val/head_{main}", SCORES[main].shown),
         Panel("val NLL", "val/nll"),
     ]
     panels = [panel for panel in panels if any(panel.curve in run.curves for run in runs)]
@@ -219,12 +224,12 @@ def _reliability(runs: Sequence[_Run]) -> Figure:
 
 
 def _classes(runs: Sequence[_Run]) -> Figure:
-    label = TASKS[runs[0].restored.task].of_class
+    score = TASKS[runs[0].restored.task].of_class
     found = [run.findings.class_scores(len(run.classes)) for run in runs]
     counts = found[0][1]
     fewest = FEWEST if int((counts > 0).sum()) > _MOST_CLASSES else 1
     present = [c for c in range(len(runs[0].classes)) if counts[c] >= fewest]
-    ranked = sorted(present, key=lambda c: float(found[-1][0][c]))
+    ranked = sorted(present, key=lambda c: float(found[-1][0][c]))  # of what is right, so the worst first
     shown: list[int | None] = list(ranked)
     which = f"the {len(ranked)} classes"
     if len(ranked) > _MOST_CLASSES:
@@ -233,13 +238,13 @@ def _classes(runs: Sequence[_Run]) -> Figure:
         which = f"the {half} worst and the {half} best of the {len(ranked):,} classes"
     names = ["" if c is None else runs[0].classes[c] for c in shown]
     scores = [
-        (run.looks, [0.0 if c is None else float(of_classes[c]) for c in shown])
+        (run.looks, [0.0 if c is None else score.shown(float(of_classes[c])) for c in shown])
         for run, (of_classes, _) in zip(runs, found, strict=True)
     ]
     of = f", ranked by {runs[-1].looks.name}" if len(runs) > 1 else ""
     enough = f" that have at least {fewest} examples" if fewest > 1 else ""
-    caption = f"{label.capitalize()}: {which}{enough}{of}."
-    return Figure("classes", caption, lambda: draw_classes(names, scores, label))
+    caption = f"{score.heading.capitalize()}: {which}{enough}{of}."
+    return Figure("classes", caption, lambda: draw_classes(names, scores, score.label))
 
 
 def _pairs(runs: Sequence[_Run]) -> list[Figure | Cards]:
@@ -255,10 +260,10 @@ def _pairs(runs: Sequence[_Run]) -> list[Figure | Cards]:
 
 
 def _stopping(runs: Sequence[_Run]) -> Figure:
-    label = SCORES[TASKS[runs[0].restored.task].best].heading
+    score = SCORES[TASKS[runs[0].restored.task].best]
     macs = [{row["num_heads"]: row["macs"] for row in run.rows} for run in runs]
     lines = [
-        (run.looks, *early_stopping(run.findings.heads, run.findings.firsts, costs))
+        (run.looks, *early_stopping(run.findings.heads, run.findings.firsts, costs, score.shown))
         for run, costs in zip(runs, macs, strict=True)
     ]
     return Figure(
@@ -266,7 +271,7 @@ def _stopping(runs: Sequence[_Run]) -> Figure:
         "Heads run one after another until the mean of those that ran is confident enough (line, one point for each "
         "threshold), or until all that ran, at least 2, 3, ... of them, have the same most likely class (triangles, "
         "where there are more than two heads).",
-        lambda: draw_stopping(lines, label),
+        lambda: draw_stopping(lines, score.label),
     )
 
 
@@ -298,11 +303,11 @@ def _card(run: _Run, example: Example) -> Card:
     )
 
 
-def _notes(runs: Sequence[_Run], split: Split) -> list[str]:
+def _notes(runs: Sequence[_Run], said: Callable[[str], str]) -> list[str]:
     counts = " and ".join(dict.fromkeys(f"{run.findings.count:,}" for run in runs))
     notes = [
-        f"All scores are of the {counts} examples of the {split} split, in evaluation mode and float32. Shares are in "
-        f"percent, NLL is in nats. {meanings(runs[0].rows[0].keys())}",
+        f"All scores are of the {counts} examples of the {said('split')}, in evaluation mode and float32. Shares are "
+        f"in percent, NLL is in nats. {meanings(runs[0].rows[0].keys())}",
     ]
     if len({run.findings.count for run in runs}) > 1:
         notes.append("The runs were scored on different numbers of examples: compare them with care.")

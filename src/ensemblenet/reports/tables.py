@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ensemblenet.metrics.scores import IN_PERCENT, SCORES, row_scale
+from ensemblenet.metrics.scores import IN_PERCENT, SCORES, row_score
 
 __all__ = [
     "COST_NOTE",
@@ -102,7 +102,7 @@ def scores_columns(rows: Sequence[Row]) -> list[Column]:
 
     Example:
         >>> [column.heading for column in scores_columns([{"accuracy": 0.9, "nll": 0.3}])]
-        ['', 'params', 'MACs', 'top-1', 'NLL']
+        ['', 'params', 'MACs', 'error', 'NLL']
     """
 
     def text(row: Row, name: str) -> str:
@@ -142,8 +142,9 @@ def with_spread(row: Row, name: str) -> str:
     """
     if row.get(f"{name}_mean") is None:
         return ""
-    parts = ("mean", "std") if row["seeds"] > 1 else ("mean",)
-    return " ± ".join(f"{row_scale(name) * row[f'{name}_{part}']:.{SCORES[name].digits}f}" for part in parts)
+    score = row_score(name)
+    mean = score.text(row[f"{name}_mean"])
+    return f"{mean} ± {abs(score.scale) * row[f'{name}_std']:.{score.digits}f}" if row["seeds"] > 1 else mean
 
 
 def short_number(number: float) -> str:

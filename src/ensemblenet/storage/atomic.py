@@ -1,4 +1,4 @@
-"""Files and folders that are there complete or not at all: written under another name, then renamed."""
+"""Files and folders that are there complete or not at all, written under another name and renamed; and small texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "atomic_path", "write_json"]
+from ensemblenet.errors import LoadError
+
+__all__ = ["atomic_folder", "atomic_path", "read_json", "read_text", "write_json"]
+
+_MOST_TEXT_BYTES = 1 << 24
 
 
 @contextmanager
@@ -69,3 +73,41 @@ def write_json(path: Path, data: Any) -> None:
     """Write plain data for people to read, complete or not at all."""
     with atomic_path(path) as unfinished:
         unfinished.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """Read a small file that may come from anyone.
+
+    Raises:
+        LoadError: it is large, or not text.
+    """
+    if path.stat().st_size > _MOST_TEXT_BYTES:
+        raise LoadError(f"{path} is larger than any {path.stem}.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LoadError(f"{path} is not text: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read an object of JSON from a small file that may come from anyone.
+
+    Raises:
+        LoadError: it is something else.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "results.json"
+        >>> write_json(path, {"rows": []})
+        >>> read_json(path)
+        {'rows': []}
+    """
+    try:
+        data = json.loads(read_text(path))
+    except LoadError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise LoadError(f"{path} must hold an object of JSON, got {type(data).__name__}.")
+    return data

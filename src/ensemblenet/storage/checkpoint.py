@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ensemblenet.conversion.convert import rebuild
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError, LoadError
+from ensemblenet.models.sources import BaseSource
 from ensemblenet.recipe import Recipe
-from ensemblenet.storage.atomic import atomic_folder
+from ensemblenet.storage.atomic import atomic_folder, read_text
+from ensemblenet.storage.descriptions import write_description
 from ensemblenet.storage.hub import local_folder
+from ensemblenet.storage.limits import ACTIVATIONS, build_within, check_base, check_heads, check_inputs
+from ensemblenet.weights import Header, digest, read_header, read_weights, write_weights
 
-__all__ = ["load", "read_description", "save"]
+__all__ = ["how_to_load", "load", "read_model", "save", "write_model"]
 
-_DESCRIPTION = "data.json"
 _RECIPE = "recipe.json"
 _WEIGHTS = "model.safetensors"
-_MOST_TEXT_BYTES = 1 << 24
+_BASE_SEAL, _RECIPE_SEAL = "base", "recipe"  # checksums in the header of the weights
 
 
 def save(model: EnsembleNet, directory: str | os.PathLike[str], description: Mapping[str, Any] | None = None) -> Path:
@@ -56,20 +59,47 @@ def save(model: EnsembleNet, directory: str | os.PathLike[str], description: Map
         >>> bool((again(torch.ones(1, 8)) == model(torch.ones(1, 8))).all())
         True
     """
+    write_model(model, Path(directory), description)
+    assert model.recipe is not None
+    if model.recipe.base is None:
+        note = "No known factory makes the base, so the saved model does not name it: load it with"
+        warnings.warn(f"{note} {how_to_load(model.recipe)}.", stacklevel=2)
+    return Path(directory)
+
+
+def how_to_load(recipe: Recipe) -> str:
+    """The call that loads a saved model, in words.
+
+    Example:
+        >>> from ensemblenet import convert
+        >>> how_to_load(convert(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3)), torch.ones(2, 8)).recipe)
+        'ensemblenet.load(directory, base=...), where base is a fresh instance of the network'
+    """
+    if recipe.base is None:
+        return "ensemblenet.load(directory, base=...), where base is a fresh instance of the network"
+    if recipe.base.factory == "module":
+        return f"ensemblenet.load(directory, trust=True), which imports {recipe.base.name.partition(':')[0]}"
+    return "ensemblenet.load(directory)"
+
+
+def write_model(model: EnsembleNet, target: Path, description: Mapping[str, Any] | None = None) -> None:
+    """Do what [`ensemblenet.save`][] does, for those who know the base."""
     if model.recipe is None:
         raise LoadError(
             "The model was built by hand and has no recipe to rebuild it by; save its state_dict() instead, or "
             "make the model with ensemblenet.convert."
         )
-    target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; save to a new directory.")
+    recipe = model.recipe.to_json()
+    notes = _seals(recipe)
+    if model.base_cost is not None:
+        notes[ACTIVATIONS] = str(round(model.base_cost.activations))
     with atomic_folder(target) as unfinished:
-        (unfinished / _RECIPE).write_text(model.recipe.to_json())
-        save_model(model, str(unfinished / _WEIGHTS))
+        (unfinished / _RECIPE).write_text(recipe)
+        write_weights(model, unfinished / _WEIGHTS, notes)
         if description is not None:
-            (unfinished / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    return target
+            write_description(unfinished, description)
 
 
 @torch.inference_mode(False)  # weights of inference mode could not be trained on
@@ -93,50 +123,46 @@ def load(directory: str | os.PathLike[str], base: nn.Module | None = None, *, tr
         >>> load(saved, base=nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 3))).num_heads
         2
     """
-    folder = local_folder(directory)
-    recipe = Recipe.from_json(_read_recipe(folder))
-    if base is None:
-        if recipe.base is None:
-            raise LoadError(
-                f"The base of {folder} comes from no known factory: pass a fresh instance of it, "
-                f"ensemblenet.load(directory, base=...)."
-            )
-        base = recipe.base.build(trust)
-    shapes = _saved_shapes(folder / _WEIGHTS)
-    if sum(name.startswith("heads.") and name.split(".")[1] == "0" for name in shapes) == 0:
-        raise LoadError(f"{folder / _WEIGHTS} holds no heads; it is not one of ensemblenet's.")
-    saved_heads = {name.split(".")[1] for name in shapes if name.startswith("heads.")}
-    if len(saved_heads) != recipe.num_heads:
-        raise LoadError(f"The recipe has {recipe.num_heads} heads, the weights have {len(saved_heads)}.")
+    return read_model(local_folder(directory), base, trust)
+
+
+def read_model(folder: Path, base: nn.Module | Callable[[], nn.Module] | None, trust: bool = False) -> EnsembleNet:
+    """Do what [`ensemblenet.load`][] does.
+
+    Args:
+        folder: on this machine.
+        base: the base, or what makes it; None makes the one that the recipe names.
+        trust: run code of the model's author, and make a network of any size.
+    """
+    text = _read_recipe(folder)
+    recipe = Recipe.from_json(text)
+    header = read_header(folder / _WEIGHTS)
+    sizes = check_heads(recipe, header)
+    header.check_seal()
+    is_brought = base is not None
+    if not isinstance(base, nn.Module):
+        make = base or partial(_source(recipe, folder).build, trust)
+        base = make() if trust else build_within(make, header, recipe)
+    elif not trust:
+        check_base(base, header, recipe)
+        check_inputs(base, header, recipe.inputs)
     try:
-        first = {name.removeprefix("heads.0."): shape for name, shape in shapes.items() if name.startswith("heads.0.")}
-        model = rebuild(base, recipe, first)
+        model = rebuild(base, recipe, sizes)
     except ConversionError as error:
         raise LoadError(f"The base does not fit the recipe in {folder}: {error}") from error
-    _check_shapes(model, shapes, folder)
-    try:
-        load_model(model, str(folder / _WEIGHTS))
-    except (RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{folder / _WEIGHTS} cannot be read: {error}") from error
+    _check_shapes(model, header)
+    _check_seals(text, header, with_base=not is_brought)
+    read_weights(model, header.path)
     return model.eval()
 
 
-def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """What [`ensemblenet.save`][] was told about the data; empty where that was nothing.
-
-    Raises:
-        LoadError: `data.json` is damaged.
-    """
-    path = Path(directory, _DESCRIPTION)
-    if not path.is_file():
-        return {}
-    try:
-        description = json.loads(_read_text(path))
-    except ValueError as error:
-        raise LoadError(f"{path} is not JSON: {error}") from error
-    if not isinstance(description, dict):
-        raise LoadError(f"{path} must hold an object of JSON, got {type(description).__name__}.")
-    return description
+def _source(recipe: Recipe, folder: Path) -> BaseSource:
+    if recipe.base is None:
+        raise LoadError(
+            f"The base of {folder} comes from no known factory: pass a fresh instance of it, "
+            f"ensemblenet.load(directory, base=...)."
+        )
+    return recipe.base
 
 
 def _read_recipe(folder: Path) -> str:
@@ -144,39 +170,37 @@ def _read_recipe(folder: Path) -> str:
     if not path.is_file():
         why = f"{_RECIPE} is missing" if folder.is_dir() else "there is no such folder"
         raise LoadError(f"{folder} holds no saved model: {why}.")
-    return _read_text(path)
+    return read_text(path)
 
 
-def _read_text(path: Path) -> str:
-    if path.stat().st_size > _MOST_TEXT_BYTES:
-        raise LoadError(f"{path} is larger than any {path.stem}.")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise LoadError(f"{path} is not text: {error}") from error
+def _seals(recipe: str) -> dict[str, str]:
+    """Checksums of what a recipe says: of the base, which a user may bring instead, and of all else."""
+    said = json.loads(recipe)
+    base = said.pop("base", None)
+    return {name: digest(json.dumps(part, sort_keys=True)) for name, part in ((_BASE_SEAL, base), (_RECIPE_SEAL, said))}
 
 
-def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        raise LoadError(f"{path.parent} holds no weights: {path.name} is missing.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise LoadError(f"{path} is damaged or not a safetensors file: {error}") from error
+def _check_seals(recipe: str, header: Header, with_base: bool) -> None:
+    """Compare the checksums; versions up to 0.1.0 wrote none."""
+    for name, found in _seals(recipe).items():
+        if header.notes.get(name, found) != found and (with_base or name != _BASE_SEAL):
+            raise LoadError(
+                f"{header.path.with_name(_RECIPE)} is damaged, or of another model: its checksum is not the one that "
+                f"was saved in {_WEIGHTS}. Copy the directory again."
+            )
 
 
-def _check_shapes(model: EnsembleNet, saved: dict[str, tuple[int, ...]], folder: Path) -> None:
+def _check_shapes(model: EnsembleNet, header: Header) -> None:
     tensors = model.state_dict()
     own = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    held = {tensors[name].data_ptr() for name in saved if name in tensors}  # tied tensors are saved once
+    held = {tensors[name].data_ptr() for name in header.shapes if name in tensors}  # tied tensors are saved once
     for name, tensor in tensors.items():
-        if name not in saved and tensor.data_ptr() not in held:
-            raise LoadError(f"{folder / _WEIGHTS} does not fit its recipe: {name} is missing.")
-    for name, shape in saved.items():
+        if name not in header.shapes and tensor.data_ptr() not in held:
+            raise LoadError(f"{header.path} does not fit its recipe: {name} is missing.")
+    for name, shape in header.shapes.items():
         if own.get(name) != shape:
             wanted = own.get(name, "nothing of that name")
             raise LoadError(
-                f"{folder / _WEIGHTS} holds {name} of shape {shape}, but the model of this base has {wanted}; is it "
-                f"the base that was converted?"
+                f"{header.path} holds {name} of shape {shape}, but the model of this base has {wanted}; is it the base "
+                "that was converted?"
             )

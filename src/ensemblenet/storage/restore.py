@@ -6,30 +6,31 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningDataModule
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import nn
 
 from ensemblenet.data import load_all
 from ensemblenet.data.classes import KnownClasses, refuse_other_classes
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import LoadError
+from ensemblenet.errors import EnsembleNetError, LoadError, first_line
 from ensemblenet.functional import ClassifierTask
-from ensemblenet.inputs import DTYPES, Inputs, InputSpec, call, tensors_in
-from ensemblenet.storage.atomic import atomic_folder, write_json
-from ensemblenet.storage.checkpoint import load, read_description, save
+from ensemblenet.inputs import Inputs, InputSpec, call, tensors_in
+from ensemblenet.storage.atomic import atomic_folder
+from ensemblenet.storage.checkpoint import load, read_model, write_model
+from ensemblenet.storage.descriptions import DESCRIPTION, check_classes, read_description, write_description
 from ensemblenet.storage.hub import PREFIX, local_folder
+from ensemblenet.storage.limits import ACTIVATIONS, build_within, check_inputs, written
 from ensemblenet.storage.runs import CONFIG
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.storage.trust import read_config
+from ensemblenet.weights import read_header, read_weights, write_weights
 
 __all__ = [
-    "DESCRIPTION",
     "Describes",
     "Restored",
     "compare_classes",
@@ -40,7 +41,6 @@ __all__ = [
     "stored_classes",
 ]
 
-DESCRIPTION = "data.json"  # in a run's folder as in that of a model
 _MODEL = "model"
 _WEIGHTS = "model.safetensors"
 
@@ -113,11 +113,12 @@ def store(
     network.eval()
     description = {"task": task, "input_shape": list(inputs.shape), "input_dtype": inputs.dtype, **description}
     if isinstance(network, EnsembleNet):
-        save(network, folder / _MODEL, description)
+        write_model(network, folder / _MODEL, description)
         return
     with atomic_folder(folder / _MODEL) as unfinished:
-        write_json(unfinished / DESCRIPTION, description)
-        save_model(network, str(unfinished / _WEIGHTS))
+        write_description(unfinished, description)
+        count = written(network, inputs)
+        write_weights(network, unfinished / _WEIGHTS, {ACTIVATIONS: str(count)} if count else {})
 
 
 def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *, trust: bool = False) -> Restored:
@@ -144,14 +145,22 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *,
     if not (folder / _MODEL).is_dir():
         raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
     match config:
-        case {"model": {"base": {"class_path": str()} as spec} as model, "data": {"class_path": str()}}:
-            network = instantiate(nn.Module, _without_weights(spec))
+        case {"model": {"base": {"class_path": str()} as spec} as model, "data": {"class_path": str()} as data} if all(
+            isinstance(part.get("init_args") or {}, dict) for part in (spec, data)
+        ):
+            make = partial(_made, nn.Module, _without_weights(spec), folder)
         case _:
             raise LoadError(f"{folder / CONFIG} does not say by class_path what model.base and data are.")
     if model.get("conversion") is not None:
-        network = load(folder / _MODEL, network)
+        network = read_model(folder / _MODEL, make, trust)
     else:
-        _load_weights(network, folder / _MODEL / _WEIGHTS)
+        header = read_header(folder / _MODEL / _WEIGHTS)
+        header.check_seal()
+        network = make() if trust else build_within(make, header)
+        read_weights(network, header.path)
+        inputs = _inputs(read_description(folder / _MODEL))
+        if inputs is not None and not trust:
+            check_inputs(network, header, inputs)
     return _restored(network, read_description(folder / _MODEL), config, folder, address)
 
 
@@ -170,7 +179,7 @@ def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) ->
     load_all()
     data = dict(restored.config["data"])
     data["init_args"] = {**(data.get("init_args") or {}), **(changes or {})}
-    made = instantiate(LightningDataModule, data)
+    made = _made(LightningDataModule, data, restored.folder)
     expect_classes(restored.classes, made)
     return made
 
@@ -181,7 +190,7 @@ def stored_classes(folder: Path) -> list[str] | None:
     Raises:
         LoadError: the file that keeps them is damaged.
     """
-    return _classes(read_description(folder), folder)
+    return read_description(folder).get("classes")
 
 
 def expect_classes(known: Sequence[str] | None, data: LightningDataModule) -> None:
@@ -204,28 +213,23 @@ def compare_classes(known: Sequence[str] | None, data: LightningDataModule) -> N
 def _restored(
     network: nn.Module, described: Mapping[str, Any], config: Any, folder: Path, address: str | None
 ) -> Restored:
-    try:
-        task = described["task"]
-        inputs = network.recipe.inputs if isinstance(network, EnsembleNet) and network.recipe else _inputs(described)
-    except (KeyError, TypeError) as error:
-        raise LoadError(f"{folder}: {DESCRIPTION} does not name task and input_shape: {error}") from error
-    _classes(described, folder)
-    return Restored(network.eval(), task, inputs, described, config, folder, address)
+    inputs = network.recipe.inputs if isinstance(network, EnsembleNet) and network.recipe else _inputs(described)
+    if described.get("task") is None or inputs is None:
+        raise LoadError(f"{folder}: {DESCRIPTION} does not name task and input_shape.")
+    restored = Restored(network.eval(), described["task"], inputs, described, config, folder, address)
+    if restored.classes is not None:
+        try:
+            num_classes = restored.num_classes()
+        except Exception as error:  # whatever a network makes of inputs that are none
+            raise LoadError(f"{folder}: the network does not take the inputs that are stored: {error}") from error
+        check_classes(described, num_classes, f"{folder}: {DESCRIPTION}")
+    return restored
 
 
-def _inputs(described: Mapping[str, Any]) -> Inputs:
+def _inputs(described: Mapping[str, Any]) -> Inputs | None:
     """What the base of a run takes; runs of older versions do not name its dtype."""
-    shape, dtype = tuple(described["input_shape"]), described.get("input_dtype", "float32")
-    if dtype not in DTYPES:
-        raise TypeError(f"there is no dtype {dtype!r}")
-    return Inputs((InputSpec(shape, dtype),))
-
-
-def _classes(described: Mapping[str, Any], folder: Path) -> list[str] | None:
-    classes = described.get("classes")
-    if classes is None or (isinstance(classes, list) and all(isinstance(name, str | int) for name in classes)):
-        return classes
-    raise LoadError(f"{folder}: the classes in {DESCRIPTION} must be a list of names, got {str(classes)[:40]}.")
+    shape, dtype = described.get("input_shape"), described.get("input_dtype")
+    return None if shape is None else Inputs((InputSpec(tuple(shape), dtype or "float32"),))
 
 
 def _without_weights(base: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -236,8 +240,11 @@ def _without_weights(base: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**base, "init_args": {**arguments, "weights": None}}
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
+def _made(kind: type[Any], spec: Mapping[str, Any], folder: Path) -> Any:
+    """What a run's configuration describes."""
     try:
-        load_model(network, str(path))
-    except (FileNotFoundError, RuntimeError, SafetensorError) as error:
-        raise LoadError(f"{path} does not hold the weights of the run's base: {error}") from error
+        return instantiate(kind, spec)
+    except EnsembleNetError:
+        raise
+    except Exception as error:  # whatever a class makes of arguments that are none
+        raise LoadError(f"{folder / CONFIG}: {spec['class_path']} cannot be made: {first_line(error)}") from error

@@ -61,9 +61,10 @@ def create_run_folder(runs: Path, name: str) -> Path:
 
 
 def unfinished_runs(runs: Path, name: str) -> list[Path]:
-    """The runs of that name that have begun and have no results yet, the newest first."""
-    names = re.compile(re.escape(name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
-    made = {path: match for path in runs.glob("*") if (match := names.fullmatch(path.name))}
+    """The runs of that name, `a/b` in the folder `a`, that have begun and have no results yet, the newest first."""
+    stem = runs / name
+    names = re.compile(re.escape(stem.name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
+    made = {path: match for path in stem.parent.glob("*") if (match := names.fullmatch(path.name))}
     begun = [path for path in made if (path / CONFIG).exists() and not (path / RESULTS).exists()]
     return sorted(begun, key=lambda path: (made[path][1], int(made[path][2] or 1)), reverse=True)
 

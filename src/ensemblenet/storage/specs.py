@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 
+from ensemblenet import models
 from ensemblenet.data import __all__ as data_modules
 from ensemblenet.errors import EnsembleNetError, LoadError
 
@@ -81,8 +85,7 @@ def changed_data(spec: Mapping[str, Any], options: Sequence[str]) -> dict[str, A
     try:
         return parser.parse_args(arguments).as_dict()["data"]
     except ArgumentError as error:
-        given = f"; of the data, options are --data.KEY VALUE, got {' '.join(options)}." if options else ""
-        raise LoadError(f"{plain(error)}{given}") from error
+        raise LoadError(plain(error, parser)) from error
 
 
 def with_data_folder(arguments: Sequence[str]) -> list[str]:
@@ -100,18 +103,52 @@ def with_data_folder(arguments: Sequence[str]) -> list[str]:
     return written
 
 
-def plain(error: Exception) -> str:
-    """What jsonargparse says, in one line, without the other types that it tried.
+def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
+    """What jsonargparse says, in one line, without the other types that it tried, and what was perhaps meant.
+
+    Args:
+        error: names an option or a class that there is not, or a value that cannot be.
+        parser: whose options these are.
 
     Example:
         >>> tried = "Problem with given class_path 'a.Data': 'b' is not accepted - Expected a <class 'NoneType'>"
         >>> plain(ValueError(f'Parser key "data":\\n  Errors:\\n    - {tried}'))
         "data: a.Data cannot be made: 'b' is not accepted"
+        >>> plain(ValueError("Problem with given class_path 'torch.nn.ReLU': Option 'inplce' is not accepted"))
+        "Problem with given class_path 'torch.nn.ReLU': Option 'inplce' is not accepted. Did you mean inplace?"
     """
     text = " ".join(str(error).split())
+    text = re.sub(
+        r"^(Parser key \"[\w.]+\"): .*Expected a dot import path string: (\w+).*$", r"\1: there is no class '\2'", text
+    )
     end = r"(?= - (?:Expected a <class|Not a valid|Problem)| Given value type|$)"
     found = re.match(rf"Parser key \"([\w.]+)\": .*?Problem with given class_path '([^']*)': (.+?){end}", text)
-    return "{}: {} cannot be made: {}".format(*found.groups()) if found else text
+    shown = "{}: {} cannot be made: {}".format(*found.groups()) if found else text
+    near = _near(text, parser)
+    return f"{shown.removesuffix('.')}. Did you mean {', '.join(near)}?" if near else shown
+
+
+def _near(text: str, parser: ArgumentParser | None) -> list[str]:
+    """The names closest to the one that a message says there is not."""
+    if strange := re.search(r"there is no class '(\w+)'", text):
+        callbacks = sys.modules.get("lightning.pytorch.callbacks")
+        known = [*models.__all__, *data_modules, *getattr(callbacks, "__all__", ())]
+        return difflib.get_close_matches(strange[1], known, n=1)
+    if strange := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+        module, name = strange.groups()
+        return difflib.get_close_matches(name, dir(sys.modules.get(module)), n=1)
+    strange = re.search(r"unrecognized arguments: --([\w.]+)|(?:Group '([\w.]+)'.*?option|Option) '([\w.]+)'", text)
+    if strange is None:
+        return []
+    key = strange[1] or ".".join(filter(None, (strange[2], strange[3])))
+    *_, kind = [None, *re.findall(r"class_path '([\w.]+)'", text[: strange.start()])]
+    if kind is not None:
+        module, _, name = kind.rpartition(".")  # imported by the parser, if it can be
+        made = getattr(sys.modules.get(module), name, None)
+        known = [] if made is None else list(inspect.signature(made).parameters)
+    else:
+        known = [] if parser is None else list(parser.get_defaults().keys())
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.7)
 
 
 def _parser(kind: type[Any], name: str) -> ArgumentParser:

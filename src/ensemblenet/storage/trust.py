@@ -20,7 +20,8 @@ import yaml
 from ensemblenet import data, models
 from ensemblenet._moved import MOVED
 from ensemblenet.errors import LoadError, TrainingError
-from ensemblenet.models.sources import is_known
+from ensemblenet.models.sources import TIMM_WORDS, is_known
+from ensemblenet.storage.atomic import read_text
 from ensemblenet.storage.runs import CONFIG
 
 __all__ = ["config_option", "read_config", "resumed"]
@@ -50,10 +51,12 @@ def read_config(file: Path, trust: bool = False) -> dict[str, Any]:
         {'model': {'base': {'class_path': 'os.system'}}}
     """
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_text(file))
         leaves = list(islice(_leaves(config, ""), _MOST_SETTINGS))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise LoadError(f"{file} is not plain YAML: {error}") from error
+    except LoadError:
+        raise
+    except Exception as error:  # whatever a damaged text makes of the parser
+        raise LoadError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict) or len(leaves) == _MOST_SETTINGS:
         raise LoadError(f"{file} must hold settings by name, at most {_MOST_SETTINGS:,}.")
     stranger = next((leaf for leaf in leaves if not _is_allowed(*leaf)), None)
@@ -158,19 +161,18 @@ _SIMPLE_TEXT = _text(r"[\w.+-]*")
 _PLACE = _text(r"((file|https?|hf|s3|gc?s|abfss?|az|hdfs)://)?(?!.*(::|://)).*")  # fsspec chains file systems by ::
 
 _BASE, _DATA = r"(model\.)?base\.", r"data\."
-_LOOKED_UP = "act_layer|norm_layer|aa_layer|global_pool|pool_type|stem_type|pos_embed"  # by timm, in tables of its own
 
 _KNOWN: list[tuple[str, Callable[[Any], bool]]] = [
     (_BASE + "class_path", _class_paths(models).__contains__),
     (_BASE + r"init_args\.name", is_known),
     (_BASE + r"init_args\.weights", _ANY_TEXT),  # tensors are all that is read
-    (_BASE + rf"init_args\.options\.({_LOOKED_UP})", _SIMPLE_TEXT),
+    (_BASE + rf"init_args\.options\.({'|'.join(TIMM_WORDS)})", _SIMPLE_TEXT),
     (_DATA + "class_path", _class_paths(data).__contains__),
     (_DATA + r"init_args\.augmentation\.\w+", _SIMPLE_TEXT),
     (_DATA + r"init_args\.reader\.(input_key|target_key)", _SIMPLE_TEXT),
     (_DATA + r"init_args\.(folder|(train|val|test)(\[\])?|dataset)", _PLACE),
     (_DATA + r"init_args\.(level|short|decoder|interpolation|on_broken|on_damage)", _SIMPLE_TEXT),
-    (r"name|runs|resume|plan|log_to|task|device|precision|split_at", _ANY_TEXT),
+    (r"name|runs|resume|plan|log_to|task|device|precision|split_at|shape", _ANY_TEXT),
     (r"methods\[\](\.(method|name|split_at))?", _ANY_TEXT),
     (r"optimizer", _word("adamw", "sgd")),
     (r"model\.(task|heads|loss|optimization\.optimizer)", _ANY_TEXT),

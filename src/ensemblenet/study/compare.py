@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from ensemblenet.storage.specs import instantiate
 from ensemblenet.study.journal import Journal
 from ensemblenet.study.methods import METHODS
 from ensemblenet.study.settings import Study, tuning_points
-from ensemblenet.study.trials import Outcome, Phase, Trial, Workers, training_memory
+from ensemblenet.study.trials import Outcome, Phase, Trial, Workers, open_data, training_memory
 from ensemblenet.timing import measure, step
 from ensemblenet.training.optimization import Optimization
 
@@ -81,13 +82,15 @@ def run_study(
     with Workers(workers) as pool:
         instantiate(LightningDataModule, study.data).prepare_data()
         pool.warm_up(study.data)
+        _, halves = open_data(json.dumps(study.data))
+        halved = halves is not None
         costs = _costs(study)
-        tuning = study.trials("tune", {name: points for name, one in candidates.items() if one.fixed is None})
+        tuning = study.trials("tune", {name: points for name, one in candidates.items() if one.fixed is None}, halved)
         _finish(journal, "tune", tuning, pool, watch)
         best = {name: _best([trial for trial in tuning if trial.name == name], journal) for name in candidates}
         chosen = {name: trial.optimization for name, trial in best.items() if trial is not None}
         chosen |= {name: one.fixed for name, one in candidates.items() if one.fixed is not None}
-        tests = study.trials("test", {name: [optimization] for name, optimization in chosen.items()})
+        tests = study.trials("test", {name: [optimization] for name, optimization in chosen.items()}, halved)
         _finish(journal, "test", tests, pool, watch)
 
     times = _milliseconds(tests)  # now that no worker runs
@@ -106,7 +109,7 @@ def run_study(
         if journal[trial]["status"] == "failed"
     ]
     cpu_minutes = sum(journal[trial].get("cpu_seconds", 0.0) for trial in trials) / 60
-    results = {"study": asdict(study), "cpu_minutes": cpu_minutes, "rows": rows, "failed": failed}
+    results = {"study": asdict(study), "cpu_minutes": cpu_minutes, "rows": rows, "failed": failed, "halves": halves}
     write_json(folder / ENVIRONMENT, environment())
     write_json(folder / RESULTS, results)
     _write_csv(folder / _TABLE, rows)

@@ -12,7 +12,7 @@ from scipy.stats import qmc
 from ensemblenet.cost import Budget
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
-from ensemblenet.recipe import Conversion
+from ensemblenet.recipe import Conversion, Shape
 from ensemblenet.study.methods import METHODS
 from ensemblenet.study.task import Setup
 from ensemblenet.study.trials import Phase, Precision, Trial
@@ -153,6 +153,10 @@ class Study:
         budget: the most that a conversion may cost, as a share of the base's parameters and MACs, or a share for each
             cost, as in [`ensemblenet.Budget`][].
         split_at: the split point, for methods that share a trunk.
+        min_width: the least width of heads; this, `shape`, `width` and `depth` are as in [`ensemblenet.convert`][].
+        shape: how heads become cheaper.
+        width: the width of heads.
+        depth: the share of blocks that heads keep.
         weight: lambda of co-distillation.
         epochs: passes over the training examples; the last epoch counts.
         optimizer: the optimizer of all methods.
@@ -177,6 +181,10 @@ class Study:
     num_heads: int = 4
     budget: float | Budget = 0.95
     split_at: str = "auto"
+    min_width: float | None = None
+    shape: Shape = "auto"
+    width: float | None = None
+    depth: float | None = None
     weight: float = 2.0
     epochs: int = 40
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -196,7 +204,9 @@ class Study:
             TrainingError: an unknown method, two of one name, or the first is not the base.
         """
         task: Task = self.task
-        shared = Setup(Conversion(self.num_heads, self.budget, self.split_at), self.weight, task)
+        names = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
+        conversion = Conversion(**{name: getattr(self, name) for name in names})
+        shared = Setup(conversion, self.weight, task)
         found: dict[str, Candidate] = {}
         for choice in self.methods or [key for key, method in METHODS.items() if task in method.tasks]:
             variant = Variant(choice) if isinstance(choice, str) else choice
@@ -214,8 +224,14 @@ class Study:
             raise TrainingError("methods must begin with base: all others are compared with it.")
         return found
 
-    def trials(self, phase: Phase, settings: Mapping[str, Sequence[Optimization]]) -> list[Trial]:
-        """The trials of a phase: each candidate with each of its settings, tuned with one seed, tested with all."""
+    def trials(self, phase: Phase, settings: Mapping[str, Sequence[Optimization]], halved: bool = False) -> list[Trial]:
+        """The trials of a phase: each candidate with each of its settings, tuned with one seed, tested with all.
+
+        Args:
+            phase: "tune" or "test".
+            settings: by the candidates' names.
+            halved: whether the validation data is halved, for want of a test split.
+        """
         tuned = phase == "tune"
         epochs = (tuned and self.tuning.epochs) or self.epochs
         return [
@@ -231,6 +247,7 @@ class Study:
                 epochs,
                 self.device,
                 self.precision,
+                halved,
             )
             for name, candidate in self.candidates().items()
             for setting in settings.get(name, ())

@@ -24,12 +24,24 @@ from ensemblenet.data import DataModule
 from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.inputs import Tree, call, inputs_and_targets, tensors_in, to_device
 from ensemblenet.storage.specs import instantiate, with_defaults
+from ensemblenet.study.halves import halve_validation
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS
 from ensemblenet.study.task import Setup, Source, TrainingTask
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
 
-__all__ = ["Outcome", "Phase", "Precision", "Trial", "Workers", "run_trial", "train", "training_memory", "trial_key"]
+__all__ = [
+    "Outcome",
+    "Phase",
+    "Precision",
+    "Trial",
+    "Workers",
+    "open_data",
+    "run_trial",
+    "train",
+    "training_memory",
+    "trial_key",
+]
 
 __getattr__ = renamed(__name__, {"Cell": "Trial", "run_cell": "run_trial"})
 
@@ -54,6 +66,7 @@ class Trial:
         epochs: passes over the training examples.
         device: the device to train on.
         precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
+        halved: whether validation and test examples are halves of the validation data, which has no test split.
 
     Example:
         >>> base = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 40, "out_features": 10}}
@@ -74,6 +87,7 @@ class Trial:
     epochs: int
     device: str = "cpu"
     precision: Precision = "32"
+    halved: bool = False
 
     @property
     def key(self) -> str:
@@ -82,7 +96,7 @@ class Trial:
 
     def data_module(self) -> LightningDataModule:
         """The data module, set up; a process keeps that of its last trial, and begins its training data anew."""
-        data = _data_module(json.dumps(self.data))
+        data, _ = open_data(json.dumps(self.data))
         if isinstance(data, DataModule):
             data.reseed(self.seed)
         return data
@@ -115,7 +129,7 @@ def trial_key(stored: Mapping[str, Any]) -> str:
         >>> trial_key({"setup": {}, "device": "cpu"}) == trial_key({"setup": {"weight": 2.0}, "precision": "32"})
         True
     """
-    filled = {"device": "cpu", "precision": "32", **stored}
+    filled = {"device": "cpu", "precision": "32", "halved": False, **stored}
     filled["setup"] = _complete_setup(stored.get("setup", {}))
     filled["optimization"] = asdict(Optimization()) | stored.get("optimization", {})
     for name in ("base", "data"):
@@ -138,7 +152,7 @@ def _complete(name: str, spec: str) -> str:
     kind = nn.Module if name == "base" else LightningDataModule
     stored = json.loads(spec)
     try:
-        return json.dumps(with_defaults(kind, stored)) if "class_path" in stored else spec
+        return json.dumps(with_defaults(kind, stored), default=str) if "class_path" in stored else spec
     except LoadError:  # an unknown class: such a trial fails, and its key is what was stored
         return spec
 
@@ -198,7 +212,7 @@ class Workers:
         """Let all processes start and read the data, while this one does something else."""
         if self.pool is not None:
             for _ in range(self.number):
-                self.pool.submit(_data_module, json.dumps(data))
+                self.pool.submit(open_data, json.dumps(data))
 
     def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
         """Give the outcome of each trial as soon as it is there.
@@ -322,11 +336,19 @@ def training_memory(task: TrainingTask, x: Tree, target: Tensor, optimization: O
 
 
 @lru_cache(maxsize=1)
-def _data_module(spec: str) -> LightningDataModule:
+def open_data(spec: str) -> tuple[LightningDataModule, tuple[int, int] | None]:
+    """A data module that is set up, its validation data halved where there is no test split.
+
+    Args:
+        spec: `class_path` and `init_args`, as JSON.
+
+    Returns:
+        It, and the number of examples in each half, None where nothing was halved.
+    """
     data = instantiate(LightningDataModule, json.loads(spec))
     data.prepare_data()
     data.setup()
-    return data
+    return data, halve_validation(data) if isinstance(data, DataModule) and data.tests_on_validation else None
 
 
 @torch.no_grad()

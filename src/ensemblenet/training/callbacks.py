@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ensemblenet.data.loading import seed_generators
+from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets, num_examples
 from ensemblenet.storage.atomic import write_json
-from ensemblenet.storage.restore import DESCRIPTION, Describes, compare_classes, stored_classes
-from ensemblenet.training.module import Classifier
+from ensemblenet.storage.descriptions import DESCRIPTION
+from ensemblenet.storage.restore import Describes, compare_classes, stored_classes
+from ensemblenet.training.module import Classifier, plan_in_words
 
 __all__ = ["Announce", "AveragedWeights", "ConvertFirst", "EpochSeed", "KeepClasses", "Progress", "Speed", "time_left"]
 
@@ -80,7 +82,7 @@ class ConvertFirst(Callback):
 
 
 class Announce(Callback):
-    """Says where a run is kept, how its heads run, where it goes on; and, at its end, how many records were skipped.
+    """Says where a run is kept, what its conversion is, where it goes on, and at its end how much was skipped.
 
     Args:
         folder: the run's.
@@ -95,6 +97,8 @@ class Announce(Callback):
             return
         lines = [f"Run folder: {self.folder}"]
         if isinstance(pl_module, Classifier) and pl_module.conversion is not None:
+            assert isinstance(pl_module.network, EnsembleNet)
+            lines.append(plan_in_words(pl_module.network))
             lines.append(f"The heads run {pl_module.choice.heads}: {pl_module.choice.reason}.")
         if trainer.global_step:
             lines.append(f"It goes on in epoch {trainer.current_epoch}, after {trainer.global_step:,} steps.")

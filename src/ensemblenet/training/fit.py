@@ -187,4 +187,14 @@ def _row(cli: FitCLI, metrics: Mapping[str, float]) -> dict[str, Any]:
         scores = {name: [100 * test[name]] for name in ("gap", "head_gap", "map")}
     else:
         scores = {f"{head}error": [100 * (1 - test[f"{head}accuracy"])] for head in ("", "head_")}
-    return scores_row(method, cost, scores, num_heads=module.num_heads, seed=cli.config["seed_everything"], test=test)
+    seed, limited = cli.config["seed_everything"], _tested_on(cli)
+    return scores_row(method, cost, scores, num_heads=module.num_heads, seed=seed, test=test, **limited)
+
+
+def _tested_on(cli: FitCLI) -> dict[str, str]:
+    """The mark of a result that is not of a whole test split of its own."""
+    limit = cli.trainer.limit_test_batches  # a number of batches, or a share of them
+    part = f"{limit} batches of " if isinstance(limit, int) else f"{limit:.3g} of " if limit < 1 else ""
+    validation = getattr(cli.datamodule, "tests_on_validation", False)
+    split = "the validation data, as there is no test split" if validation else "the test data"
+    return {"tested_on": f"{part}{split}"} if part or validation else {}

@@ -17,7 +17,7 @@ from ensemblenet.conversion.convert import convert_as
 from ensemblenet.conversion.trace import pick
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
-from ensemblenet.functional import ClassifierTask, divergence
+from ensemblenet.functional import ClassifierTask, are_probabilities, divergence
 from ensemblenet.heads import Choice, HeadsMode, choose, current_mode, fuse, unfuse
 from ensemblenet.inputs import Tree, call, inputs_and_targets, one_example, tensors_in, to_device
 from ensemblenet.losses import CoDistillationLoss
@@ -34,7 +34,7 @@ from ensemblenet.training.optimization import (
     layer_depths,
 )
 
-__all__ = ["Classifier", "Conversion", "head_outputs", "seen_outputs"]
+__all__ = ["Classifier", "Conversion", "head_outputs", "plan_in_words", "seen_outputs"]
 
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 
@@ -120,6 +120,7 @@ class Classifier(LightningModule):
         self._check_batch(inputs, targets)
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
+        self._check_outputs(one_example(inputs))
         if self.conversion is not None:
             self.network = self._with_chosen_heads(convert_as(self.conversion, self.network, inputs, self.task), inputs)
         self.example_inputs = one_example(inputs)
@@ -147,6 +148,22 @@ class Classifier(LightningModule):
                 shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(inputs))
                 given = f"inputs {shapes} and targets {tuple(targets.shape)}"
                 raise TrainingError(f"model.{setting} needs {wanted}; the data gives {given}.")
+
+    def _check_outputs(self, example: Tree) -> None:
+        """Refuse a network that does not give logits."""
+        with torch.no_grad():
+            outputs = head_outputs(self.network.eval(), example)
+        self.network.train()
+        if outputs.ndim < 3:
+            raise TrainingError(
+                "The base gives one number an example, (N,); fit trains classifiers and taggers, which give (N, C). "
+                "Regression needs a loop in Python, with outputs (K, N, 1): docs/guide.md shows one."
+            )
+        if are_probabilities(outputs[0]) and self.task == "multiclass":
+            raise TrainingError(
+                "The base ends in a softmax: its outputs sum to 1. The loss takes logits: leave the softmax out of the "
+                "base; predictions have it anyway."
+            )
 
     def _with_chosen_heads(self, network: EnsembleNet, inputs: Tree) -> EnsembleNet:
         """The network with its heads run as asked, or as is faster on the device that will train it."""
@@ -337,6 +354,19 @@ def head_outputs(network: nn.Module, x: Tree) -> Tensor:
             "or write a loop of your own that adds up their losses."
         )
     return outputs
+
+
+def plan_in_words(model: EnsembleNet) -> str:
+    """Where a conversion is split, the shape of its heads, and the shares of the base that it costs."""
+    assert model.recipe is not None
+    assert model.cost is not None
+    assert model.base_cost is not None
+    head, shares = model.recipe.head, model.cost.shares_of(model.base_cost)
+    return (
+        f"Split at {model.recipe.split_at!r}: {model.num_heads} heads of width {head.width:.3g} and depth "
+        f"{head.depth:.3g}, with {shares.parameters:.2f} of the base's parameters, {shares.macs:.2f} of its MACs, "
+        f"{shares.activations:.2f} of its activations and {shares.time:.2f} of its time."
+    )
 
 
 def _check(

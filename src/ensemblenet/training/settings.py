@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,7 +26,7 @@ from ensemblenet.storage.runs import (
     RESULTS,
     create_run_folder,
 )
-from ensemblenet.storage.specs import with_data_folder
+from ensemblenet.storage.specs import plain, with_data_folder
 from ensemblenet.storage.trust import config_option, resumed
 from ensemblenet.training.callbacks import (
     Announce,
@@ -54,10 +54,10 @@ from ensemblenet.training.search import before_search
 
 __all__ = ["FitCLI", "complete_arguments"]
 
-_USAGE = "ensemblenet fit --config FILE [--data FOLDER] [--KEY VALUE ...]"
+_USAGE = "ensemblenet fit FILE [--data FOLDER] [--KEY VALUE ...]"
 _DESCRIPTION = """Train a network, or the multi-headed model that it converts to.
 
-It needs a YAML file: `ensemblenet fit --config configs/mnist1d/ensemblenet.yaml`. Every setting of the file
+It needs a YAML file: `ensemblenet fit configs/mnist1d/ensemblenet.yaml`. Every setting of the file
 is also an option below. `model.base` takes a class_path with init_args, your own classes too if their folder
 is on PYTHONPATH; so does `data`, and `--data FOLDER` is short for --data.init_args.folder FOLDER. The run gets a
 folder of its own under --runs with the configuration, the environment, logs for TensorBoard and as CSV,
@@ -134,6 +134,13 @@ class FitCLI(LightningCLI):
             "newest unfinished run of this name and these settings that no process is writing, or else a new one",
         )
         parser.add_argument("--trust", action="store_true", default=SUPPRESS, help=f"with --resume: {TRUST_HELP}")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say of a setting that there is not which one was perhaps meant."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise TrainingError(plain(error, parser)) from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse what the run could not honour, and take the names of version 0.1."""

@@ -1,0 +1,100 @@
+"""Files in tars, found by their headers and read where they lie; nothing is unpacked."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO
+
+from ensemblenet.data.listing import is_hidden
+from ensemblenet.errors import DataError, first_line
+
+__all__ = ["TarFile", "files_of_tar"]
+
+
+@dataclass(frozen=True)
+class TarFile:
+    """A file in a tar: where its bytes are.
+
+    Args:
+        tar: the tar.
+        name: of the file in it; in a tar within the tar it begins with that one's name without `.tar`.
+        begin: its first byte in the outer tar.
+        size: its length in bytes.
+    """
+
+    tar: Path
+    name: str
+    begin: int
+    size: int
+
+    def open(self) -> BinaryIO:
+        """Its content, in memory; the tar is closed again, as open files must not pass to workers."""
+        with self.tar.open("rb") as file:
+            file.seek(self.begin)
+            return io.BytesIO(file.read(self.size))
+
+
+def files_of_tar(path: Path, suffixes: Sequence[str]) -> list[TarFile]:
+    """The files of a tar, in its order: those with some suffixes, through links within it and in tars within it.
+
+    Args:
+        path: an uncompressed tar.
+        suffixes: in small letters; capitals in a file's name do not matter.
+
+    Raises:
+        DataError: the tar is truncated or damaged, or claims more than it holds.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "a.tar")
+        >>> with tarfile.open(path, "w") as tar:
+        ...     member = tarfile.TarInfo("cat/0.png")
+        ...     member.size = 3
+        ...     tar.addfile(member, io.BytesIO(b"abc"))
+        >>> [(file.name, file.open().read()) for file in files_of_tar(path, [".png"])]
+        [('cat/0.png', b'abc')]
+    """
+    try:
+        with path.open("rb") as file:
+            return list(_files(path, file, suffixes))
+    except DataError:
+        raise
+    except Exception as error:  # of a damaged header tarfile raises nearly any
+        raise DataError(f"{path} is not a readable tar: {first_line(error)}") from error
+
+
+def _files(path: Path, file: IO[bytes], suffixes: Sequence[str], folder: str = "", first: int = 0) -> Iterator[TarFile]:
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        members = tar.getmembers()
+        by_name = {member.name: member for member in members}
+        for member in members:
+            name = PurePosixPath(member.name)
+            target = _target(member, by_name)
+            if target is None or any(is_hidden(part) for part in name.parts):
+                continue
+            if target.issparse():
+                raise DataError(
+                    f"{path}: {name} is stored with holes, which are not read; make the tar without --sparse."
+                )
+            if name.suffix.lower() == ".tar" and not folder:
+                inner = tar.extractfile(target)
+                assert inner is not None
+                yield from _files(path, inner, suffixes, f"{name.with_suffix('')}/", target.offset_data)
+            elif name.suffix.lower() in suffixes:
+                yield TarFile(path, f"{folder}{name}", first + target.offset_data, target.size)
+
+
+def _target(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:
+    """The file that a member is, or is a link to; None for anything else."""
+    if member.issym():
+        member = by_name.get(
+            posixpath.normpath(posixpath.join(posixpath.dirname(member.name), member.linkname)), member
+        )
+    elif member.islnk():
+        member = by_name.get(member.linkname, member)
+    return member if member.isfile() else None
