@@ -156,35 +156,8 @@ def convert_as(
     base_cost = _base_cost(base, traced)
     share = STEM if capacity is None or capacity.is_spare else LATE
     planner = _planner(traced, cuts, wanted, base_cost, task, share)
-    tried: dict[str, float] = {}
-    while True:
-        design, plan = planner.choose()
-        if _repair(design, plan, planner):
-            continue
-        assert plan.head is not None
-        recipe = Recipe(
-            base=find_source(base, traced.inputs.tensors[0].shape),
-            inputs=traced.inputs,
-            output=tuple(wanted.output) if isinstance(wanted.output, list) else wanted.output,
-            num_heads=planner.num_heads,
-            split_at=plan.split.name,
-            head=plan.head,
-            init=wanted.init,
-            seed=torch.initial_seed() % 2**32 if wanted.seed is None else wanted.seed,
-            combine=wanted.combine,
-            task=task,
-        )
-        if not Budget.of(wanted.budget).measured:
-            break
-        # inherited, as fresh weights would be drawn in the trace's own layers
-        timed = _assemble(design, replace(recipe, init="inherit"), base_cost)
-        tried[plan.split.name] = time_share(base, timed, example_inputs)
-        if tried[plan.split.name] <= (Budget.of(wanted.budget).time or 0.0):
-            break
-        if wanted.split_at != "auto" or len(tried) == _MOST_MEASURED:
-            raise _too_slow(tried, Budget.of(wanted.budget))
-        planner.pass_over(plan)
-    _check_split(traced, named_cut(cuts, plan.split.name))
+    design, recipe = _choose(planner, wanted, base, example_inputs, base_cost, task)
+    _check_split(traced, named_cut(cuts, recipe.split_at))
     batches = [] if calibration is None else batches_of(calibration, traced)
     inheritance = None
     if wanted.init == "inherit":
@@ -438,6 +411,46 @@ def _assemble(
         head_cost=design.cost(recipe.head),
         base_cost=base_cost,
         output_shapes=_output_shapes(design.trace),
+    )
+
+
+def _choose(
+    planner: Planner, wanted: Conversion, base: nn.Module, example_inputs: Tree, base_cost: Cost, task: Task
+) -> tuple[HeadDesign, Recipe]:
+    """The first plan whose heads run and, where time is to be measured, take no longer than the budget allows."""
+    budget = Budget.of(wanted.budget)
+    tried: dict[str, float] = {}
+    while True:
+        design, plan = planner.choose()
+        if _repair(design, plan, planner):
+            continue
+        recipe = _recipe(design, plan, planner.num_heads, wanted, base, task)
+        if not budget.measured:
+            return design, recipe
+        # inherited, as fresh weights would be drawn in the trace's own layers
+        timed = _assemble(design, replace(recipe, init="inherit"), base_cost)
+        tried[plan.split.name] = time_share(base, timed, example_inputs)
+        if tried[plan.split.name] <= (budget.time or 0.0):
+            return design, recipe
+        if wanted.split_at != "auto" or len(tried) == _MOST_MEASURED:
+            raise _too_slow(tried, budget)
+        planner.pass_over(plan)
+
+
+def _recipe(design: HeadDesign, plan: Plan, num_heads: int, wanted: Conversion, base: nn.Module, task: Task) -> Recipe:
+    assert plan.head is not None
+    inputs = design.trace.inputs
+    return Recipe(
+        base=find_source(base, inputs.tensors[0].shape),
+        inputs=inputs,
+        output=tuple(wanted.output) if isinstance(wanted.output, list) else wanted.output,
+        num_heads=num_heads,
+        split_at=plan.split.name,
+        head=plan.head,
+        init=wanted.init,
+        seed=torch.initial_seed() % 2**32 if wanted.seed is None else wanted.seed,
+        combine=wanted.combine,
+        task=task,
     )
 
 
