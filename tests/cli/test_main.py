@@ -67,6 +67,21 @@ def test_info_shows_shares_of_activations_and_time(
     assert 100 < max(row[2] for row in shares) <= 130
 
 
+def test_info_measures_the_plans_that_come_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("ensemblenet.cli.info.time_share", lambda *_, training: 1.25 if training else 0.75)
+    assert main(["info", NET, "--measure", "--batch-size", "4", "--bf16"]) == 0
+    printed = capsys.readouterr().out
+    assert "Time of 4 examples on cpu, bfloat16, of the base's" in " ".join(printed.split())
+    rows = [line for line in printed.splitlines() if re.search(r"1\.25 \((looped|fused)\) │ +0\.75 \(", line)]
+    assert len(rows) == 4
+    chosen = ensemblenet.convert(MNIST1DNet(), torch.randn(2, 40)).recipe
+    assert chosen is not None
+    assert f" {chosen.split_at} " in rows[0]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
