@@ -103,8 +103,9 @@ def with_data_folder(arguments: Sequence[str]) -> list[str]:
     return written
 
 
+_PLAIN = r"(?:<class '\w+'>|typing\.Literal\[[^\]]*\])"
 _NONE_OF_THEM = (
-    r"Does not validate against any of the Union subtypes Subtypes: \[((?:(?!Subtypes: ).)*?)\] "
+    rf"Does not validate against any of the Union subtypes Subtypes: \[({_PLAIN}(?:, {_PLAIN})*)\] "
     r"Errors: (?:(?!Problem|Errors).)*? Given value type: <[^>]*> Given value: (\S+)"
 )
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from ensemblenet.study.task import Method, codistilled
+from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.errors import ConversionError
+from ensemblenet.study.task import Method, Setup, Source, codistilled
 
 __all__ = ["BASE", "HEAD_ALONE", "NARROW", "RESHAPED"]
+
+
+def _reshaped(source: Source, setup: Setup) -> EnsembleNet:
+    """One network of a block for each run; as wide as fits, or only narrower where the base has no blocks to drop."""
+    alone = {"num_heads": 1, "split_at": "input", "width": None}
+    try:
+        return source.convert(setup, **alone, shape="auto", depth=0.0)
+    except ConversionError:
+        return source.convert(setup, **alone, shape="narrow", depth=None)
+
 
 BASE = Method(
     "base",
@@ -28,11 +40,7 @@ RESHAPED = Method(
     "reshaped",
     "shorter, wider base",
     "one network of few blocks, as wide as the conversion's budget allows",
-    lambda source, setup: codistilled(
-        source.convert(setup, num_heads=1, split_at="input", shape="short", width=None, depth=0.0).head(0),
-        0.0,
-        setup.task,
-    ),
+    lambda source, setup: codistilled(_reshaped(source, setup).head(0), 0.0, setup.task),
     several=False,
 )
 HEAD_ALONE = Method(
