@@ -15,7 +15,7 @@ from ensemblenet.study.methods.okddip import okddip
 X = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 3, 4, 5])
 SETUP = Setup(Conversion(num_heads=3, budget=0.9), weight=3.0)
-SINGLE = {"base", "narrow", "head_alone"}
+SINGLE = {"base", "narrow", "reshaped", "head_alone"}
 SHARED = set(METHODS) - SINGLE - {"co_training", "deep_ensemble", "deep_ensemble_of_bases"}
 
 
