@@ -1,4 +1,4 @@
-"""How the demo's settings were chosen, for the base and for its conversion, on validation examples.
+"""How the settings of version 0.1's demo were chosen, `MNIST1DNet(64)` and its conversion, on validation examples.
 
 python benchmarks/demo_tuning.py --output benchmarks/results/demo_tuning.json
 """
@@ -31,10 +31,13 @@ VARIATIONS = [
 ]
 
 
+BASE = {"class_path": "ensemblenet.models.MNIST1DNet", "init_args": {"width": 64}}
+
+
 def trial(method: str, setup: Setup, lr: float, weight_decay: float) -> Trial:
     study = demo_study()
     optimization = Optimization("adamw", lr=lr, weight_decay=weight_decay)
-    return Trial(method, method, setup, study.base, study.data, "tune", 0, optimization, study.epochs)
+    return Trial(method, method, setup, BASE, study.data, "tune", 0, optimization, study.epochs)
 
 
 def main() -> None:

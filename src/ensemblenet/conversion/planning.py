@@ -196,7 +196,12 @@ class Planner:
         if node in self._pinned or len(self._pinned) >= _MOST_REPAIRS:
             return False
         self._pinned.add(node)
-        self._found = {name: one for name, one in self._found.items() if not is_eligible(one[1], self._wanted)}
+        is_named = self._wanted.split_at != "auto"  # whose heads may be as narrow as they are
+        self._found = {
+            name: (design, plan)
+            for name, (design, plan) in self._found.items()
+            if plan.head is None or not (is_named or is_eligible(plan, self._wanted))
+        }
         return True
 
     def pass_over(self, plan: Plan) -> None:
