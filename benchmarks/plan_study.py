@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -38,7 +38,7 @@ from ensemblenet.cost import Shares
 from ensemblenet.data import MNIST1D, DataModule, ParquetImages, YouTube8M
 from ensemblenet.errors import BudgetError, EnsembleNetError
 from ensemblenet.functional import Task
-from ensemblenet.models import CifarResNet, MLPTagger
+from ensemblenet.models import CifarResNet, MLPTagger, MNIST1DResNet
 from ensemblenet.recipe import Shape
 from ensemblenet.study.task import TrainingTask, codistilled
 from ensemblenet.study.trials import Precision, train
@@ -51,45 +51,6 @@ TRAINING_EXAMPLES = 4000  # that the training loss is measured on, at most
 TIMED_STEPS = 15
 
 # -- bases, data and trainings
-
-
-class SignalBlock(nn.Module):
-    """A residual block of two convolutions over time, (N, C, L)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv1d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm1d(out_channels)
-        self.conv2 = nn.Conv1d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm1d(out_channels)
-        self.shortcut = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv1d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm1d(out_channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.norm1(self.conv1(x)))
-        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
-class SignalResNet(nn.Module):
-    """For MNIST-1D: a stem and three stages of blocks, each of which halves the length; (N, 40) to (N, 10)."""
-
-    def __init__(self, width: int, blocks: int = 3) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv1d(1, width, 5, padding=2, bias=False), nn.BatchNorm1d(width), nn.ReLU())
-        widths = (width, width, 2 * width, 2 * width)
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(SignalBlock(before, after, 2), *(SignalBlock(after, after, 1) for _ in range(blocks - 1)))
-                for before, after in pairwise(widths)
-            )
-        )
-        self.classifier = nn.Linear(widths[-1], 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.stages(self.stem(x.unsqueeze(1))).mean(2))
 
 
 def vit(width: int, depth: int) -> nn.Module:
@@ -143,7 +104,7 @@ TRANSFORMERS = ((0.001, 0.05), (0.003, 0.05), (0.001, 0.5), (0.003, 0.5))
 TAGGERS = ((0.001, 0.05), (0.003, 0.05), (0.003, 0.2), (0.01, 0.05))
 
 SIGNALS = Setting(
-    base=lambda: SignalResNet(32),
+    base=lambda: MNIST1DResNet(32),
     data=lambda _: MNIST1D(num_train=4000, num_val=5000),
     epochs=40,
     early="stem",

@@ -72,6 +72,7 @@ MAY_IMPORT = {
         "metrics",
         "data",
         "storage",
+        "weights",
     },
     "evaluation": {
         "errors",

@@ -18,7 +18,7 @@ from torch import nn
 
 from ensemblenet.errors import LoadError, first_line
 
-__all__ = ["Header", "digest", "read_checkpoint", "read_header", "read_weights", "write_weights"]
+__all__ = ["Header", "damaged_part", "digest", "read_checkpoint", "read_header", "read_weights", "write_weights"]
 
 _PREFIX = "ensemblenet."  # of what is ours in a file's metadata, beside the names of tied tensors
 _SEAL = "sha256"
@@ -145,12 +145,8 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     if not path.is_file():
         raise LoadError(f"There is no file {path}.")
     try:
-        if zipfile.is_zipfile(path):  # PyTorch itself does not compare the CRC-32 of each part
-            with zipfile.ZipFile(path) as parts:
-                folders = [part.filename for part in parts.infolist() if part.external_attr & _IS_FOLDER]
-                damaged = next(iter(folders), None) or parts.testzip()
-            if damaged is not None:
-                raise LoadError(f"{path} is damaged: {damaged} in it has another checksum than was written.")
+        if zipfile.is_zipfile(path) and (damaged := damaged_part(path)) is not None:
+            raise LoadError(f"{path} is damaged: {damaged} in it has another checksum than was written.")
         return torch.load(path, map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoadError(f"{path} is damaged, or holds more than tensors and plain data, which is not read.") from error
@@ -158,6 +154,19 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         raise
     except Exception as error:  # whatever a damaged file makes of the readers
         raise LoadError(f"{path} is damaged or not a file of PyTorch: {first_line(error)}") from error
+
+
+def damaged_part(path: Path) -> str | None:
+    """The name of the first part of what `torch.save` wrote that is not as it was written, if there is one.
+
+    PyTorch itself does not compare the CRC-32 of each part.
+
+    Raises:
+        BadZipFile: it is no such file, or its table of parts is damaged.
+    """
+    with zipfile.ZipFile(path) as parts:
+        folders = [part.filename for part in parts.infolist() if part.external_attr & _IS_FOLDER]
+        return next(iter(folders), None) or parts.testzip()
 
 
 def _digest_of(path: Path, seal: str) -> str:

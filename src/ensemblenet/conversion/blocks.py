@@ -37,6 +37,11 @@ class Block:
     nodes: tuple[fx.Node, ...]
     kind: type | None = None
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """The split points in front of it and behind it, as a recipe stores them."""
+        return self.begin.point.name, self.end.point.name
+
     @cached_property
     def operations(self) -> Signature:
         """What it runs, in order."""
@@ -61,10 +66,10 @@ class Block:
     @cached_property
     def is_residual(self) -> bool:
         """Whether what it takes reaches what it gives without passing a layer with parameters."""
-        inside, flow = set(self.nodes), self.begin.flow
+        flow = self.begin.flow
         reached = {self.begin.node}
         for node in self.nodes:
-            if node in inside and not flow.parameters_read(node) and not reached.isdisjoint(flow.sources(node)):
+            if not flow.parameters_read(node) and not reached.isdisjoint(flow.sources(node)):
                 reached.add(node)
         return self.end.node in reached
 
@@ -135,8 +140,8 @@ class Depth:
 
     @property
     def names(self) -> tuple[tuple[str, str], ...]:
-        """The split points around each dropped block, as a recipe stores them."""
-        return tuple((block.begin.point.name, block.end.point.name) for block in self.dropped)
+        """Those of each dropped block."""
+        return tuple(block.names for block in self.dropped)
 
     def shorten(self, cut: Cut) -> Cut:
         """The cut of heads without the dropped blocks."""

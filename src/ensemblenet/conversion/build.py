@@ -92,6 +92,16 @@ class HeadDesign:
         return cost
 
     @cached_property
+    def given(self) -> list[tuple[Any, ...]]:
+        """What the base gives heads at the split point, for the traced inputs and for the trace's trials."""
+        trace = self.trace
+        trunk = fx.GraphModule(trace.module, trunk_graph(trace, self.cut)).eval()
+        names = [str(node.target) for node in trace.placeholders]
+        tried = [trace.arguments, *(trial.arguments for trial in trace.trials)]
+        with torch.no_grad():
+            return [as_tuple(trunk(**dict(zip(names, values, strict=True)))) for values in tried]
+
+    @cached_property
     def _cost(self) -> HeadCost:
         return HeadCost(self.equations, self.parameters.values(), self.trace.num_examples)
 
@@ -316,7 +326,7 @@ class _ShapeChecker(GraphRunner):
 
 
 def check_head(
-    design: HeadDesign, shape: HeadShape, head: fx.GraphModule, copies: _Copies, given: list[tuple[Any, ...]]
+    design: HeadDesign, shape: HeadShape, head: fx.GraphModule, copies: _Copies
 ) -> tuple[fx.Node, str] | None:
     """Run a head in evaluation mode; return the base's node that fails, and why, or None.
 
@@ -325,13 +335,12 @@ def check_head(
         shape: of the head.
         head: itself.
         copies: for each of its graph's nodes the node of the base.
-        given: what the trunk gives it, for the traced inputs and for the trace's trials.
     """
     checker = _ShapeChecker(head.eval(), copies, _Narrowed(design, shape))
     try:
         with torch.no_grad():
-            checker.run(*given[0])
-            for values, trial in zip(given[1:], design.trace.trials, strict=True):
+            checker.run(*design.given[0])
+            for values, trial in zip(design.given[1:], design.trace.trials, strict=True):
                 _check_outputs(GraphRunner(head).run(*values), trial, head)
     except NodeError as error:
         node = copies.get(error.node.name)

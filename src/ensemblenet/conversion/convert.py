@@ -17,18 +17,18 @@ from ensemblenet.conversion.initialise import Initialiser
 from ensemblenet.conversion.measuring import time_share
 from ensemblenet.conversion.planning import LATE, STEM, Plan, Planner, choose_num_heads
 from ensemblenet.conversion.repair import repair
-from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut, trunk_graph
+from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.conversion.trained import looks_trained
 from ensemblenet.cost import Budget, Cost, count_parameters
-from ensemblenet.ensemble import EnsembleNet, as_tuple, combining_cost
+from ensemblenet.ensemble import EnsembleNet, combining_cost
 from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.finding import find_source
 from ensemblenet.recipe import Conversion, HeadShape, Importance, Init, Recipe, Shape
 
-__all__ = ["convert", "convert_as", "plans", "plans_as", "rebuild", "split_points"]
+__all__ = ["convert", "convert_alone", "convert_as", "plans", "plans_as", "rebuild", "split_points"]
 
 _RANKED = 4
 _MOST_MEASURED = 5
@@ -157,7 +157,7 @@ def convert_as(
     share = STEM if capacity is None or capacity.is_spare else LATE
     planner = _planner(traced, cuts, wanted, base_cost, task, share)
     design, recipe = _choose(planner, wanted, base, example_inputs, base_cost, task)
-    _check_split(traced, named_cut(cuts, recipe.split_at))
+    _check_split(design if not recipe.head.dropped else design_head(traced, named_cut(cuts, recipe.split_at), set()))
     batches = [] if calibration is None else batches_of(calibration, traced)
     inheritance = None
     if wanted.init == "inherit":
@@ -183,6 +183,39 @@ def convert_as(
     for note in traced.notes:
         warnings.warn(note, stacklevel=4)  # of whoever called `convert`
     return model.train(base.training)
+
+
+def convert_alone(
+    wanted: Conversion, base: nn.Module, example_inputs: Tree, task: Task = "multiclass"
+) -> tuple[Conversion, EnsembleNet]:
+    """The budget of a conversion spent on one network, which is what heads must be better than.
+
+    It has one block of each run and is as wide as fits; where the base has no blocks to drop, it is narrower.
+
+    Args:
+        wanted: what the heads are asked for.
+        base: as for `convert`.
+        example_inputs: as for `convert`.
+        task: as for `convert`.
+
+    Returns:
+        What was asked of it, and the model of one head.
+
+    Raises:
+        ConversionError: the base cannot be converted, or not within the budget.
+
+    Example:
+        >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+        >>> alone, model = convert_alone(Conversion(budget=0.5), base, torch.randn(4, 8))
+        >>> alone.shape, model.num_heads
+        ('narrow', 1)
+    """
+    alone = replace(wanted, num_heads=1, split_at="input", shape="auto", width=None, depth=0.0)
+    try:
+        return alone, convert_as(alone, base, example_inputs, task)
+    except ConversionError:  # no blocks to drop, or too little budget
+        alone = replace(alone, shape="narrow", depth=None)
+        return alone, convert_as(alone, base, example_inputs, task)
 
 
 @torch.inference_mode(False)
@@ -354,7 +387,7 @@ def _repair(design: HeadDesign, plan: Plan, planner: Planner) -> bool:
     shape = plan.head
     initialiser = Initialiser("inherit", torch.Generator().manual_seed(0))
     head, copies = build_head(design, shape, initialiser)
-    failure = check_head(design, shape, head, copies, _given(design))
+    failure = check_head(design, shape, head, copies)
     if failure is None:
         return False
     node, message = failure
@@ -363,26 +396,15 @@ def _repair(design: HeadDesign, plan: Plan, planner: Planner) -> bool:
     return True
 
 
-def _given(design: HeadDesign) -> list[tuple[Any, ...]]:
-    """What the base gives heads at the split point, for the traced inputs and for the trials."""
-    traced = design.trace
-    trunk = fx.GraphModule(traced.module, trunk_graph(traced, design.cut)).eval()
-    names = [str(node.target) for node in traced.placeholders]
-    tried = [traced.arguments, *(trial.arguments for trial in traced.trials)]
-    with torch.no_grad():
-        return [as_tuple(trunk(**dict(zip(names, values, strict=True)))) for values in tried]
-
-
-def _check_split(traced: Trace, cut: Cut) -> None:
+def _check_split(design: HeadDesign) -> None:
     """Compare trunk and head at full width and depth with the base, at every size that was tried."""
-    design = design_head(traced, cut, set())
     head, _ = build_head(design, HeadShape(1.0), Initialiser("inherit", torch.Generator().manual_seed(0)))
     head.eval()
-    for values, trial in zip(_given(design)[1:], traced.trials, strict=True):
+    for values, trial in zip(design.given[1:], design.trace.trials, strict=True):
         with torch.no_grad():
             difference = differs(trial.expected, head(*values))
         if difference:
-            raise ConversionError(f"The split at {cut.point.name!r} changes the base. {difference} {BY_HAND}")
+            raise ConversionError(f"The split at {design.cut.point.name!r} changes the base. {difference} {BY_HAND}")
 
 
 def _assemble(

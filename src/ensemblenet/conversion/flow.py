@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from itertools import chain
 from types import MappingProxyType
 
@@ -43,7 +44,6 @@ class Flow:
         self._lasting = {write for root in lasting for write in self._writes.get(root, [])}
         self._from_input = self._follow(self._inputs)
         self._learned = self._follow({node for node in self.order if self._has_state(node)})
-        self._size_readers = self._follow_sizes()
         self._once = self._follow(self._lasting | {node for node in self.order if "random" in node.meta})
 
     def _follow_memory(self) -> tuple[dict[int, int], dict[int, list[fx.Node]]]:
@@ -83,7 +83,8 @@ class Flow:
         written = [write for argument in read for write in self.writes(argument, self.order[node] - 1)]
         return [*read, *written]
 
-    def _follow_sizes(self) -> dict[fx.Node, set[fx.Node]]:
+    @cached_property
+    def _size_readers(self) -> dict[fx.Node, set[fx.Node]]:
         """For each tensor the nodes that read one of its sizes, or a number made of sizes."""
         readers: dict[fx.Node, set[fx.Node]] = {}
         made_of: dict[fx.Node, set[fx.Node]] = {}  # by number, the tensors whose sizes it is made of

@@ -294,12 +294,12 @@ class Inheritance:
 
     def _move_blocks(self, runs: Iterable[Run]) -> None:
         """Choose which blocks' values each head takes."""
-        runs = [run for run in runs if any(_name(block) in self.shape.dropped for block in run.blocks)]
+        runs = [run for run in runs if any(block.names in self.shape.dropped for block in run.blocks)]
         scores = iter(self._block_scores([block for run in runs for block in run.blocks[1:]]))
         for run in runs:
             blocks = run.blocks[1:]
             order = self._order(torch.tensor([next(scores) for _ in blocks]))
-            places = [place for place, block in enumerate(blocks) if _name(block) not in self.shape.dropped]
+            places = [place for place, block in enumerate(blocks) if block.names not in self.shape.dropped]
             names = tensors_of_twins(blocks)
             if names is None:
                 continue
@@ -318,10 +318,6 @@ class Inheritance:
 
 
 _Key = tuple[Any, ...]
-
-
-def _name(block: Block) -> tuple[str, str]:
-    return block.begin.point.name, block.end.point.name
 
 
 def _channels(values: Tensor, axis: Axis, dim: int, unknown: Axis) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import pickle
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -19,6 +19,7 @@ from ensemblenet.errors import TrainingError, first_line
 from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.runs import CHECKPOINT
 from ensemblenet.training.processes import is_first_process
+from ensemblenet.weights import damaged_part
 
 __all__ = ["AtomicCheckpointIO", "RunCheckpoint", "whole_checkpoint"]
 
@@ -96,8 +97,7 @@ def _fault(path: Path) -> str | None:
     if path.is_dir():  # of a strategy that shards
         return None
     try:
-        with ZipFile(path) as archive:
-            broken = archive.testzip()
+        broken = damaged_part(path)
     except (BadZipFile, OSError, EOFError, NotImplementedError) as error:
         return first_line(error)
     return None if broken is None else f"wrong checksum of {broken}"

@@ -6,6 +6,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet.conversion.convert import convert_as
+from ensemblenet.conversion.convert import convert_alone, convert_as
 from ensemblenet.cost import Shares, count_parameters
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError, LoadError, TrainingError
@@ -66,25 +67,17 @@ def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) ->
         ['base', '2-heads', 'reshaped']
     """
 
-    def convert(wanted: Conversion) -> EnsembleNet:
-        with warnings.catch_warnings():  # its training will give them
-            warnings.simplefilter("ignore")
-            return convert_as(wanted, base, example_inputs)
-
     found: dict[str, Conversion | None] = {"base": None}
     rule = replace(settings, num_heads=2, split_at="auto", width=None, depth=None)
-    for wanted in (rule, replace(rule, num_heads="auto")):
-        num_heads = convert(wanted).num_heads
-        found[f"{num_heads}-heads"] = replace(rule, num_heads=num_heads)
-    alone = replace(rule, num_heads=1, split_at="input", shape="narrow")
-    for wanted in (replace(alone, shape="auto", depth=0.0), alone):
-        try:
-            parameters = count_parameters(convert(wanted))
-        except ConversionError:  # no blocks to drop, or too little budget
-            continue
-        if parameters != count_parameters(base):
-            found["reshaped"] = wanted
-        break
+    with warnings.catch_warnings():  # the candidates' trainings will give them
+        warnings.simplefilter("ignore")
+        for wanted in (rule, replace(rule, num_heads="auto")):
+            num_heads = convert_as(wanted, base, example_inputs).num_heads
+            found[f"{num_heads}-heads"] = replace(rule, num_heads=num_heads)
+        with suppress(ConversionError):  # too little budget
+            alone, model = convert_alone(rule, base, example_inputs)
+            if count_parameters(model) != count_parameters(base):
+                found["reshaped"] = alone
     return found
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ensemblenet.conversion.convert import convert_alone
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import ConversionError
 from ensemblenet.study.task import Method, Setup, Source, codistilled
 
 __all__ = ["BASE", "HEAD_ALONE", "NARROW", "RESHAPED"]
 
 
 def _reshaped(source: Source, setup: Setup) -> EnsembleNet:
-    """One network of a block for each run; as wide as fits, or only narrower where the base has no blocks to drop."""
-    alone = {"num_heads": 1, "split_at": "input", "width": None}
-    try:
-        return source.convert(setup, **alone, shape="auto", depth=0.0)
-    except ConversionError:
-        return source.convert(setup, **alone, shape="narrow", depth=None)
+    wanted = replace(setup.conversion, seed=source.seed)
+    return convert_alone(wanted, source.make_base(), source.example, setup.task)[1]
 
 
 BASE = Method(
