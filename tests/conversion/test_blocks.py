@@ -372,3 +372,33 @@ def test_blocks_of_timm_networks_are_their_modules(name: str) -> None:
     assert model.recipe is not None
     assert len(model.recipe.head.dropped) == len(skipped) > 0
     torch.testing.assert_close(model(x), _without(base, skipped)(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_container_behind_one_that_changes_the_shape_is_no_block() -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU())
+    base = nn.Sequential(stem, nn.Sequential(Residual(16, 16), Residual(16, 16)), nn.Flatten(), nn.LazyLinear(3))
+    base(IMAGES)
+    runs = find_runs(find_cuts(trace(base, IMAGES)))
+    assert [block.begin.point.name for run in runs for block in run.blocks[1:]] == ["1.0"]
+
+
+@pytest.mark.parametrize("shape", ["narrow", "auto"])
+def test_plans_that_take_the_time_of_the_base_come_first(shape: str) -> None:
+    timm = pytest.importorskip("timm")
+    base, x = timm.create_model("resnet18"), torch.randn(2, 3, 224, 224)
+    found = ensemblenet.plans(base, x, shape=shape)  # type: ignore[arg-type]
+    whole = ensemblenet.measure_cost(base, x)
+    [chosen] = [plan for plan in found if plan.rank == 0]
+    shares = chosen.cost.shares_of(whole)
+    assert max(shares.activations, shares.time) <= 1.05
+    # nearer to the stem nothing keeps to it; short heads do much earlier than narrow ones
+    earlier = [plan.cost.shares_of(whole) for plan in found if 0.05 <= plan.split.macs_share < chosen.split.macs_share]
+    assert all(max(one.activations, one.time) > 1.05 for one in earlier)
+    assert (chosen.split.macs_share > 0.5) == (shape == "narrow")
+
+
+def test_small_bases_without_blocks_are_split_early() -> None:
+    layers = [layer for size in range(16, 96) for layer in (nn.Linear(size, size + 1), nn.Tanh())]
+    base = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(96, 128), nn.Tanh(), nn.Linear(128, 3))
+    [chosen] = [plan for plan in ensemblenet.plans(base, ROWS) if plan.rank == 0]
+    assert chosen.split.macs_share < 0.1
