@@ -65,7 +65,7 @@ def demo_study(seeds: int = 5, epochs: int = _EPOCHS) -> Study:
         ['base', 'ensemblenet', 'shorter, wider base']
     """
     # each has its own best on validation examples: benchmarks/plan_study.py, MNIST-1D that overfits
-    ours = partial(Variant, "codistillation", num_heads=2, lr=0.01, weight_decay=0.5)
+    ours = partial(Variant, "codistillation", lr=0.01, weight_decay=0.5)
     return Study(
         {"class_path": "ensemblenet.models.MNIST1DResNet", "init_args": {"width": 32}},
         {
@@ -80,6 +80,7 @@ def demo_study(seeds: int = 5, epochs: int = _EPOCHS) -> Study:
             ours("ensemblenet, λ=0", weight=0.0, seeds=1),
             ours("ensemblenet, λ=10", weight=10.0, seeds=1),
         ],
+        num_heads=2,
         epochs=epochs,
         seeds=seeds,
     )
