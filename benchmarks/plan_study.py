@@ -258,7 +258,9 @@ def finish(run: Run, results: Results, folder: Path, kept: Path) -> dict[str, An
     network = base = base_of(run)
     found: dict[str, Any] = {"shares": dict.fromkeys(Shares._fields, 1.0)}
     if run.plan == PAIR:
-        network = EnsembleNet(nn.Identity(), [kept_base(run, seed, kept) for seed in (run.seed, run.second_seed)])
+        seeds = (run.seed, run.second_seed or 0)
+        bases = [trained_base(replace(run, plan=BASE, seed=seed), data, kept).network for seed in seeds]
+        network = EnsembleNet(nn.Identity(), bases)
         found["shares"] = dict.fromkeys(Shares._fields, 2.0)
     elif run.plan != BASE:
         network = converted(base, x[:2], run)
@@ -271,8 +273,7 @@ def finish(run: Run, results: Results, folder: Path, kept: Path) -> dict[str, An
     if run.plan != PAIR:
         found |= train(task, data, optimization(run), setting.epochs, run.seed, setting.precision)
     if run.plan == BASE:
-        kept.mkdir(parents=True, exist_ok=True)
-        torch.save(network.state_dict(), kept / file_name(run, run.seed))
+        keep(network, run, kept)
     found["val"] = measure(task, data.val_dataloader(), setting.task)
     found["test"] = measure(task, data.test_dataloader(), setting.task)
     training = islice(data.train_dataloader(), TRAINING_EXAMPLES // len(x))
@@ -287,14 +288,28 @@ def base_of(run: Run) -> nn.Module:
     return SETTINGS[run.setting].base()
 
 
-def kept_base(run: Run, seed: int | None, kept: Path) -> nn.Module:
-    base = base_of(run)
-    base.load_state_dict(torch.load(kept / file_name(run, seed), weights_only=True))
-    return base
+def trained_base(run: Run, data: DataModule, kept: Path) -> TrainingTask:
+    """The base as its own run left it; trained anew, with the same result, where that file is gone."""
+    setting = SETTINGS[run.setting]
+    data.reseed(run.seed)
+    x, _ = next(iter(data.train_dataloader()))
+    task = in_layout(codistilled(base_of(run), run.weight, setting.task), x)
+    path = kept_at(run, kept)
+    if path.exists():
+        task.network.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        train(task, data, optimization(run), setting.epochs, run.seed, setting.precision)
+        keep(task.network, run, kept)
+    return task
 
 
-def file_name(run: Run, seed: int | None) -> str:
-    return f"{run.setting}, {run.lr:g}, {run.weight_decay:g}, {seed}.pt"
+def keep(base: nn.Module, run: Run, kept: Path) -> None:
+    kept.mkdir(parents=True, exist_ok=True)
+    torch.save(base.state_dict(), kept_at(run, kept))
+
+
+def kept_at(run: Run, kept: Path) -> Path:
+    return kept / f"{run.setting}, {run.lr:g}, {run.weight_decay:g}, {run.seed}.pt"
 
 
 def converted(base: nn.Module, x: Tensor, run: Run) -> EnsembleNet:
