@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from ensemblenet.cli.options import add_trained_models, check_new, command_parser, positive_integer
-from ensemblenet.deploy.export import Exported, Format
+from ensemblenet.cli.parsers import read
+from ensemblenet.deploy.export import Exported
 from ensemblenet.deploy.export import export as export_model
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError
@@ -38,8 +36,7 @@ def export(arguments: Sequence[str]) -> Path:
         LoadError: there is no model to load.
         FileExistsError: the output exists.
     """
-    options = _parser().parse_args(arguments)
-    check_new(options.output, "path")
+    options, _ = read("export", arguments)
     base = create(options.base) if options.base else None
     restored = restore(options.model, base, trust=options.trust)
     network = restored.network
@@ -79,34 +76,3 @@ def _show(exported: Exported, device: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command_parser(
-        "export",
-        "Write a trained model for other programs to run, with its class names and preprocessing. It needs "
-        "a trained model. The file is checked against PyTorch before it gets its name.",
-    )
-    add_trained_models(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the file or directory to create")
-    parser.add_argument(
-        "--format",
-        choices=get_args(Format),
-        default="onnx",
-        help="onnx; torch (torch.export, *.pt2); aot (compiled by AOTInductor for this kind of machine, *.pt2); "
-        "safetensors (a directory for ensemblenet.load); default: %(default)s",
-    )
-    heads = parser.add_mutually_exclusive_group()
-    heads.add_argument("--head", type=int, metavar="K", help="this head alone, counted from 0 (default: all heads)")
-    heads.add_argument("--first", type=positive_integer, metavar="K", help="the first K heads")
-    parser.add_argument("--fuse", action="store_true", help="run the heads as one, see docs/heads.md")
-    parser.add_argument(
-        "--batch-size", type=positive_integer, metavar="N", help="fix it, and all other sizes (default: any size)"
-    )
-    parser.add_argument("--device", default="cpu", help="what to write the file for, such as cuda (default: cpu)")
-    parser.add_argument(
-        "--base",
-        metavar="NAME",
-        help="the base of a saved model that does not know it: a timm name, torchvision:NAME or module.path:callable",
-    )
-    return parser

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from ensemblenet.cli.options import add_data, add_device, add_trained_models, check_new, command_parser
+from ensemblenet.cli.parsers import read
 from ensemblenet.evaluation.scoring import Split, chosen_data, in_words, score
-from ensemblenet.metrics.scores import meanings
 from ensemblenet.reports.tables import results_table, scores_columns
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.restore import restore
@@ -43,21 +41,7 @@ def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[
         split: "val" or "test".
         arguments: command-line arguments.
     """
-    parser = command_parser(
-        name,
-        f"Score a trained network on {'test' if split == 'test' else 'validation'} examples: the whole model, each "
-        "head alone, and the first heads together. It needs the folder of a run of `fit`, which knows its data, or a "
-        "saved model and a data module.",
-        f"{meanings(('nll', 'ece', 'brier', 'disagreement'))} Shares are in percent.",
-        allow_abbrev=False,
-    )
-    add_trained_models(parser)
-    add_data(parser)
-    add_device(parser)
-    parser.add_argument("--output", type=Path, help="a new JSON file for the scores")
-    options, changes = parser.parse_with_data(arguments)
-    if options.output:
-        check_new(options.output)
+    options, changes = read(name, arguments)
     restored = restore(options.model, trust=options.trust)
     quiet_lightning()
     data = chosen_data(restored, options.config, changes, options.class_path)
