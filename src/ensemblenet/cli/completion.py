@@ -27,8 +27,8 @@ def completion(arguments: Sequence[str]) -> None:
     parser = command_parser(
         "completion",
         "A script by which your shell completes commands and options. For bash, keep it by "
-        "`ensemblenet completion bash > ~/.local/share/bash-completion/completions/ensemblenet`; other shells have other "
-        "places.",
+        "`ensemblenet completion bash > ~/.local/share/bash-completion/completions/ensemblenet`; other shells have "
+        "other places.",
     )
     parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     shell = parser.parse_args(arguments).shell

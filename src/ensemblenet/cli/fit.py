@@ -101,8 +101,8 @@ def _help() -> None:
     parser = command_parser(
         "fit",
         "Train a network, or the multi-headed model that it converts to. It needs a YAML file, such as "
-        "mnist1d/ensemblenet, which the settings below change. The run gets a folder of its own with its configuration, "
-        "logs, checkpoints, results and model.",
+        "mnist1d/ensemblenet, which the settings below change. The run gets a folder of its own with its "
+        "configuration, logs, checkpoints, results and model.",
         "`ensemblenet fit --help all` lists every setting, those of Lightning's Trainer among them.",
     )
     parser.add_argument("config", metavar="FILE", help="or a name in `ensemblenet configs list`; or --config FILE")
