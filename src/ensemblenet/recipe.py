@@ -28,7 +28,7 @@ __all__ = ["Conversion", "Criterion", "Freeze", "HeadShape", "Importance", "Init
 __getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.finding.find_source"})
 
 Init = Literal["fresh", "inherit"]
-Criterion = Literal["magnitude", "scale", "taylor", "random"]
+Criterion = Literal["magnitude", "scale", "taylor", "loss", "random"]
 # a function of a group of channels: of each parameter that has them, its name and its values, (channels, *), to a
 # score for each channel
 Importance = Criterion | Callable[[Sequence[tuple[str, Tensor]]], Tensor]

@@ -100,7 +100,8 @@ def convert(
             (channels, *), and gives a score for each channel, (channels,). The most important go to every head, the
             others are dealt out in turns. Short heads take the values of blocks so too, where the blocks of a run
             differ in nothing else, by how much a block turns what flows through it if there is `calibration`, else by
-            magnitude. None means "taylor" with `calibration`, else "magnitude" with the same blocks in all heads.
+            magnitude; with "loss", which for channels is "taylor", by the base's loss without the block. None means
+            "taylor" with `calibration`, else "magnitude" with the same blocks in all heads.
         calibration: a loader of a few batches of inputs and targets, read once and kept in memory. By it inherited
             heads are repaired: batch normalisation takes its statistics anew, as a pass in training mode would, and
             linear layers and convolutions without it get the scale and bias that give each output its mean and standard
