@@ -103,11 +103,12 @@ def fit(arguments: Sequence[str]) -> Path:
 def _help() -> None:
     parser = command_parser(
         "fit",
-        "Train a network, or the multi-headed model that it converts to. It needs a YAML file, which the settings "
-        "below change. The run gets a folder of its own with its configuration, logs, checkpoints, results and model.",
+        "Train a network, or the multi-headed model that it converts to. It needs a YAML file, such as "
+        "mnist1d/ensemblenet, which the settings below change. The run gets a folder of its own with its "
+        "configuration, logs, checkpoints, results and model.",
         "`ensemblenet fit --help all` lists every setting, those of Lightning's Trainer among them.",
     )
-    parser.add_argument("config", metavar="FILE", help="such as configs/mnist1d/ensemblenet.yaml; or --config FILE")
+    parser.add_argument("config", metavar="FILE", help="or a name in `ensemblenet configs list`; or --config FILE")
     for setting in _SETTINGS:
         parser.add_argument(f"--{setting.option or setting.key}", metavar=setting.metavar, help=setting.help)
     add_device(parser, default="the file's")

@@ -62,7 +62,7 @@ __all__ = ["FitCLI", "complete_arguments"]
 _USAGE = "ensemblenet fit FILE [--data FOLDER] [--KEY VALUE ...]"
 _DESCRIPTION = """Train a network, or the multi-headed model that it converts to.
 
-It needs a YAML file: `ensemblenet fit configs/mnist1d/ensemblenet.yaml`. Every setting of the file
+It needs a YAML file: `ensemblenet fit mnist1d/ensemblenet`. Every setting of the file
 is also an option below. `model.base` takes a class_path with init_args, your own classes too if their folder
 is on PYTHONPATH; so does `data`, and `--data FOLDER` is short for --data.init_args.folder FOLDER. The run gets a
 folder of its own under --runs with the configuration, the environment, logs for TensorBoard and as CSV,
