@@ -202,6 +202,8 @@ def test_a_process_that_loads_test_data_and_dies_is_one_line(config: Path, capsy
         (["fit", "--config", "missing.yaml"], "missing.yaml: No such file"),
         (["fit", "--config", "tiny.yaml", "--runs", "file"], "/file: Not a directory"),
         (["fit", "tiny.yaml", "--data", "no/such"], "no/such: No such file"),
+        (["fit"], "A configuration is needed: a YAML file, or a name in"),
+        (["compare", "tiny.yaml", "tiny"], "There is neither an option nor a configuration tiny."),
         (["fit", "list.yaml"], "list.yaml must hold settings by name"),
         (
             ["fit", "tiny.yaml", "--trainer.max_epoch", "3"],

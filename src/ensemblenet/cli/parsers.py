@@ -32,7 +32,7 @@ from ensemblenet.metrics.scores import meanings
 from ensemblenet.reports.tables import COST_NOTE
 from ensemblenet.storage.runs import check_saved, check_trained
 
-__all__ = ["DEMO_EPOCHS", "read"]
+__all__ = ["DEMO_EPOCHS", "PARSERS", "read"]
 
 DEMO_EPOCHS = 40
 
@@ -56,7 +56,7 @@ def read(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, li
         ...
         ensemblenet.errors.LoadError: nowhere holds no saved model: there is no such folder.
     """
-    parser = _PARSERS[command]()
+    parser = PARSERS[command]()
     options, changes = parser.parse_with_data(arguments)
     given = vars(options)
     if command == "convert":
@@ -284,7 +284,7 @@ def _report() -> CommandParser:
     return parser
 
 
-_PARSERS = {
+PARSERS = {
     "demo": _demo,
     "info": _info,
     "convert": _convert,

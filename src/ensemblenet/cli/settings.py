@@ -7,6 +7,7 @@ import ast
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
     if any(argument.endswith(("-h", "help")) for argument in arguments):
         return
     written = written_out(arguments) if command == "fit" else [underscored(each) for each in with_config(arguments)]
+    if not written:
+        raise TrainingError("A configuration is needed: a YAML file, or a name in `ensemblenet configs list`.")
     given: dict[str, Any] = {}
     for key, value in _options(written):
         if key == "config" and value is not None and Path(value).suffix in (".yaml", ".yml", ".json"):
@@ -74,7 +77,7 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
     if (resume := given.get("resume")) not in (None, "auto"):
         check_resumable(Path(resume), *(["auto"] if command == "fit" else []))
     check_place(Path(given.get("runs") or "runs").absolute())
-    for key in ("base_run", "data"):
+    for key in ("base_run", "data", "model.teacher"):
         if isinstance(path := given.get(key), str) and "/" in path and not path.startswith("{"):
             check_there(path)
     _check_values(given, "model.conversion." if command == "fit" else "")
@@ -82,11 +85,15 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Names and values of options; nothing for null and for a name without a value."""
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    before = "="
+    for argument, following in pairwise([*arguments, "--"]):
         if argument.startswith("--"):
             key, equals, text = argument[2:].partition("=")
             value = text if equals else following
             yield key.rstrip("+"), None if value == "null" or (not equals and value.startswith("--")) else value
+        elif "=" in before or not before.startswith("--") or before == "--trust":
+            raise TrainingError(f"There is neither an option nor a configuration {argument}.")
+        before = argument
 
 
 def _read(file: Path) -> dict[str, Any]:
