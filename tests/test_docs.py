@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FILES = [*PAGES, *sorted(ROOT.glob("benchmarks/*.py")), *sorted(ROOT.glob("configs/**/*.yaml"))]
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?://)([^)\s]*)\)")
 PATH = re.compile(r"(?<![\w./-])(?:src|docs|configs|benchmarks|tests|examples)/[\w./*-]*[\w/*]")

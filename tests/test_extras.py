@@ -1,4 +1,4 @@
-"""The core works with its own dependencies alone; what needs more says in one line which extra to install."""
+"""The wheel works with the core's dependencies alone; what needs more says in one line which extra to install."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-import ensemblenet
+from ensemblenet.cli.options import configs
 
+ROOT = Path(__file__).parents[1]
 CORE = ("torch", "numpy", "safetensors")
 
 
@@ -30,9 +31,12 @@ def needs(library: str, found: set[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package, its core dependencies, and nothing else that is installed here."""
+    """A folder with the installed wheel, its core dependencies, and nothing else that is installed here."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "ensemblenet").symlink_to(Path(ensemblenet.__file__).parent)
+    wheels = tmp_path_factory.mktemp("wheels")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ROOT], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder, *wheels.iterdir()], check=True)
     libraries: set[str] = set()
     for library in CORE:
         needs(library, libraries)
@@ -42,9 +46,6 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for top in tops:
             if not (folder / top).exists():
                 (folder / top).symlink_to(Path(str(installed.locate_file(top))).resolve())
-    metadata = Path(str(distribution("ensemblenet").locate_file(""))).glob("ensemblenet-*.dist-info")
-    for found in metadata:
-        (folder / found.name).symlink_to(found)
     return folder
 
 
@@ -103,6 +104,12 @@ def test_what_needs_more_says_which_extra(bare: Path, use: str, extra: str) -> N
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert re.search(rf"is not installed: pip install 'ensemblenet\[{extra}\]'$", last), done.stderr
+
+
+def test_the_wheel_brings_the_configurations_and_its_types(bare: Path) -> None:
+    done = run(bare, "from ensemblenet.cli.main import main\nsys.exit(main(['configs', 'list']))")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(configs()), done.stderr
+    assert (bare / "ensemblenet" / "py.typed").is_file()
 
 
 @pytest.mark.parametrize("command", ["info", "fit", "test", "compare", "demo", "report"])

@@ -314,6 +314,112 @@ def test_compile_and_vmap(task: str, combine: str) -> None:
     torch.testing.assert_close(compiled(z[0], y[0]), expected[0])
 
 
+def slow_teaching(z, y, teacher, temperature, task, *, class_weight=None, label_smoothing=0.0, ignore_index=-100):
+    """T^2 mean_k KL(teacher || head) of every position, one probability after another, times the position's weight."""
+    k, n, c, *dense = z.shape
+    weights = [1.0] * c if class_weight is None else class_weight.tolist()
+    z, teacher = z.reshape(k, n, c, -1), teacher.reshape(n, c, -1)
+    places = [(i, s) for i in range(n) for s in range(z.shape[3])]
+
+    def divergence_of(own, other):
+        """Lists of logits of outcomes."""
+        p, q = ([(v / temperature).exp() for v in logits] for logits in (own, other))
+        p, q = ([v / sum(values) for v in values] for values in (p, q))
+        return sum(a * (a / b).log() for a, b in zip(q, p, strict=True))
+
+    def at(i, s, head):
+        if task == "multiclass":
+            return divergence_of([head[i, j, s] for j in range(c)], [teacher[i, j, s] for j in range(c)])
+        total = torch.zeros((), dtype=z.dtype)
+        for j in range(c):
+            own, other = head[i, j, s], teacher[i, j, s]
+            zero = torch.zeros_like(own)
+            squared = (own - other) ** 2 / 2 / temperature**2
+            term = squared if task == "regression" else divergence_of([own, zero], [other, zero])
+            total = total + weights[j] * term
+        return total
+
+    def weight_of(i, s):
+        if task != "multiclass":
+            return 1.0
+        if y.is_floating_point():
+            shares = [(1 - label_smoothing) * share + label_smoothing / c for share in y.reshape(n, c, -1)[i, :, s]]
+            return sum(w * share for w, share in zip(weights, shares, strict=True))
+        label = int(y.reshape(n, -1)[i, s])
+        if label == ignore_index:
+            return 0.0
+        return (1 - label_smoothing) * weights[label] + label_smoothing * sum(weights) / c
+
+    losses = [weight_of(i, s) * temperature**2 * sum(at(i, s, head) for head in z) / k for i, s in places]
+    return torch.stack(losses).view(n, *dense)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_teacher_against_a_slow_reference(task: str) -> None:
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(problem=problems(task), temperature=st.sampled_from([0.5, 1.0, 2.0, 4.0]), weighted=st.booleans())
+    def check(problem, temperature, weighted):
+        z, y, weight, options = problem
+        z = (z.clamp(-30, 30)).requires_grad_()
+        teacher = heads(*z.shape[1:], seed=7).requires_grad_()
+        reduction = options.pop("reduction")
+        example = torch.rand(z.shape[1], generator=seeded(3), dtype=z.dtype) + 0.5 if weighted else None
+        taught = {"teacher_logits": teacher, "teacher_weight": 0.7, "temperature": temperature}
+
+        expected = 0.7 * slow_teaching(z, y, teacher.detach(), temperature, task, **options)
+        if example is not None:
+            expected = expected * example.view(-1, *[1] * (expected.ndim - 1))
+        if reduction == "mean":  # what F.cross_entropy divides by
+            counts = torch.ones_like(expected)
+            if not y.is_floating_point():
+                weights = options.get("class_weight", torch.ones(z.shape[2], dtype=z.dtype))
+                counts = weights[y] * (y != options.get("ignore_index", -100))
+            if example is not None:
+                counts = counts * example.view(-1, *[1] * (expected.ndim - 1))
+            expected = expected.sum() / counts.sum()
+        expected = expected.sum() if reduction == "sum" else expected
+        without = codistillation(z, y, weight, task, example_weight=example, reduction=reduction, **options)
+        actual = codistillation(z, y, weight, task, example_weight=example, reduction=reduction, **options, **taught)
+
+        torch.testing.assert_close(actual, without + expected, rtol=1e-8, atol=1e-9)
+        gradients = [torch.autograd.grad(loss.sum(), z, retain_graph=True)[0] for loss in (actual, without + expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-9)
+        assert torch.autograd.grad(actual.sum(), teacher, allow_unused=True) == (None,)
+
+    check()
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize("task", TASKS)
+def test_teaching_every_head_is_teaching_the_mean_and_keeping_the_heads_alike(task: str, combine: str) -> None:
+    """At a temperature of 1: mean_k KL(t || p_k) = KL(t || pbar) + mean_k KL(pbar || p_k)."""
+    z, y, teacher = heads(), targets(task), heads(N, C, seed=5)
+    taught = {"teacher_logits": teacher, "teacher_weight": 1.0}
+    own = codistillation(z, y, 0.0, task, combine=combine, **taught) - codistillation(z, y, 0.0, task, combine=combine)
+    of_mean = codistillation(z.mean(0)[None], y, 0.0, task, **taught) - codistillation(z.mean(0)[None], y, 0.0, task)
+    torch.testing.assert_close(own, of_mean + divergence(z, task))
+    same = codistillation(teacher.expand(3, -1, -1), y, 2.0, task, **taught, temperature=3.0)
+    torch.testing.assert_close(same, plain(teacher, y, task))
+
+
+def test_a_teacher_in_low_precision_with_masked_classes_compiled() -> None:
+    z, y, teacher = heads(dtype=torch.float32), torch.zeros(N, dtype=torch.long), heads(N, C, seed=5).float()
+    taught = {"teacher_weight": 1.0, "temperature": 2.0}
+    masked, masked_teacher = z.clone(), teacher.bfloat16()
+    masked[:, :, -1] = masked_teacher[:, -1] = -math.inf
+    masked.requires_grad_()
+
+    def loss(z, teacher):
+        return codistillation(z, y, 2.0, teacher_logits=teacher, **taught)
+
+    value = loss(masked, masked_teacher)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, loss(z[:, :, :-1], teacher.bfloat16()[:, :-1].float()))
+    assert torch.autograd.grad(value, masked)[0].isfinite().all()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(z, teacher), loss(z, teacher))
+
+
 def test_integer_and_boolean_targets() -> None:
     z = heads()
     y = targets("multiclass")
@@ -447,6 +553,28 @@ BAD_INPUT = {
         ValueError,
         "example_weight must have the shape (5,), got (5, 1)",
     ),
+    "teacher of other classes": (
+        (Z, Y, 2.0),
+        {"teacher_weight": 1.0, "teacher_logits": heads(N, 3)},
+        ValueError,
+        "got (5, 3). The teacher has 3 classes and the heads have 4",
+    ),
+    "teacher of all heads": (
+        (Z, Y, 2.0),
+        {"teacher_weight": 1.0, "teacher_logits": Z},
+        ValueError,
+        "teacher_logits must have the shape (5, 4), as each head's outputs; got (3, 5, 4)",
+    ),
+    "no teacher": ((Z, Y, 2.0), {"teacher_weight": 1.0}, ValueError, "there are no teacher_logits"),
+    "idle teacher": ((Z, Y, 2.0), {"teacher_logits": Z[0]}, ValueError, "given and teacher_weight is 0"),
+    "teacher's classes": (
+        (Z, Y, 2.0),
+        {"teacher_weight": 1.0, "teacher_logits": Y},
+        TypeError,
+        "must be a floating-point tensor, got torch.int64 of shape (5,)",
+    ),
+    "negative teacher": ((Z, Y, 2.0), {"teacher_weight": -1.0}, ValueError, "at least 0, got -1.0"),
+    "no temperature": ((Z, Y, 2.0), {"temperature": 0.0}, ValueError, "finite number above 0, got 0.0"),
     "nothing to ignore": (
         (Z, Z[0].softmax(1), 2.0),
         {"ignore_index": 0},

@@ -29,8 +29,14 @@ Y = torch.tensor([0, 1, 2, 3, 1])
 )
 def test_is_the_pure_function(task: str, target: torch.Tensor, options: dict[str, Any]) -> None:
     example_weight = torch.arange(5.0)
-    actual = CoDistillationLoss(3.0, task, **options)(Z, target, example_weight)
-    assert torch.equal(actual, codistillation(Z, target, 3.0, task, example_weight=example_weight, **options))
+    actual = CoDistillationLoss(3.0, task, **options)(Z, target, example_weight=example_weight)
+    expected = codistillation(Z, target, 3.0, task, example_weight=example_weight, **options)
+    assert torch.equal(actual, expected)
+    with pytest.warns(DeprecationWarning, match="example_weight by its name"):
+        assert torch.equal(CoDistillationLoss(3.0, task, **options)(Z, target, example_weight), expected)
+    taught = CoDistillationLoss(3.0, task, teacher_weight=0.5, temperature=2.0, **options)
+    teaching = {"teacher_logits": Z[2], "teacher_weight": 0.5, "temperature": 2.0}
+    assert torch.equal(taught(Z, target, Z[2]), codistillation(Z, target, 3.0, task, **options, **teaching))
 
 
 def test_the_weight_is_2_unless_given_and_may_change() -> None:
@@ -68,6 +74,8 @@ def test_trains_an_ensemble_and_refuses_its_combined_prediction() -> None:
         ({"reduction": "max"}, "reduction must be one of"),
         ({"label_smoothing": -0.1}, "label_smoothing must be in [0, 1], got -0.1"),
         ({"label_smoothing": 0.1, "task": "regression"}, "has no label_smoothing"),
+        ({"teacher_weight": -1.0}, "teacher_weight must be a finite number of at least 0, got -1.0"),
+        ({"teacher_weight": 1.0, "temperature": 0.0}, "temperature must be a finite number above 0, got 0.0"),
     ],
 )
 def test_bad_options_are_refused_before_training(options: dict[str, Any], message: str) -> None:

@@ -121,6 +121,9 @@ def codistillation(
     ignore_index: int = -100,
     example_weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    teacher_logits: Tensor | None = None,
+    teacher_weight: float = 0.0,
+    temperature: float = 1.0,
 ) -> Tensor:
     """The loss of the ensemble plus `weight` times a distillation of the ensemble into its heads.
 
@@ -137,6 +140,18 @@ def codistillation(
     With `combine="probabilities"` the mean of the p_k, q, takes the place of pbar:
     L = l(log q, y) + weight * mean_k KL(q || p_k). Then the second line does not hold, and weight 1 does not
     make the heads independent.
+
+    A trained teacher, such as the base, adds `teacher_weight` times its distillation into every head, at a temperature
+    T (Hinton, Vinyals and Dean 2015, arXiv 1503.02531); with p^T the distribution of outputs divided by T:
+
+        T^2 * mean_k KL(teacher^T || p_k^T)
+
+    For multilabel it is the sum over labels, each a distribution of two outcomes; for regression, where T drops out,
+    half the squared error to the teacher's values. Every head is taught, and not their mean: at T = 1 that is the
+    distillation into the mean plus mean_k KL(pbar || p_k), so that each head stays useful alone, where a taught mean
+    would leave the heads free to drift apart. No gradient goes to the teacher. Class and example weights and
+    `ignore_index` count for its term as they do for the divergence; label smoothing does not. It costs a forward pass
+    of the teacher for each batch.
 
     Args:
         head_outputs: logits or regression outputs, shape (K, N, C) or (K, N, C, *).
@@ -158,13 +173,18 @@ def codistillation(
             `F.cross_entropy` divides it by: for class indices the class weights of the positions that count,
             else the number of positions. Example weights enter that divisor too: an example of weight 2 is
             an example seen twice. Where nothing counts, the mean is NaN.
+        teacher_logits: the teacher's outputs for the same inputs, shape (N, C) or (N, C, *); needed where
+            `teacher_weight` is above 0, and only there.
+        teacher_weight: the weight of the teacher's term, at least 0.
+        temperature: T, above 0.
 
     Returns:
         A scalar, or shape (N,) or (N, *) with reduction "none". Never negative, unless weights or target are.
 
     Raises:
-        TypeError: `head_outputs` or `target` has a dtype that the task cannot use.
-        ValueError: a wrong shape, an unknown name, or a number out of its range.
+        TypeError: `head_outputs`, `target` or `teacher_logits` has a dtype that the task cannot use.
+        ValueError: a wrong shape, an unknown name, a number out of its range, or a teacher's weight without its logits
+            or logits without a weight.
 
     That ensembling and co-distillation are connected is the claim of Li, Ng, Natsev 2019 (arXiv 1905.09979);
     the formulas here are this project's own derivation.
@@ -175,10 +195,11 @@ def codistillation(
         >>> heads = torch.stack([F.cross_entropy(z_k, y) for z_k in z]).mean()
         >>> torch.testing.assert_close(loss, (1 - 2.0) * F.cross_entropy(z.mean(0), y) + 2.0 * heads)
     """
-    check_options(weight, task, combine, label_smoothing, reduction)
+    check_options(weight, task, combine, label_smoothing, reduction, teacher_weight, temperature)
     _check_has_heads(head_outputs)
     _check_target(target, head_outputs, task, ignore_index)
     _check_weights(class_weight, example_weight, head_outputs)
+    _check_teacher(teacher_logits, teacher_weight, head_outputs)
 
     z = _full_precision(head_outputs)
     distil = weight > 0 and len(z) > 1
@@ -187,13 +208,18 @@ def codistillation(
     class_weight = None if class_weight is None else class_weight.to(z.dtype)
     plain_loss = partial(_plain_loss, combined, target, task, class_weight, label_smoothing, ignore_index)
 
-    if len(z) == 1 and example_weight is None:
+    if len(z) == 1 and example_weight is None and teacher_logits is None:
         return plain_loss(reduction)
     losses = plain_loss("none")
     class_weight = z.new_ones(z.shape[2]) if class_weight is None else class_weight
-    if gap is not None:
+    distances = [] if gap is None else [weight * gap]
+    if teacher_logits is not None:
+        teacher = _full_precision(teacher_logits.detach()).to(z.dtype)
+        away = _not_below_0(_distance(teacher / temperature, z / temperature, task))
+        distances.append(teacher_weight * temperature**2 * away)
+    if distances:
         scale = _target_scale(target, task, class_weight, label_smoothing, ignore_index)
-        losses = losses + weight * (scale * gap).sum(1)
+        losses = losses + (scale * sum(distances)).sum(1)
     counts = torch.ones_like(losses)
     if not target.is_floating_point():
         counts = _index_weight(target, class_weight, ignore_index)
@@ -271,12 +297,13 @@ def _with_divergence(z: Tensor, task: Task, combine: Combine) -> tuple[Tensor, T
         combined, gap = _MeanAndGap.apply(z, task)  # pyright: ignore[reportGeneralTypeIssues]
     else:
         combined = combine_heads(z, combine, task)
-        if task == "multiclass":
-            gap = _kl(combined.log_softmax(1), z.log_softmax(2)).sum(1, keepdim=True)
-        else:
-            gap = _kl(F.logsigmoid(combined), F.logsigmoid(z)) + _kl(F.logsigmoid(-combined), F.logsigmoid(-z))
-    # Rounding can leave a gap of almost zero below it. Only the value is lifted: the gradient stays exact.
-    return combined, gap + (gap.clamp(min=0) - gap).detach()
+        gap = _distance(combined, z, task)
+    return combined, _not_below_0(gap)
+
+
+def _not_below_0(gap: Tensor) -> Tensor:
+    """A gap of almost zero that rounding left below it. Only the value is lifted: the gradient stays exact."""
+    return gap + (gap.clamp(min=0) - gap).detach()
 
 
 class _MeanAndGap(torch.autograd.Function):
@@ -331,9 +358,19 @@ def _gap_of_sigmoid(z: Tensor, mean: Tensor) -> Tensor:
     return F.logsigmoid(sign * mean) - F.logsigmoid(sign * z).mean(0)
 
 
+def _distance(one: Tensor, z: Tensor, task: Task) -> Tensor:
+    """mean_k KL(one || head k) of outputs (N, C, *) and (K, N, C, *): (N, 1, *) for multiclass, else (N, C, *)."""
+    if task == "regression":
+        return (z - one).square().mean(0) / 2
+    if task == "multiclass":
+        return _kl(one.log_softmax(1), z.log_softmax(2)).sum(1, keepdim=True)
+    return _kl(F.logsigmoid(one), F.logsigmoid(z)) + _kl(F.logsigmoid(-one), F.logsigmoid(-z))
+
+
 def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """The terms of mean_k KL(q || p_k), from log q of shape (N, C, *) and log p of shape (K, N, C, *)."""
-    return log_q.exp() * (log_q - log_p.mean(0))
+    q = log_q.exp()
+    return q * (log_q - log_p.mean(0)).masked_fill(q == 0, 0.0)  # a masked class has a logit of -inf in both
 
 
 def _target_scale(
@@ -392,13 +429,25 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
-def check_options(weight: float, task: Task, combine: Combine, label_smoothing: float, reduction: Reduction) -> None:
+def check_options(
+    weight: float,
+    task: Task,
+    combine: Combine,
+    label_smoothing: float,
+    reduction: Reduction,
+    teacher_weight: float = 0.0,
+    temperature: float = 1.0,
+) -> None:
     """Raise ValueError for an unknown name or a number out of its range, as every call of the loss does."""
     _check_choice("task", task, _TASKS)
     _check_choice("combine", combine, _COMBINES)
     _check_choice("reduction", reduction, _REDUCTIONS)
     if not 0 <= weight < math.inf:
         raise ValueError(f"The co-distillation weight must be a finite number of at least 0, got {weight}.")
+    if not 0 <= teacher_weight < math.inf:
+        raise ValueError(f"teacher_weight must be a finite number of at least 0, got {teacher_weight}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature}.")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}.")
     if label_smoothing and task == "regression":
@@ -468,6 +517,28 @@ def _check_weights(class_weight: Tensor | None, example_weight: Tensor | None, h
     ]:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}.")
+
+
+def _check_teacher(teacher_logits: Tensor | None, teacher_weight: float, head_outputs: Tensor) -> None:
+    if teacher_logits is None:
+        if teacher_weight > 0:
+            raise ValueError(
+                f"teacher_weight is {teacher_weight} and there are no teacher_logits: give the teacher's outputs for "
+                "this batch, or a teacher_weight of 0."
+            )
+        return
+    if teacher_weight == 0:
+        raise ValueError("teacher_logits are given and teacher_weight is 0: set it, or leave the teacher's logits out.")
+    if not isinstance(teacher_logits, Tensor) or not teacher_logits.is_floating_point():
+        raise TypeError(f"teacher_logits must be a floating-point tensor, got {_describe(teacher_logits)}.")
+    wanted = tuple(head_outputs.shape[1:])
+    if tuple(teacher_logits.shape) != wanted:
+        classes = head_outputs.shape[2]
+        others = teacher_logits.ndim > 1 and teacher_logits.shape[1] != classes
+        raise ValueError(
+            f"teacher_logits must have the shape {wanted}, as each head's outputs; got {tuple(teacher_logits.shape)}."
+            + (f" The teacher has {teacher_logits.shape[1]} classes and the heads have {classes}." if others else "")
+        )
 
 
 def _describe(x: object) -> str:

@@ -224,7 +224,7 @@ def test_the_seed_decides_between_equals_alone() -> None:
     assert kept(0, "scale", uneven) == kept(1, "scale", uneven)
 
 
-@pytest.mark.parametrize("importance", ["magnitude", "scale", "taylor", "random"])
+@pytest.mark.parametrize("importance", ["magnitude", "scale", "taylor", "loss", "random"])
 def test_a_head_of_full_width_and_depth_is_the_base_to_the_bit(importance: Any) -> None:
     base = CifarResNet(depth=14, width=8, num_classes=3).train()
     for _ in range(2):
@@ -298,14 +298,36 @@ def test_calibration_keeps_the_blocks_that_turn_the_stream_most() -> None:
         x = given
     options: dict[str, Any] = {"init": "inherit", "depth": 0.25, "width": 1.0, "calibration": batches}
     model = ensemblenet.convert(base, ROWS, 1, 4.0, "input", **options)
+    assert turns[_kept_layer(model.heads[0], base)] == max(turns[1:])
+
+
+def _kept_layer(head: nn.Module, base: Stream) -> int:
+    """The layer whose values the one behind the first has, which repair has scaled."""
     (kept,) = {
         n
         for n, layer in enumerate(base.layers)
-        for name, own in model.heads[0].named_parameters()
+        for name, own in head.named_parameters()
         if name.endswith("0.weight") and name != "layers.0.0.weight"
         if torch.allclose(F.normalize(own), F.normalize(layer[0].weight), atol=1e-5)  # type: ignore[index]
     }
-    assert turns[kept] == max(turns[1:])
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_by_loss_the_block_without_which_it_is_highest_stays(seed: int) -> None:
+    torch.manual_seed(seed)
+    base, losses = Stream().eval(), []
+    for left_out in range(1, 5):
+        of_batches = []
+        for x, y in BATCHES:
+            x = base.first(x)
+            for n, layer in enumerate(base.layers):
+                x = x if n == left_out else layer(x)
+            of_batches.append(F.cross_entropy(base.last(x), y).item())
+        losses.append(sum(of_batches))
+    options: dict[str, Any] = {"init": "inherit", "importance": "loss", "depth": 0.25, "width": 1.0}
+    model = ensemblenet.convert(base, ROWS, 1, 4.0, "input", **options, calibration=BATCHES)
+    assert losses[_kept_layer(model.heads[0], base) - 1] == max(losses)
 
 
 def test_blocks_of_other_sizes_stay_where_they_are() -> None:
@@ -332,6 +354,7 @@ def test_narrow_and_short_heads_deal_out_the_channels_of_the_blocks_that_they_sh
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "taylor without data": ({"importance": "taylor"}, "needs data: pass calibration="),
+    "loss without data": ({"importance": "loss"}, "needs data: pass calibration="),
     "scale without normalisation": ({"importance": "scale"}, "no normalisation"),
     "no such importance": ({"importance": "size"}, "importance must be one of .*'size'"),
     "fresh heads": ({"importance": "magnitude", "init": "fresh"}, 'pass init="inherit"'),

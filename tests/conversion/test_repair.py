@@ -62,6 +62,53 @@ def test_outputs_of_layers_without_normalisation_have_the_bases_moments() -> Non
         assert not torch.allclose(plain(x).std(0), expected.std(0), rtol=1e-2)
 
 
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 3)
+        self.attention = nn.MultiheadAttention(32, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        return self.last(x.mean(1))
+
+
+def _upsamples() -> nn.Sequential:
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(32, 16, 2, 2)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "layer", "dim"), [(Attends, (5, 8), "attention", -1), (_upsamples, (3, 8, 8), "2", 1)]
+)
+def test_outputs_of_attention_and_transposed_convolutions_have_the_bases_moments(
+    make: Any, shape: tuple[int, ...], layer: str, dim: int
+) -> None:
+    base = _trained(make(), torch.randn(40, *shape))
+    batches = [(torch.randn(40, *shape) + shift, torch.randint(3, (40,))) for shift in (0.0, 1.0)]
+    x = torch.cat([x for x, _ in batches])
+    model = ensemblenet.convert(base, x[:4], 2, 4.0, "input", init="inherit", width=0.5, calibration=batches).eval()
+
+    def moments(network: nn.Module) -> Tensor:
+        found = []
+
+        def keep(_: nn.Module, __: Any, out: Any) -> None:
+            values = (out[0] if isinstance(out, tuple) else out).movedim(dim, 0).flatten(1)
+            found.append(torch.stack([values.mean(1), values.std(1)], 1))
+
+        handle = network.get_submodule(layer).register_forward_hook(keep)
+        network(x)
+        handle.remove()
+        return found[0]
+
+    with torch.no_grad():
+        expected = moments(base)
+        for head in model.heads:
+            distances = (moments(head).unsqueeze(1) - expected).abs().amax(-1)  # from every output of the base
+            assert distances.amin(1).max() < 1e-3
+
+
 def test_tied_layers_are_left_alone() -> None:
     base = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 3))
     base[4].weight = base[2].weight

@@ -35,8 +35,8 @@ __all__ = ["compare", "progress", "read_study"]
 
 _DESCRIPTION = """Train every method on the same data with the same effort, and show who wins and by how much.
 
-It needs a YAML file: `ensemblenet compare configs/compare/mnist1d.yaml`. Every setting of the file is also an option
-below. A file of `fit` will do: `ensemblenet compare configs/mnist1d/ensemblenet.yaml` compares its base and its
+It needs a YAML file: `ensemblenet compare compare/mnist1d`. Every setting of the file is also an option
+below. A file of `fit` will do: `ensemblenet compare mnist1d/ensemblenet` compares its base and its
 conversion; --methods names others, and --data FOLDER other data. `base` and `data` take a class_path with init_args,
 your own classes too if their folder is on PYTHONPATH. Learning rate and weight decay are tuned for each method on
 validation examples, with the same number of trials; then each is trained with several seeds and tested once, after the

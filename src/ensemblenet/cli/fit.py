@@ -52,6 +52,9 @@ _SETTINGS = [
     _Setting("plan", "search: train the base and the plans for it in full, keep the best", metavar="search"),
     _Setting("base_run", "with --plan search: a finished run of the base", metavar="FOLDER"),
     _Setting("model.codistillation_weight", "lambda of co-distillation", "weight", "LAMBDA"),
+    _Setting("model.teacher", "a finished run or saved model that teaches the heads", "teacher", "FOLDER"),
+    _Setting("model.teacher_weight", "of the teacher; without --teacher, of the trained base", "teacher-weight"),
+    _Setting("model.teacher_temperature", "of the teacher's distillation, 1 by default", "teacher-temperature", "T"),
     _Setting("model.heads", "how heads run: auto, looped, fused, compiled, checkpointed", metavar="WAY"),
     _Setting("model.optimization.optimizer", "adamw, sgd, or a name of timm's", metavar="NAME"),
     _Setting("model.optimization.lr", "the highest learning rate"),
@@ -100,11 +103,12 @@ def fit(arguments: Sequence[str]) -> Path:
 def _help() -> None:
     parser = command_parser(
         "fit",
-        "Train a network, or the multi-headed model that it converts to. It needs a YAML file, which the settings "
-        "below change. The run gets a folder of its own with its configuration, logs, checkpoints, results and model.",
+        "Train a network, or the multi-headed model that it converts to. It needs a YAML file, such as "
+        "mnist1d/ensemblenet, which the settings below change. The run gets a folder of its own with its "
+        "configuration, logs, checkpoints, results and model.",
         "`ensemblenet fit --help all` lists every setting, those of Lightning's Trainer among them.",
     )
-    parser.add_argument("config", metavar="FILE", help="such as configs/mnist1d/ensemblenet.yaml; or --config FILE")
+    parser.add_argument("config", metavar="FILE", help="or a name in `ensemblenet configs list`; or --config FILE")
     for setting in _SETTINGS:
         parser.add_argument(f"--{setting.option or setting.key}", metavar=setting.metavar, help=setting.help)
     add_device(parser, default="the file's")

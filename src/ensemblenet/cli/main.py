@@ -26,6 +26,8 @@ COMMANDS = {
     "export": "write a trained model for other programs: ONNX, AOTInductor and more",
     "predict": "what a trained network says of examples, as CSV or Parquet",
     "report": "one page about trained networks: curves, calibration, heads, examples",
+    "configs": "the configurations that come along: list, show or copy them",
+    "completion": "a script by which your shell completes commands and options",
 }
 
 # what messages name in Python, and what that is in the shell
@@ -41,6 +43,7 @@ _SPELLED = (
 )
 
 _STUDIES = ("demo", "compare", "report")  # what draws figures needs more than what trains
+_CORE = ("configs",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         check_paths(name, arguments[1:])
-        require("study" if name in _STUDIES else "train")
+        if name not in _CORE:
+            require("study" if name in _STUDIES else "train")
         command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
         command(arguments[1:])
         return 0
@@ -88,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="ensemblenet",
         description="Turn any network into a smaller and better multi-headed one.",
         epilog="commands:\n"
-        + "\n".join(f"  {name:10}{summary}" for name, summary in COMMANDS.items())
+        + "\n".join(f"  {name:12}{summary}" for name, summary in COMMANDS.items())
         + "\n\n`ensemblenet COMMAND --help` says what a command needs.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

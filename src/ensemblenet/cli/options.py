@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ __all__ = [
     "budget_share",
     "check_new",
     "command_parser",
+    "config_file",
+    "configs",
     "conversion_of",
     "converted",
     "dashed",
@@ -131,8 +135,40 @@ def _renamed(argument: str, old: str, new: str) -> str:
     return f"--{name[2:].replace(old, new)}{equals}{value}" if name.startswith("--") else argument
 
 
+def configs() -> dict[str, Path]:
+    """The configurations that come along with the package, by name.
+
+    Example:
+        >>> configs()["mnist1d/base"].name
+        'base.yaml'
+    """
+    package = Path(__file__).parents[1]
+    folder = next((path for path in (package / "configs", package.parents[1] / "configs") if path.is_dir()), package)
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def config_file(text: str) -> Path:
+    """The file that a configuration's path or name stands for; a file of your own goes before a name.
+
+    Raises:
+        TrainingError: it looks like a name, and nothing is called so.
+
+    Example:
+        >>> config_file("mnist1d/base").name, config_file("my.yaml").name
+        ('base.yaml', 'my.yaml')
+    """
+    known = configs()
+    if os.path.lexists(text) or not re.fullmatch(r"[\w-]+(/[\w-]+)+", text):
+        return Path(text)  # of a file that is not there its reader says so
+    if text not in known:
+        near = difflib.get_close_matches(text, known, n=1)
+        advice = f"did you mean {near[0]}?" if near else "`ensemblenet configs list` has all names."
+        raise TrainingError(f"there is neither a file nor a configuration {text}: {advice}")
+    return known[text]
+
+
 def with_config(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--config` before a YAML file that is no option's value.
+    """The arguments with `--config` before a configuration that is no option's value, and files in place of names.
 
     Example:
         >>> with_config(["fit.yaml", "--name", "x"]), with_config(["--config", "fit.yaml"])
@@ -141,9 +177,16 @@ def with_config(arguments: Sequence[str]) -> list[str]:
     written: list[str] = []
     for argument in arguments:
         before = written[-1] if written else ""
-        is_value = before.startswith("-") and "=" not in before and before != "--trust"
-        is_file = argument.endswith((".yaml", ".yml")) and not argument.startswith("-")
-        written += ["--config", argument] if is_file and not is_value else [argument]
+        option, equals, value = argument.partition("=")
+        if before == "--config":
+            written.append(str(config_file(argument)))
+        elif option == "--config" and equals:
+            written.append(f"--config={config_file(value)}")
+        elif argument.startswith("-") or (before.startswith("-") and "=" not in before and before != "--trust"):
+            written.append(argument)
+        else:
+            file = config_file(argument)
+            written += ["--config", str(file)] if file.suffix in (".yaml", ".yml") else [argument]
     return written
 
 
@@ -333,9 +376,9 @@ def add_data(parser: argparse.ArgumentParser | argparse._ArgumentGroup, folder: 
         parser.add_argument("--data", metavar="FOLDER", help="where the data lies now; short for --data.folder")
     parser.add_argument(
         "--config",
-        type=Path,
+        type=config_file,
         metavar="FILE",
-        help="YAML with class_path and init_args of a data module, as for `fit`",
+        help="YAML with class_path and init_args of a data module, as for `fit`; or its name in `configs list`",
     )
     parser.add_argument(
         "--data.class_path",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from torch.func import functional_call
 from ensemblenet.conversion.blocks import Block, Run, runs_behind, tensors_of_twins
 from ensemblenet.conversion.build import HeadDesign
 from ensemblenet.conversion.trace import GraphRunner, NodeError, Trace, arguments, pick
+from ensemblenet.ensemble import as_tuple
 from ensemblenet.errors import ConversionError, EnsembleNetError, first_line
 from ensemblenet.functional import codistillation
 from ensemblenet.inputs import Inputs, Tree, call, inputs_and_targets, tensors_in, to_device
@@ -120,12 +122,13 @@ class Inheritance:
     - "taylor": parameters times their gradients: the first-order change of the loss without them, root mean square over
       batches (Molchanov et al. 2019, arXiv 1906.10771);
 
-    "random" makes all equal, and chance decides between equals.
+    "loss" is as "taylor"; "random" makes all equal, and chance decides between equals.
 
     Where heads are without blocks of a run, those that stay may take the values of any blocks of the run but the first,
     if these differ in nothing else; importance is then how much a block turns what flows through it: one minus the
-    cosine of its input and output, mean over examples (Gromov et al. 2024, arXiv 2403.17887). Without batches it is the
-    norm of its parameters. Where nothing is asked of importance, the blocks that stay keep their own values.
+    cosine of its input and output, mean over examples (Gromov et al. 2024, arXiv 2403.17887); by "loss", the base's
+    loss where the block is left out. Without batches it is the norm of its parameters. Where nothing is asked of
+    importance, the blocks that stay keep their own values.
 
     Args:
         base: the trained network.
@@ -134,14 +137,17 @@ class Inheritance:
         runs: of the base's blocks.
         importance: as for `convert`.
         batches: for calibration; none where there are none.
+        anew: names of parameters in which nothing was learned, so that each head draws its own.
 
     Attributes:
+        anew: names of parameters that each head draws anew.
         design: of the heads.
         shape: of the heads.
         moved: for each head, by the names of parameters and buffers, those whose values it takes in their places.
 
     Raises:
-        ConversionError: "taylor" without batches, "scale" without normalisations, batches that the base does not take.
+        ConversionError: "taylor" or "loss" without batches, "scale" without normalisations, batches that the base does
+            not take.
     """
 
     def __init__(
@@ -152,14 +158,16 @@ class Inheritance:
         runs: Sequence[Run],
         importance: Importance | None = None,
         batches: Batches = (),
+        anew: AbstractSet[str] = frozenset(),
     ) -> None:
+        self.anew = anew
         self.design = design
         self.shape = recipe.head
         self.moved: list[dict[str, str]] = [{} for _ in range(recipe.num_heads)]
         self._base = getattr(base, "_orig_mod", base)  # of torch.compile
         self._recipe = recipe
         self._batches = batches
-        has_loss = batches and not isinstance(recipe.output, tuple)  # of one output
+        has_loss = batches and not anew and not isinstance(recipe.output, tuple)  # of one output, that was learned
         self._importance: Importance = importance or ("taylor" if has_loss else "magnitude")
         self._generator = torch.Generator().manual_seed(recipe.seed)
         self._orders: dict[_Key, list[int]] = {}
@@ -197,12 +205,14 @@ class Inheritance:
     @property
     def is_same(self) -> bool:
         """Whether all heads inherit the same."""
-        return not self.is_narrow and all(moved == self.moved[0] for moved in self.moved)
+        return not self.anew and not self.is_narrow and all(moved == self.moved[0] for moved in self.moved)
 
-    def rows(self, head: int, name: str) -> list[int]:
-        """The rows that a head keeps of a parameter."""
+    def rows(self, head: int, name: str, dim: int = 0) -> list[int]:
+        """The places along a dimension that a head keeps of a parameter."""
         size_of = self.shape.size
-        return self.design.parameters[name][0].indices(lambda unknown: self.positions(head, unknown, size_of(unknown)))
+        return self.design.parameters[name][dim].indices(
+            lambda unknown: self.positions(head, unknown, size_of(unknown))
+        )
 
     def layer(self, head: int, name: str) -> str:
         """The layer of the base whose weight a head has in the place of another, or in its own."""
@@ -242,7 +252,7 @@ class Inheritance:
             return [parameters]
         if self._importance == "random":
             return []
-        if self._importance == "taylor":
+        if self._importance in ("taylor", "loss"):
             return [self._first_order(parameters)]
         sources = {name: {moved.get(name, name) for moved in self.moved} for name in parameters}
         scales = {source: parameters[source] for name in equations.scales for source in sources[name]}
@@ -257,8 +267,7 @@ class Inheritance:
 
     def _first_order(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters times their gradients, root mean square over batches."""
-        if not self._batches:
-            raise ConversionError('importance="taylor" needs data: pass calibration=, a loader of inputs and targets.')
+        self._check_batches()
         names = [name for name, own in parameters.items() if own.is_floating_point()]
         squares = {name: torch.zeros_like(parameters[name]) for name in names}
         was_training = self._base.training
@@ -281,13 +290,23 @@ class Inheritance:
             self._base.train(was_training)
         return {name: square.sqrt() for name, square in squares.items()}
 
+    def _check_batches(self) -> None:
+        if not self._batches:
+            raise ConversionError(
+                f'importance="{self._importance}" needs data: pass calibration=, a loader of inputs and targets.'
+            )
+
     def _loss(self, parameters: dict[str, Tensor], inputs: Tree, targets: Tensor) -> Tensor:
         def run(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self._base, parameters, args, kwargs)
 
-        outputs = pick(call(run, inputs), self._recipe.output)
+        return self._loss_of(pick(call(run, inputs), self._recipe.output), targets)
+
+    def _loss_of(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         if len(outputs) > 1:
-            raise ConversionError('importance="taylor" needs the loss of one output; give a function for several.')
+            raise ConversionError(
+                f'importance="{self._importance}" needs the loss of one output; give a function for several.'
+            )
         return codistillation(outputs[0].unsqueeze(0), targets, 1.0, self._recipe.task)
 
     # -- blocks
@@ -311,10 +330,23 @@ class Inheritance:
     def _block_scores(self, blocks: Sequence[Block]) -> list[float]:
         if self._importance == "random":
             return [0.0 for _ in blocks]
+        if self._importance == "loss":
+            self._check_batches()
+            return [self._loss_without(block) for block in blocks]
         if self._batches:
             return _turns(self.design.trace, blocks, self._batches)
         read = [[p for node in block.nodes for p in block.begin.flow.parameters_read(node)] for block in blocks]
         return [sum(p.detach().square().sum().item() for p in own) for own in read]
+
+    def _loss_without(self, block: Block) -> float:
+        """The base's loss where a block gives what it takes, mean over batches."""
+        trace, losses = self.design.trace, []
+        runner = _Without(trace, block)
+        for inputs, targets in self._batches:
+            with torch.no_grad(), telling("The base's loss", inputs, targets):
+                outputs = runner.run(*arguments(trace.inputs, tensors_in(inputs)))
+                losses.append(self._loss_of(as_tuple(outputs), targets).item())
+        return sum(losses) / len(losses)
 
 
 _Key = tuple[Any, ...]
@@ -358,6 +390,22 @@ class _Turns(GraphRunner):
         if n.name in self._begins.values():
             self._taken[n.name] = value.flatten(1)  # nothing writes into it later: it is a split point
         return value
+
+
+class _Without(GraphRunner):
+    """Runs a network as if a block gave what it takes."""
+
+    def __init__(self, trace: Trace, block: Block) -> None:
+        super().__init__(fx.GraphModule(trace.module, trace.graph).eval())
+        self._begin, self._end = (cut.node.name for cut in (block.begin, block.end))
+        self._taken: Any = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        value = super().run_node(n)
+        if n.name == self._begin:
+            self._taken = value
+        return self._taken if n.name == self._end else value
 
 
 def _turns(trace: Trace, blocks: Sequence[Block], batches: Batches) -> list[float]:

@@ -54,9 +54,9 @@ def repair(model: EnsembleNet, base: nn.Module, inheritance: Inheritance, batche
 
     Linear layers and convolutions that no batch normalisation follows get the scale and bias with which each output has
     its mean and standard deviation in the base, one layer after another; then statistics of batch normalisation are
-    taken anew. Both do the same (Jordan et al. 2022, arXiv 2211.08403). Heads of full width
-    and depth, layers that are frozen, called twice or tied to others, and those inside of attention and recurrent
-    layers are left as they are; so is the trunk, which is the base's own.
+    taken anew. Both do the same (Jordan et al. 2022, arXiv 2211.08403). Of `nn.MultiheadAttention` it is the output
+    projection. Heads of full width and depth, layers that are frozen, called twice or tied to others, transposed
+    convolutions in groups and recurrent layers are left as they are; so is the trunk, which is the base's own.
 
     Args:
         model: fresh from the conversion; it is left in evaluation mode.
@@ -67,7 +67,8 @@ def repair(model: EnsembleNet, base: nn.Module, inheritance: Inheritance, batche
     if not inheritance.is_narrow and not inheritance.shape.dropped:
         return
     base = getattr(base, "_orig_mod", base)  # of torch.compile
-    names = _unnormalised(model.heads[0], inheritance.design.parameters)  # pyright: ignore[reportArgumentType]
+    inherited = inheritance.design.parameters.keys() - inheritance.anew
+    names = _unnormalised(model.heads[0], inherited)  # pyright: ignore[reportArgumentType]
     sources = [{name: inheritance.layer(k, name) for name in names} for k in range(model.num_heads)]
     expected = _moments_of_base(base, {source for own in sources for source in own.values()}, batches)
     model.eval()
@@ -77,8 +78,8 @@ def repair(model: EnsembleNet, base: nn.Module, inheritance: Inheritance, batche
             for layer in _normalisations([head]):
                 layer.train()
             for name, source in sources[k].items():
-                rows = inheritance.rows(k, f"{name}.weight")
-                _match(head, head.get_submodule(name), expected[source], rows, given)
+                rows = inheritance.rows(k, f"{name}.weight", _dim_of_outputs(head.get_submodule(name)))
+                _match(head, name, expected[source], rows, given)
     renew_statistics(model, list(model.heads), batches)
 
 
@@ -89,8 +90,9 @@ class _Moments:
         self._count = 0
         self._sums = torch.zeros(2, 1, dtype=torch.float64)
 
-    def __call__(self, layer: nn.Module, args: Any, out: Tensor) -> None:
-        dim = -1 if isinstance(layer, nn.Linear) else out.ndim - layer.get_parameter("weight").ndim + 1
+    def __call__(self, layer: nn.Module, args: Any, out: Any) -> None:
+        out = as_tuple(out)[0]  # attention gives its weights too
+        dim = out.ndim - layer.get_parameter("weight").ndim + 1 if isinstance(layer, _ConvNd) else -1
         values = out.detach().movedim(dim, 0).flatten(1).double().cpu()
         self._count += values.shape[1]
         self._sums = self._sums + torch.stack([values.sum(1), values.square().sum(1)])
@@ -103,7 +105,7 @@ class _Moments:
 
 def _moments_of_base(base: nn.Module, names: set[str], batches: Batches) -> dict[str, tuple[Tensor, Tensor]]:
     moments = {name: _Moments() for name in names}
-    handles = [base.get_submodule(name).register_forward_hook(moment) for name, moment in moments.items()]
+    handles = [_called(base, name).register_forward_hook(moment) for name, moment in moments.items()]
     was_training = base.training
     try:
         with torch.no_grad():
@@ -118,35 +120,50 @@ def _moments_of_base(base: nn.Module, names: set[str], batches: Batches) -> dict
 
 
 def _match(
-    head: nn.Module, layer: nn.Module, expected: tuple[Tensor, Tensor], rows: Sequence[int], given: Sequence[Any]
+    head: nn.Module, name: str, expected: tuple[Tensor, Tensor], rows: Sequence[int], given: Sequence[Any]
 ) -> None:
     """Scale and shift a layer's outputs to the moments of those of the base's outputs that it has."""
-    moments = _Moments()
-    handle = layer.register_forward_hook(moments)
+    moments, layer = _Moments(), head.get_submodule(name)
+    handle = _called(head, name).register_forward_hook(moments)
     for features in given:
         head(*features)
     handle.remove()
     (mean, spread), (base_mean, base_spread) = moments.result(), (part[list(rows)] for part in expected)
     scale = torch.where(spread > _LEAST, base_spread / spread, 1.0)
     weight, bias = layer.get_parameter("weight"), layer.bias
-    weight.mul_(scale.to(weight).view(-1, *(1,) * (weight.ndim - 1)))
+    weight.movedim(_dim_of_outputs(layer), -1).mul_(scale.to(weight))
     if isinstance(bias, Tensor):
         bias.copy_((bias.cpu() - mean) * scale + base_mean)
 
 
-def _unnormalised(head: fx.GraphModule, of_base: Container[str]) -> list[str]:
+def _called(network: nn.Module, name: str) -> nn.Module:
+    """The module whose call gives a layer's outputs: attention calls none for its output projection."""
+    parent = network.get_submodule(name.rpartition(".")[0])
+    return parent if isinstance(parent, nn.MultiheadAttention) else network.get_submodule(name)
+
+
+def _dim_of_outputs(layer: nn.Module) -> int:
+    """Along which dimension of its weight a layer's outputs lie."""
+    return 1 if isinstance(layer, _ConvTransposeNd) else 0
+
+
+def _unnormalised(head: fx.GraphModule, inherited: Container[str]) -> list[str]:
     """The linear layers and convolutions of a head that may be scaled, and that no batch normalisation follows."""
     calls = [node for node in head.graph.nodes if node.op == "call_module"]
     layers = {node: head.get_submodule(node.target) for node in calls}
     read = Counter(id(p) for layer in layers.values() for p in layer.parameters())  # by every call
-    return [
-        node.target
+    names = {
+        node: f"{node.target}.out_proj" if isinstance(layer, nn.MultiheadAttention) else node.target
         for node, layer in layers.items()
-        if isinstance(layer, (nn.Linear, _ConvNd))
-        and not isinstance(layer, _ConvTransposeNd)
+    }
+    return [
+        name
+        for node, name in names.items()
+        if isinstance(layer := head.get_submodule(name), (nn.Linear, _ConvNd))
+        and not (isinstance(layer, _ConvTransposeNd) and layer.groups > 1)
         and isinstance(layer._parameters.get("weight"), Tensor)
         and all(own.requires_grad and read[id(own)] == 1 for own in layer.parameters())
-        and f"{node.target}.weight" in of_base
+        and f"{name}.weight" in inherited
         and not all(isinstance(layers.get(user), _NormBase) for user in node.users)
     ]
 

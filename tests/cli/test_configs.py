@@ -1,0 +1,61 @@
+"""Configurations are found by name, and the shell completes what the commands take."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ensemblenet.cli import main
+from ensemblenet.cli.options import config_file, configs, with_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_all_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(configs().values()) == set((ROOT / "configs").rglob("*.yaml"))
+    assert main(["configs", "list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == list(configs())
+    assert main(["configs", "show", "mnist1d/base"]) == 0
+    assert capsys.readouterr().out == (ROOT / "configs/mnist1d/base.yaml").read_text()
+
+
+def test_a_copy_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mine"
+    assert main(["configs", "copy", "mnist1d/base", str(folder)]) == 0
+    copy = folder / "base.yaml"
+    assert copy.read_bytes() == configs()["mnist1d/base"].read_bytes()
+    copy.write_text("changed")
+    assert main(["configs", "copy", "youtube8m/base", str(folder)]) == 2
+    assert capsys.readouterr().err == f"ensemblenet configs: {copy}: File exists; give another name.\n"
+    assert copy.read_text() == "changed"
+
+
+@pytest.mark.parametrize("command", [["fit"], ["compare", "--config"], ["configs", "show"], ["test", "x", "--config"]])
+def test_a_name_that_is_none_is_one_line(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "mnist1d/bas"]) == 2
+    error = f"{command[0]}: there is neither a file nor a configuration mnist1d/bas: did you mean mnist1d/base?\n"
+    assert capsys.readouterr().err == f"ensemblenet {error}"
+
+
+def test_a_file_of_your_own_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = str(configs()["mnist1d/base"])
+    options = ["--name", "mnist1d/base", "--config=mnist1d/base", "mnist1d/base"]
+    assert with_config(options) == ["--name", "mnist1d/base", f"--config={shipped}", "--config", shipped]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mnist1d").mkdir()
+    (tmp_path / "mnist1d" / "base").touch()
+    assert config_file("mnist1d/base") == Path("mnist1d/base")
+
+
+def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = tmp_path / "completion"
+    script.write_text(capsys.readouterr().out)
+    words = (["ensemblenet", "comp"], ["ensemblenet", "fit", "--num"], ["ensemblenet", "compare", "--tuning.t"])
+    asked = "".join(f"COMP_WORDS=({' '.join(typed)}); COMP_CWORD={len(typed) - 1}; tried\n" for typed in words)
+    tried = "tried() { COMPREPLY=(); _shtab_ensemblenet; echo ${COMPREPLY[*]}; }"
+    done = subprocess.run(["bash", "-c", f"source {script}\n{tried}\n{asked}"], capture_output=True, text=True)
+    assert done.stdout == "compare completion\n--num-heads\n--tuning.trials\n", done.stderr
