@@ -131,6 +131,8 @@ class Announce(Callback):
             assert isinstance(pl_module.network, EnsembleNet)
             lines.append(plan_in_words(pl_module.network))
             lines.append(f"The heads run {pl_module.choice.heads}: {pl_module.choice.reason}.")
+        if isinstance(pl_module, Classifier) and pl_module.teacher is not None:
+            lines.append(pl_module.teacher.note)
         if trainer.global_step:
             lines.append(f"It goes on in epoch {trainer.current_epoch + 1}, after {trainer.global_step:,} steps.")
             lines += [f"From now on {change}." for change in self.changed]
