@@ -193,11 +193,12 @@ def _test(name: str, words: str) -> CommandParser:
     return parser
 
 
-def _export() -> argparse.ArgumentParser:
+def _export() -> CommandParser:
     parser = command_parser(
         "export",
         "Write a trained model for other programs to run, with its class names and preprocessing. It needs "
         "a trained model. The file is checked against PyTorch before it gets its name.",
+        allow_abbrev=False,
     )
     add_trained_models(parser)
     parser.add_argument("--output", type=Path, required=True, help="the file or directory to create")
@@ -206,11 +207,16 @@ def _export() -> argparse.ArgumentParser:
         choices=get_args(Format),
         default="onnx",
         help="onnx; torch (torch.export, *.pt2); aot (compiled by AOTInductor for this kind of machine, *.pt2); "
-        "safetensors (a directory for ensemblenet.load); default: %(default)s",
+        "executorch (for devices, *.pte); safetensors (a directory for ensemblenet.load); default: %(default)s",
     )
     heads = parser.add_mutually_exclusive_group()
     heads.add_argument("--head", type=int, metavar="K", help="this head alone, counted from 0 (default: all heads)")
     heads.add_argument("--first", type=positive_integer, metavar="K", help="the first K heads")
+    parser.add_argument(
+        "--prediction-only",
+        action="store_true",
+        help="leave out what each head says and the spread between heads, which files of onnx and executorch give too",
+    )
     parser.add_argument("--fuse", action="store_true", help="run the heads as one, see docs/heads.md")
     parser.add_argument(
         "--batch-size", type=positive_integer, metavar="N", help="fix it, and all other sizes (default: any size)"
@@ -221,6 +227,18 @@ def _export() -> argparse.ArgumentParser:
         metavar="NAME",
         help="the base of a saved model that does not know it: a timm name, torchvision:NAME or module.path:callable",
     )
+    quantising = parser.add_argument_group("8-bit integers, for onnx; the data is the run's own, or")
+    quantising.add_argument(
+        "--int8", action="store_true", help="static quantisation; prints the scores on validation data before and after"
+    )
+    quantising.add_argument(
+        "--calibration",
+        type=positive_integer,
+        default=256,
+        metavar="N",
+        help="training examples by which the ranges of activations are found (default: %(default)s)",
+    )
+    add_data(quantising)
     return parser
 
 

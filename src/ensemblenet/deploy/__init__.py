@@ -4,4 +4,4 @@ from typing import Literal
 
 __all__ = ["Format"]
 
-Format = Literal["onnx", "torch", "aot", "safetensors"]
+Format = Literal["onnx", "torch", "aot", "executorch", "safetensors"]
