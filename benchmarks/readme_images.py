@@ -1,6 +1,6 @@
-"""The README's two pictures, for light and dark screens: a converted ResNet-50, and the first study's error against cost.
+"""The README's two pictures, for light and dark screens: ResNet-50 with heads, and a study's error against cost.
 
-    python benchmarks/readme_images.py
+python benchmarks/readme_images.py
 """
 
 import json
