@@ -18,6 +18,7 @@ from torch import nn
 from ensemblenet import BudgetError, Capacity, convert
 from ensemblenet.cli.main import main
 from ensemblenet.data import MNIST1D
+from ensemblenet.errors import TrainingError
 from ensemblenet.evaluation.scoring import score
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.recipe import Conversion
@@ -162,12 +163,15 @@ def row(run: Path) -> dict[str, Any]:
 
 
 def test_a_search_trains_all_in_full_and_becomes_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = fit(write(tmp_path))
+    folder = fit([*write(tmp_path), "--model.teacher_weight", "0.5"])
     assert list((tmp_path / "runs").iterdir()) == [folder]  # the candidates' runs lie within it
     plan = json.loads((folder / "plan.json").read_text())
     data = MNIST1D(num_train=200, num_val=100, num_test=50, batch_size=20)
     runs = {name: folder / entry["run"] for name, entry in plan["candidates"].items()}
     assert list(runs) == ["base", "2-heads", "reshaped"]
+    models = [yaml.safe_load((run / "config.yaml").read_text())["model"] for run in runs.values()]
+    taught = [(model["teacher_weight"], model["teacher"]) for model in models]
+    assert taught == [(None, None), *[(0.5, str(runs["base"]))] * 2]  # the base, once it is trained, teaches the others
     for name, entry in plan["candidates"].items():
         run = runs[name]
         assert entry["examples"] == 100
@@ -268,6 +272,8 @@ def test_a_run_of_the_base_decides_the_split_and_the_weight(
     fit(["--resume", str(folder), "--trainer.max_epochs", "3"])  # it keeps to what it was told
     assert measured == [own]
     assert set(weights) == {2.0 if spare else 1.0}
+    with pytest.raises(TrainingError, match="was made with data.init_args.num_train 200, not 160"):
+        fit([*write(tmp_path), *given, "--base_run", str(own), "--data.init_args.num_train", "160"])
     weights.clear()
     fit([*write(tmp_path), *given, "--base_run", str(own), "--model.codistillation_weight", "3"])
     assert set(weights) == {3.0}
@@ -297,7 +303,6 @@ def test_a_run_that_is_taken_over_leaves_nothing_of_what_was_there(tmp_path: Pat
         ([], ["--trainer.max_epochs", "3"], "was made with trainer.max_epochs 2, not 3"),
         ([], ["--trainer.max_epochs", "1"], "was made with trainer.max_epochs 2, not 1"),
         ([], ["--plan", "given", "--model.conversion", "null"], "--base_run is for a conversion, and"),
-        ([], ["--plan", "given", "--data.init_args.num_train", "160"], "was made with data.init_args.num_train 200"),
         (["--model.conversion", "{num_heads: 2}"], [], "was made with model.conversion.num_heads 2, not null"),
         (["unfinished"], [], "is not finished: end it with `ensemblenet fit --resume "),
         (["removed"], [], "has no config.yaml: give the folder of a finished run of the base"),

@@ -100,7 +100,7 @@ def _opened(arguments: Sequence[str], held: ExitStack) -> FitCLI:
     load_all()
     try:
         with _lightning_errors():
-            return FitCLI(complete, held)
+            return FitCLI(complete, held, trust="--trust" in arguments)
     except ArgumentError as error:
         raise TrainingError(plain(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
@@ -167,15 +167,17 @@ def _check_base_run(cli: FitCLI) -> str | None:
     return check_base_run(base_run, read_config(cli.folder / CONFIG, trust=True))
 
 
-def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base_run: Path | None) -> Path:
-    """The folder of a candidate's finished run, which is not trained again."""
+def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base: Path | None) -> Path:
+    """The folder of a candidate's finished run, which is not trained again; the base, trained first, decides on it."""
     runs = cli.folder / SEARCH
     for results in runs.glob(f"{name}-*/{RESULTS}"):
         return results.parent
     plan = None if conversion is None else asdict(conversion)
     where = ["--resume", "auto", "--runs", str(runs), "--name", name]
-    known = "null" if base_run is None else str(base_run)
+    known = "null" if base is None else str(base)
     chosen = ["--plan", "given", "--base_run", known, "--model.conversion", json.dumps(plan)]
+    if cli.model.criterion.teacher_weight and cli.model.teacher_folder is None:
+        chosen += ["--model.teacher_weight", "null"] if base is None else ["--model.teacher", str(base), "--trust"]
     with ExitStack() as held:
         stored = config_option(cli.folder / CONFIG, trust=True)  # it was checked or typed before
         folder = _finished(_opened([*stored, *where, *chosen], held))
