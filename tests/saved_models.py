@@ -67,6 +67,7 @@ BASES = {
     "pinned": (PinnedNet, (4,)),
     "several": (MaskedNet, (6,)),  # from format 3 on
     "short": (_layers, (4,)),  # from format 4 on
+    "classes": (_layers, (4,)),  # from format 5 on: with a classifier of other classes, behind a frozen trunk
 }
 
 
@@ -81,10 +82,10 @@ def make(name: str) -> EnsembleNet:
     """Convert a base, and round the weights; what batch normalisation divides by becomes 2."""
     torch.manual_seed(0)
     base, _ = BASES[name]
-    split_at = {"known": "conv1", "several": "embed"}.get(name, "input")
+    split_at = {"known": "conv1", "several": "embed", "classes": "0"}.get(name, "input")
     output = "scores" if name == "several" else None
-    depth = 0.5 if name == "short" else None
-    model = convert(base(), inputs(name), 2, init="inherit", split_at=split_at, output=output, depth=depth)
+    options: dict[str, Any] = {"short": {"depth": 0.5}, "classes": {"num_classes": 5, "freeze": "trunk"}}.get(name, {})
+    model = convert(base(), inputs(name), 2, init="inherit", split_at=split_at, output=output, **options)
     assert model.recipe is not None
     if name == "pinned":  # no version but the first two pinned this function by itself
         head = replace(model.recipe.head, pinned=("conv_transpose1d",))

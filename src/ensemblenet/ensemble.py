@@ -8,7 +8,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class EnsembleNet(nn.Module):
         head_cost: what one head costs, if known.
         base_cost: what the base cost, if there was one.
         output_shapes: the shapes (N, C, *) of the tensors that a head gives, if known: their combination counts too.
+        trunk_is_frozen: whether the trunk stays in evaluation mode, see
+            [`freeze_trunk`][ensemblenet.EnsembleNet.freeze_trunk], which also freezes its parameters.
 
     Attributes:
         checkpoint_activations: activation checkpointing: backward computes the activations of one head after another
@@ -85,6 +88,7 @@ class EnsembleNet(nn.Module):
         head_cost: Cost | None = None,
         base_cost: Cost | None = None,
         output_shapes: Sequence[Sequence[int]] = (),
+        trunk_is_frozen: bool = False,
     ) -> None:
         super().__init__()
         heads = list(heads)
@@ -104,6 +108,7 @@ class EnsembleNet(nn.Module):
         self.head_cost = head_cost
         self.base_cost = base_cost
         self.output_shapes = output_shapes
+        self.trunk_is_frozen = trunk_is_frozen
 
     @property
     def recompute(self) -> bool:
@@ -163,7 +168,50 @@ class EnsembleNet(nn.Module):
         """
         if not 0 <= k < self.num_heads:
             raise IndexError(f"head index must be in [0, {self.num_heads}), got {k}.")
-        return SingleHead(self.trunk, self.heads[k]).train(self.training)
+        single = SingleHead(self.trunk, self.heads[k]).train(self.training)
+        if self.trunk_is_frozen:
+            self.trunk.eval()
+        return single
+
+    def freeze_trunk(self, frozen: bool = True) -> Self:
+        """Train the heads alone: the trunk's parameters get no gradients, and training leaves it in evaluation mode.
+
+        So its dropout is off and its running statistics stay. The trunk then costs a training step its forward pass
+        alone: its share of the MACs of the backward pass, and of the activations that are kept for it, is saved.
+        What is saved and loaded again is frozen too. Make optimizers after it, or after `freeze_trunk(False)`, which
+        lets all parameters of the trunk learn.
+
+        Args:
+            frozen: whether it is to be.
+
+        Returns:
+            This model.
+
+        Raises:
+            ValueError: the trunk has no parameters.
+
+        Example:
+            >>> trunk = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16))
+            >>> model = EnsembleNet(trunk, [nn.Linear(16, 3) for _ in range(4)]).freeze_trunk().train()
+            >>> model.training, model.trunk.training, trunk[0].weight.requires_grad
+            (True, False, False)
+        """
+        parameters = [own for own in self.trunk.parameters() if own.is_floating_point() or own.is_complex()]
+        if not parameters:
+            raise ValueError("The trunk has no parameters to freeze: split behind some, by split_at=.")
+        for own in parameters:
+            own.requires_grad_(not frozen)
+        self.trunk_is_frozen = frozen
+        if self.recipe is not None:
+            self.recipe = replace(self.recipe, freeze="trunk" if frozen else None)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a frozen trunk stays in evaluation mode."""
+        super().train(mode)
+        if self.trunk_is_frozen:
+            self.trunk.eval()
+        return self
 
     def first(self, k: int) -> EnsembleNet:
         """The multi-headed model of the first `k` heads, sharing parameters with this one.
@@ -238,7 +286,10 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-_OPTIONS = ("combine", "task", "balance_gradients", "recipe", "trunk_cost", "head_cost", "base_cost", "output_shapes")
+_OPTIONS = (
+    *("combine", "task", "balance_gradients", "recipe", "trunk_cost", "head_cost", "base_cost", "output_shapes"),
+    "trunk_is_frozen",
+)
 
 
 def _warn_of_recompute() -> None:

@@ -23,7 +23,7 @@ from ensemblenet.models.sources import BaseSource, is_plain
 if TYPE_CHECKING:
     from ensemblenet.operations.axes import Axis
 
-__all__ = ["Conversion", "Criterion", "HeadShape", "Importance", "Init", "Recipe", "Shape"]
+__all__ = ["Conversion", "Criterion", "Freeze", "HeadShape", "Importance", "Init", "Recipe", "Shape"]
 
 __getattr__ = renamed(__name__, {"find_source": "ensemblenet.models.finding.find_source"})
 
@@ -33,8 +33,9 @@ Criterion = Literal["magnitude", "scale", "taylor", "loss", "random"]
 # score for each channel
 Importance = Criterion | Callable[[Sequence[tuple[str, Tensor]]], Tensor]
 Shape = Literal["auto", "narrow", "short"]
+Freeze = Literal["trunk"]
 Blocks = Literal["fewer", "narrower"]
-FORMAT = 4
+FORMAT = 5
 _WIDEST = 4.0
 _DEEPEST_TREE = 32
 
@@ -68,6 +69,8 @@ class Conversion:
     width: float | None = None
     depth: float | None = None
     importance: Importance | None = None
+    num_classes: int | None = None
+    freeze: Freeze | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads != "auto" and not _is_count(self.num_heads):
@@ -81,6 +84,12 @@ class Conversion:
             )
         if self.importance is not None and self.init != "inherit":
             raise ConversionError('importance says what heads inherit: pass init="inherit" too.')
+        if not (self.num_classes is None or _is_count(self.num_classes)):
+            raise ConversionError(f"num_classes must be an integer of at least 1, got {self.num_classes!r}.")
+        if self.freeze not in (None, *get_args(Freeze)):
+            raise ConversionError(f'freeze must be "trunk" or None, got {self.freeze!r}.')
+        if self.freeze is not None and self.init != "inherit":
+            raise ConversionError('freeze="trunk" is for a trunk that has learned: pass init="inherit" too.')
         for name, most, what in (("min_width", 1, "channels"), ("width", _WIDEST, "channels"), ("depth", 1, "blocks")):
             share = getattr(self, name)
             least = 0 if name != "width" else 1e-3
@@ -166,6 +175,8 @@ class Recipe:
         combine: how head outputs become one prediction.
         task: what the outputs mean.
         output: which tensors of what the base returns the heads give.
+        num_classes: of the classifier that took the place of the base's own, if one did.
+        freeze: what of the model is not trained, if it is not all.
         format: the version of this format.
 
     Example:
@@ -187,6 +198,8 @@ class Recipe:
     combine: Combine
     task: Task
     output: str | int | Sequence[str | int] | None = None
+    num_classes: int | None = None
+    freeze: Freeze | None = None
     format: int = FORMAT
 
     def __getattr__(self, name: str) -> Any:
@@ -227,6 +240,8 @@ class Recipe:
             data = _from_format_2(data)
         if data["format"] == 3:
             data = _from_format_3(data)
+        if data["format"] == 4:
+            data = {**data, "num_classes": None, "freeze": None, "format": FORMAT}
         _check_fields(cls, data, "recipe")
         for name, kind in (("base", BaseSource), ("inputs", Inputs), ("head", HeadShape)):
             if name != "base" or data[name] is not None:
@@ -275,7 +290,7 @@ def _from_format_3(data: dict[str, Any]) -> dict[str, Any]:
     """Format 3 dropped no blocks."""
     if not isinstance(data.get("head"), dict):
         raise LoadError("The recipe has format 3 but no 'head'.")
-    return {**data, "head": {"depth": 1.0, "dropped": [], **data["head"]}, "format": FORMAT}
+    return {**data, "head": {"depth": 1.0, "dropped": [], **data["head"]}, "format": 4}
 
 
 def _tuples(value: Any) -> Any:
@@ -292,7 +307,7 @@ def _check_fields(kind: type, data: Any, what: str) -> None:
 def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
     """Each field: its name, what it must be, its value, and whether that is valid."""
     base, inputs, head, output = data["base"], data["inputs"], data["head"], data["output"]
-    width, pinned = head["width"], head["pinned"]
+    width, pinned, classes = head["width"], head["pinned"], data["num_classes"]
     found = [
         ("base", "a factory, a name and plain arguments", base, base is None or is_plain(base)),
         ("tree of inputs", "lists and dictionaries of the tensors' numbers", inputs["tree"], _is_tree(inputs)),
@@ -305,6 +320,8 @@ def _checks(data: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
         ("pinned", "a list of names", pinned, _is_list(pinned) and all(isinstance(name, str) for name in pinned)),
         ("split_at", "a name", data["split_at"], isinstance(data["split_at"], str)),
         ("seed", "an integer of 64 bits", data["seed"], _is_seed(data["seed"])),
+        ("num_classes", "a positive integer or null", classes, classes is None or _is_count(classes)),
+        ("freeze", '"trunk" or null', data["freeze"], data["freeze"] in (None, *get_args(Freeze))),
     ]
     for spec in inputs["tensors"]:
         shape, fixed = spec["shape"], spec["fixed"]

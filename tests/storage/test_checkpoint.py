@@ -130,7 +130,7 @@ DAMAGE = [
     (lambda d: (d / "recipe.json").write_text("[1]"), "not one of ensemblenet's"),
     (lambda d: (d / "recipe.json").write_text('{"model_type": "bert"}'), "not one of ensemblenet's"),
     (lambda d: (d / "recipe.json").write_text(" " * (17 << 20)), "larger than any recipe"),
-    (lambda d: edit(d, format=99), "format 99; this version reads formats up to 4: update"),
+    (lambda d: edit(d, format=99), "format 99; this version reads formats up to 5: update"),
     (lambda d: edit(d, more=1), "must have the fields"),
     (lambda d: edit(d, "head", more=1), "recipe's head must have the fields"),
     (lambda d: edit(d, head=3), "recipe's head must have the fields"),

@@ -14,6 +14,9 @@ import yaml
 from commands import own_environment
 from made_images import make_folders
 
+import ensemblenet
+from ensemblenet.models import CifarResNet
+
 OWN_CODE = """
 import os
 import signal
@@ -123,20 +126,30 @@ def weights(folder):
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+def taught(folder):
+    """Images that repeat, and a teacher whose logits are stored: each process works out its share."""
+    torch.manual_seed(0)
+    teacher = ensemblenet.convert(CifarResNet(depth=8, num_classes=3), torch.randn(4, 3, 16, 16), budget=2.0)
+    ensemblenet.save(teacher, folder / "teacher")
+    return ["--teacher", str(folder / "teacher"), "--data.init_args.augmentation", "{no_aug: true}"]
+
+
 @pytest.mark.parametrize(
-    "launch",
+    ("launch", "options"),
     [
-        ("-m", "ensemblenet"),
-        ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port={port}", "-m", "ensemblenet"),
+        (("-m", "ensemblenet"), lambda folder: []),
+        (("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port={port}", "-m", "ensemblenet"), taught),
     ],
-    ids=["lightning", "torchrun"],
+    ids=["lightning", "torchrun and a teacher"],
 )
-def test_two_processes_train_as_one_does(tmp_path, launch):
-    alone = start(tmp_path, make(tmp_path, batch_size=4))
+def test_two_processes_train_as_one_does(tmp_path, launch, options):
+    more = options(tmp_path)
+    alone = start(tmp_path, [*make(tmp_path, batch_size=4), *more])
     assert alone.returncode == 0, alone.stderr
+    assert ("It ran once for each of 21 training examples" in alone.stdout) == bool(more)
     [one] = (tmp_path / "runs").iterdir()
 
-    done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, "--name", "two"], launch)
+    done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, "--name", "two", *more], launch)
     assert done.returncode == 0, done.stderr
     [two] = set((tmp_path / "runs").iterdir()) - {one}  # one folder for both processes
 

@@ -162,12 +162,15 @@ def row(run: Path) -> dict[str, Any]:
 
 
 def test_a_search_trains_all_in_full_and_becomes_the_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = fit(write(tmp_path))
+    folder = fit([*write(tmp_path), "--model.teacher_weight", "0.5"])
     assert list((tmp_path / "runs").iterdir()) == [folder]  # the candidates' runs lie within it
     plan = json.loads((folder / "plan.json").read_text())
     data = MNIST1D(num_train=200, num_val=100, num_test=50, batch_size=20)
     runs = {name: folder / entry["run"] for name, entry in plan["candidates"].items()}
     assert list(runs) == ["base", "2-heads", "reshaped"]
+    models = [yaml.safe_load((run / "config.yaml").read_text())["model"] for run in runs.values()]
+    taught = [(model["teacher_weight"], model["teacher"]) for model in models]
+    assert taught == [(None, None), *[(0.5, str(runs["base"]))] * 2]  # the base, once it is trained, teaches the others
     for name, entry in plan["candidates"].items():
         run = runs[name]
         assert entry["examples"] == 100

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
+from ensemblenet.conversion.classifier import with_classes
 from ensemblenet.conversion.importance import Inheritance, batches_of
 from ensemblenet.conversion.initialise import Initialiser
 from ensemblenet.conversion.measuring import time_share
@@ -26,7 +27,7 @@ from ensemblenet.errors import BudgetError, ConversionError
 from ensemblenet.functional import Combine, Task
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.finding import find_source
-from ensemblenet.recipe import Conversion, HeadShape, Importance, Init, Recipe, Shape
+from ensemblenet.recipe import Conversion, Freeze, HeadShape, Importance, Init, Recipe, Shape
 
 __all__ = ["convert", "convert_alone", "convert_as", "plans", "plans_as", "rebuild", "split_points"]
 
@@ -53,6 +54,8 @@ def convert(
     depth: float | None = None,
     importance: Importance | None = None,
     calibration: Iterable[Any] | None = None,
+    num_classes: int | None = None,
+    freeze: Freeze | None = None,
 ) -> EnsembleNet:
     """Convert a network into a shared trunk with K narrower heads, within a budget.
 
@@ -103,6 +106,12 @@ def convert(
             heads are repaired: batch normalisation takes its statistics anew, as a pass in training mode would, and
             linear layers and convolutions without it get the scale and bias that give each output its mean and standard
             deviation in the base.
+        num_classes: of another task: each head gets a fresh classifier of so many outputs, and inherits the rest.
+            Networks with `reset_classifier`, as timm's, are asked for it; of others the last linear layer or
+            convolution that makes the output is replaced. "taylor" is then no default, as gradients would come through
+            the fresh classifier. Costs are compared with the base of so many classes.
+        freeze: "trunk" trains the heads alone, see
+            [`EnsembleNet.freeze_trunk`][ensemblenet.EnsembleNet.freeze_trunk]; `split_at="auto"` then splits late.
 
     Returns:
         The model, on the base's device and in the base's mode.
@@ -118,7 +127,7 @@ def convert(
         torch.Size([3, 4, 3])
     """
     settings = (num_heads, budget, split_at, seed, init, combine, min_width, output, shape, width, depth, importance)
-    wanted = Conversion(*settings)
+    wanted = Conversion(*settings, num_classes, freeze)
     return convert_as(wanted, base, example_inputs, task, capacity, calibration)
 
 
@@ -149,20 +158,27 @@ def convert_as(
     _check_inputs(base, example_inputs)
     if calibration is not None and wanted.init != "inherit":
         raise ConversionError('calibration is for what heads inherit: pass init="inherit" too.')
+    base, anew = _with_classes(wanted, base, example_inputs)
     trains = [parameter.requires_grad for parameter in base.parameters()]
     if trains and not any(trains):
         raise ConversionError("The base has nothing to train: unfreeze what heads shall learn, requires_grad_(True).")
     traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     base_cost = _base_cost(base, traced)
-    share = STEM if capacity is None or capacity.is_spare else LATE
+    splits_late = wanted.freeze is not None or not (capacity is None or capacity.is_spare)
+    share = LATE if splits_late else STEM
     planner = _planner(traced, cuts, wanted, base_cost, task, share)
     design, recipe = _choose(planner, wanted, base, example_inputs, base_cost, task)
+    if wanted.freeze is not None and design.cut.trunk_cost.parameters == 0:
+        raise ConversionError(
+            f'freeze="trunk" finds no parameters in the trunk, as the split is at {recipe.split_at!r}: name a later '
+            "one by split_at=, of those that ensemblenet.split_points lists."
+        )
     _check_split(design if not recipe.head.dropped else design_head(traced, named_cut(cuts, recipe.split_at), set()))
     batches = [] if calibration is None else batches_of(calibration, traced)
     inheritance = None
     if wanted.init == "inherit":
-        inheritance = Inheritance(base, design, recipe, planner.runs, wanted.importance, batches)
+        inheritance = Inheritance(base, design, recipe, planner.runs, wanted.importance, batches, anew)
     lost: set[str] = set()
     model = _assemble(design, recipe, base_cost, lost, inheritance)
     _refuse_lost(lost, recipe)
@@ -326,6 +342,7 @@ def plans_as(wanted: Conversion, base: nn.Module, example_inputs: Tree) -> list[
         ['input']
     """
     _check_inputs(base, example_inputs)
+    base, _ = _with_classes(wanted, base, example_inputs)
     traced = trace(base, example_inputs, wanted.output)
     cuts = find_cuts(traced)
     planner = _planner(traced, cuts, wanted, _base_cost(base, traced))
@@ -357,6 +374,13 @@ def _check_inputs(base: nn.Module, example_inputs: Tree) -> None:
     if devices and devices != there:
         names, others = (", ".join(sorted(map(str, found))) for found in (devices, there))
         raise ConversionError(f"example_inputs are on {others} and the base is on {names}; move them to one device.")
+
+
+def _with_classes(wanted: Conversion, base: nn.Module, example_inputs: Tree) -> tuple[nn.Module, set[str]]:
+    """The base with the classes that are wanted, and which of its parameters are new."""
+    if wanted.num_classes is None:
+        return base, set()
+    return with_classes(base, example_inputs, wanted.num_classes, wanted.output, wanted.seed or 0)
 
 
 def _base_cost(base: nn.Module, traced: Trace) -> Cost:
@@ -424,7 +448,7 @@ def _assemble(
     trunk = build_trunk(design.trace, design.cut, of_trunk)
     if lost is not None:
         lost.update(*(initialiser.lost for initialiser in initialisers))
-    return EnsembleNet(
+    model = EnsembleNet(
         trunk,
         heads,
         recipe.combine,
@@ -435,6 +459,7 @@ def _assemble(
         base_cost=base_cost,
         output_shapes=_output_shapes(design.trace),
     )
+    return model if recipe.freeze is None else model.freeze_trunk()
 
 
 def _choose(
@@ -474,6 +499,8 @@ def _recipe(design: HeadDesign, plan: Plan, num_heads: int, wanted: Conversion, 
         seed=torch.initial_seed() % 2**32 if wanted.seed is None else wanted.seed,
         combine=wanted.combine,
         task=task,
+        num_classes=wanted.num_classes,
+        freeze=wanted.freeze,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -136,8 +137,10 @@ class Inheritance:
         runs: of the base's blocks.
         importance: as for `convert`.
         batches: for calibration; none where there are none.
+        anew: names of parameters in which nothing was learned, so that each head draws its own.
 
     Attributes:
+        anew: names of parameters that each head draws anew.
         design: of the heads.
         shape: of the heads.
         moved: for each head, by the names of parameters and buffers, those whose values it takes in their places.
@@ -155,14 +158,16 @@ class Inheritance:
         runs: Sequence[Run],
         importance: Importance | None = None,
         batches: Batches = (),
+        anew: AbstractSet[str] = frozenset(),
     ) -> None:
+        self.anew = anew
         self.design = design
         self.shape = recipe.head
         self.moved: list[dict[str, str]] = [{} for _ in range(recipe.num_heads)]
         self._base = getattr(base, "_orig_mod", base)  # of torch.compile
         self._recipe = recipe
         self._batches = batches
-        has_loss = batches and not isinstance(recipe.output, tuple)  # of one output
+        has_loss = batches and not anew and not isinstance(recipe.output, tuple)  # of one output, that was learned
         self._importance: Importance = importance or ("taylor" if has_loss else "magnitude")
         self._generator = torch.Generator().manual_seed(recipe.seed)
         self._orders: dict[_Key, list[int]] = {}
@@ -200,7 +205,7 @@ class Inheritance:
     @property
     def is_same(self) -> bool:
         """Whether all heads inherit the same."""
-        return not self.is_narrow and all(moved == self.moved[0] for moved in self.moved)
+        return not self.anew and not self.is_narrow and all(moved == self.moved[0] for moved in self.moved)
 
     def rows(self, head: int, name: str, dim: int = 0) -> list[int]:
         """The places along a dimension that a head keeps of a parameter."""

@@ -63,7 +63,8 @@ class Initialiser:
         is_cut = any(axis.value(size_of) != axis.size for axis in axes)
         if is_learned and _is_frozen(base) and (self.init == "fresh" or is_cut):
             self.lost.add(name)
-        if self.init == "fresh" and axes and is_learned:
+        is_new = self.init == "fresh" or (self._inheritance is not None and name in self._inheritance.anew)
+        if is_new and axes and is_learned:
             shrunk = math.prod(axis.size / axis.value(size_of) for axis in fan_in or [])
             rows, *others = axes
             columns = [axis.value(size_of) for axis in others]

@@ -67,7 +67,8 @@ def repair(model: EnsembleNet, base: nn.Module, inheritance: Inheritance, batche
     if not inheritance.is_narrow and not inheritance.shape.dropped:
         return
     base = getattr(base, "_orig_mod", base)  # of torch.compile
-    names = _unnormalised(model.heads[0], inheritance.design.parameters)  # pyright: ignore[reportArgumentType]
+    inherited = inheritance.design.parameters.keys() - inheritance.anew
+    names = _unnormalised(model.heads[0], inherited)  # pyright: ignore[reportArgumentType]
     sources = [{name: inheritance.layer(k, name) for name in names} for k in range(model.num_heads)]
     expected = _moments_of_base(base, {source for own in sources for source in own.values()}, batches)
     model.eval()
@@ -146,7 +147,7 @@ def _dim_of_outputs(layer: nn.Module) -> int:
     return 1 if isinstance(layer, _ConvTransposeNd) else 0
 
 
-def _unnormalised(head: fx.GraphModule, of_base: Container[str]) -> list[str]:
+def _unnormalised(head: fx.GraphModule, inherited: Container[str]) -> list[str]:
     """The linear layers and convolutions of a head that may be scaled, and that no batch normalisation follows."""
     calls = [node for node in head.graph.nodes if node.op == "call_module"]
     layers = {node: head.get_submodule(node.target) for node in calls}
@@ -162,7 +163,7 @@ def _unnormalised(head: fx.GraphModule, of_base: Container[str]) -> list[str]:
         and not (isinstance(layer, _ConvTransposeNd) and layer.groups > 1)
         and isinstance(layer._parameters.get("weight"), Tensor)
         and all(own.requires_grad and read[id(own)] == 1 for own in layer.parameters())
-        and f"{name}.weight" in of_base
+        and f"{name}.weight" in inherited
         and not all(isinstance(layers.get(user), _NormBase) for user in node.users)
     ]
 

@@ -108,6 +108,7 @@ class ImageData(DataModule):
         shape = (3, image_size, image_size)
         evaluation = _transform(shape, self.preprocessing, is_training=False)
         training = _transform(shape, self.preprocessing, is_training=True, **(augmentation or {}))
+        self.augments = not (augmentation or {}).get("no_aug")
         self.transforms = {"train": training, "val": evaluation, "test": evaluation}
 
     def open_split(self, split: Split) -> TransformedImages:
@@ -122,6 +123,11 @@ class ImageData(DataModule):
             raise DataError(f"{images.where} holds no images of the class {classes[min(unseen)]!r}.")
         self.classes = classes
         return TransformedImages(images, self.transforms[split])
+
+    @property
+    def repeats_training(self) -> bool:
+        """Whether `augmentation` is `no_aug`."""
+        return not self.augments
 
     @property
     def tests_on_validation(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ensemblenet.data.tensors import TensorExamples
@@ -202,6 +203,7 @@ class ExampleLoader(ResumableLoader):
         num_workers: processes that load; 0 loads in the process itself.
         on_broken: "error" or "skip", for an example that raises `DataError`.
         max_broken: how many may be skipped; None for any number.
+        beside: what batches hold of each example behind inputs and targets, (N, *).
 
     Raises:
         DataError: while iterating: what is wrong with an example.
@@ -219,12 +221,13 @@ class ExampleLoader(ResumableLoader):
         num_workers: int = 0,
         on_broken: OnBroken = "error",
         max_broken: int | None = 100,
+        beside: Tensor | None = None,
     ) -> None:
         super().__init__(on_broken, max_broken)
         self.part = part
         self._keys = _Keys(part)
         self._loader = DataLoader(
-            _Seeded(examples, part.seed),
+            _Seeded(examples, part.seed, beside),
             batch_sampler=self._keys,
             num_workers=num_workers,
             collate_fn=as_it_is,
@@ -269,12 +272,14 @@ class _Seeded(Dataset[Any]):
 
     examples: Any
     seed: int
+    beside: Tensor | None = None
 
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[Any, list[Broken]]:
         if isinstance(self.examples, TensorExamples):
             is_random = self.examples.transform is not None  # seeding costs more than taking a batch
+            indices = [index for _, index in keys]
             with _generators_seeded(self.seed, *keys[0]) if is_random else nullcontext():
-                return self.examples.__getitems__([index for _, index in keys]), []
+                return self._with_beside(self.examples.__getitems__(indices), indices), []
         items = [self._read(epoch, index) for epoch, index in keys]
         whole = [item for item in items if not isinstance(item, Broken)]
         return default_collate(whole) if whole else None, [item for item in items if isinstance(item, Broken)]
@@ -282,9 +287,12 @@ class _Seeded(Dataset[Any]):
     def _read(self, epoch: int, index: int) -> Any:
         with _generators_seeded(self.seed, epoch, index):
             try:
-                return self.examples[index]
+                return self._with_beside(self.examples[index], index)
             except DataError as error:
                 return Broken(index, str(error))
+
+    def _with_beside(self, item: Any, which: int | list[int]) -> Any:
+        return item if self.beside is None else (*item, self.beside[which])
 
 
 @contextmanager

@@ -8,11 +8,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import Subset
 
 from ensemblenet.data.classes import KnownClasses, training_data_if_any
 from ensemblenet.data.files import FileReader
 from ensemblenet.data.loading import ExampleLoader, OnBroken, Part, ResumableLoader
+from ensemblenet.data.tensors import TensorExamples
 
 __all__ = ["DataModule", "Split"]
 
@@ -74,6 +76,7 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         self.max_broken = max_broken
         self.preprocessing: dict[str, Any] | None = None
         self._opened: dict[Split, Any] = {}
+        self._beside: Tensor | None = None
         self._run_seed: int | None = None
         self.seed = seed
 
@@ -119,7 +122,14 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         """
         train, examples = split == "train", self.examples(split)
         part = Part(len(examples), self.batch_size if train else self.eval_batch_size, train, **process)
-        return ExampleLoader(examples, part, self.num_workers, self.on_broken, self.max_broken)
+        beside = self._beside if train else None
+        return ExampleLoader(examples, part, self.num_workers, self.on_broken, self.max_broken, beside)
+
+    @property
+    def repeats_training(self) -> bool:
+        """Whether an example of training, found by its place, has the same inputs in every epoch: nothing is random."""
+        examples, is_usual = self.examples("train"), type(self).make_loader is DataModule.make_loader
+        return is_usual and isinstance(examples, TensorExamples) and examples.transform is None
 
     def example_name(self, split: Split, place: int) -> str:
         """The name of an example after `setup`, such as its file; its number where it has none."""
@@ -180,6 +190,38 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         if self._state:
             self._train_loader.load_state_dict(self._state)
         return self._train_loader
+
+    def training_in_order(self, rank: int = 0, world_size: int = 1) -> ExampleLoader:
+        """Every training example once, in order, with its place in the data as the third part of a batch.
+
+        Only for data that `repeats_training`.
+
+        Args:
+            rank: number of this process, which gets its share.
+            world_size: number of processes.
+        """
+        examples = self.examples("train")
+        part = Part(len(examples), self.batch_size, rank=rank, world_size=world_size)
+        places = torch.arange(len(examples))
+        return ExampleLoader(examples, part, self.num_workers, self.on_broken, self.max_broken, places)
+
+    def put_beside(self, values: Tensor) -> None:
+        """Have batches of training hold a third part from now on: of each example, by its place, one of `values`.
+
+        Only for data that `repeats_training`.
+
+        Args:
+            values: (N, *).
+
+        Example:
+            >>> from ensemblenet.data import MNIST1D
+            >>> data = MNIST1D(num_train=20, num_val=1, num_test=1, batch_size=5)
+            >>> data.setup("fit")
+            >>> data.put_beside(data.train[1] % 2)
+            >>> all(torch.equal(y % 2, odd) for x, y, odd in data.train_dataloader())
+            True
+        """
+        self._beside = values
 
     def val_dataloader(self) -> ResumableLoader:
         """Validation batches, in order."""

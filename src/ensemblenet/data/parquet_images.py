@@ -109,6 +109,11 @@ class ParquetImages(DataModule):
         crop = RandomCropFlip(padding=images.shape[-1] // 8) if self.augment else None
         return TensorExamples(images, labels, _Transform(normalize, crop))
 
+    @property
+    def repeats_training(self) -> bool:
+        """Whether images are not cut out at random."""
+        return not self.augment
+
     @classmethod
     def file_reader(cls, input_shape: Sequence[int], preprocessing: Mapping[str, Any]) -> FileReader:
         """The reader for image files, which cuts and resizes them as it does those of Parquet files."""

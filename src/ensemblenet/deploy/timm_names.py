@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ensemblenet.conversion.classifier import with_classes_of
 from ensemblenet.conversion.convert import rebuild
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
@@ -65,7 +66,8 @@ def register_timm(
         model = load(folder, base, trust=trust)
         if not pretrained:
             assert model.recipe is not None
-            model = rebuild(base or model.recipe.base.build(trust), model.recipe)  # pyright: ignore[reportOptionalMemberAccess]
+            made = base or model.recipe.base.build(trust)  # pyright: ignore[reportOptionalMemberAccess]
+            model = rebuild(with_classes_of(model.recipe, made), model.recipe)
         known = config | {"architecture": name}
         attributes = {"pretrained_cfg": known, "default_cfg": known, "num_classes": config["num_classes"]}
         for attribute, value in attributes.items():

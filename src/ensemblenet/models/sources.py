@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "is_known",
     "is_plain",
     "made_with",
+    "note_classes",
     "source_of",
 ]
 
@@ -356,3 +357,23 @@ def source_of(network: nn.Module) -> BaseSource | None:
         BaseSource(factory='torchvision', name='resnet18', arguments={'num_classes': 10})
     """
     return getattr(network, _MADE_BY, None)
+
+
+def note_classes(network: nn.Module, num_classes: int) -> None:
+    """Let a network whose classifier was replaced say that it has so many classes, wherever it says how it was made.
+
+    Example:
+        >>> network = create("torchvision:resnet18", 10)
+        >>> note_classes(network, 4)
+        >>> source_of(network)
+        BaseSource(factory='torchvision', name='resnet18', arguments={'num_classes': 4})
+    """
+    now = {"num_classes": num_classes}
+    if (source := source_of(network)) is not None:
+        setattr(network, _MADE_BY, replace(source, arguments=source.arguments | now))
+    if isinstance(arguments := getattr(network, "arguments", None), dict) and "num_classes" in arguments:
+        setattr(network, "arguments", arguments | now)  # noqa: B010  of `made_with`, and no part of its type
+    for owner in (network, getattr(network, "config", None)):  # transformers' have it in their configuration
+        for name in ("num_classes", "num_labels"):
+            if isinstance(getattr(owner, name, None), int):
+                setattr(owner, name, num_classes)

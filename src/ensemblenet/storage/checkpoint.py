@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ensemblenet.conversion.classifier import with_classes_of
 from ensemblenet.conversion.convert import rebuild
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError, LoadError
@@ -141,11 +142,14 @@ def read_model(folder: Path, base: nn.Module | Callable[[], nn.Module] | None, t
     header.check_seal()
     is_brought = base is not None
     if not isinstance(base, nn.Module):
-        make = base or partial(_source(recipe, folder).build, trust)
+        make = partial(_source(recipe, folder).build, trust) if base is None else partial(_made, base, recipe, header)
         base = make() if trust else build_within(make, header, recipe)
-    elif not trust:
-        check_base(base, header, recipe)
+    elif trust:
+        base = _with_classes(base, recipe, header)
+    else:
         check_inputs(base, header, recipe.inputs)
+        base = _with_classes(base, recipe, header)
+        check_base(base, header, recipe)
     try:
         model = rebuild(base, recipe, sizes)
     except ConversionError as error:
@@ -154,6 +158,20 @@ def read_model(folder: Path, base: nn.Module | Callable[[], nn.Module] | None, t
     _check_seals(text, header, with_base=not is_brought)
     read_weights(model, header.path)
     return model.eval()
+
+
+def _made(make: Callable[[], nn.Module], recipe: Recipe, header: Header) -> nn.Module:
+    return _with_classes(make(), recipe, header)
+
+
+def _with_classes(base: nn.Module, recipe: Recipe, header: Header) -> nn.Module:
+    """A base that the user brings, which has its own classifier, with one of the recipe's classes."""
+    if recipe.num_classes is not None and all(shape[:1] != (recipe.num_classes,) for shape in header.shapes.values()):
+        raise LoadError(f"{header.path} holds no classifier of the {recipe.num_classes} classes that its recipe names.")
+    try:
+        return with_classes_of(recipe, base)
+    except ConversionError as error:
+        raise LoadError(f"The base does not fit the recipe of {header.path}: {error}") from error
 
 
 def _source(recipe: Recipe, folder: Path) -> BaseSource:

@@ -175,7 +175,7 @@ _KNOWN: list[tuple[str, Callable[[Any], bool]]] = [
     (r"name|runs|resume|plan|base_run|log_to|task|device|precision|split_at|shape", _ANY_TEXT),
     (r"methods\[\](\.(method|name|split_at))?", _ANY_TEXT),
     (r"optimizer", _word("adamw", "sgd")),
-    (r"model\.(task|heads|loss|optimization\.optimizer)", _ANY_TEXT),
+    (r"model\.(task|heads|loss|teacher|optimization\.optimizer)", _ANY_TEXT),
     (r"model\.conversion\.(split_at|init|combine|shape|num_heads)", _ANY_TEXT),
     (r"trainer\.(precision|max_time|val_check_interval)", _ANY_TEXT),
     (r"trainer\.devices", _text(r"auto|[-\d, ]+")),

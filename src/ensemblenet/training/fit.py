@@ -98,7 +98,7 @@ def _opened(arguments: Sequence[str], held: ExitStack) -> FitCLI:
     load_all()
     try:
         with _lightning_errors():
-            return FitCLI(complete, held)
+            return FitCLI(complete, held, trust="--trust" in arguments)
     except ArgumentError as error:
         raise TrainingError(plain(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
@@ -146,7 +146,9 @@ def _searched(cli: FitCLI) -> Path:
     inputs, _ = inputs_and_targets(next(iter(data.train_dataloader())))
     runs, outcomes = {}, {}
     for name, conversion in candidates(cli.model.network, inputs, cli.model.conversion or Conversion()).items():
-        runs[name] = base_run if name == "base" and base_run is not None else _trained(cli, name, conversion)
+        runs[name] = (
+            base_run if name == "base" and base_run is not None else _trained(cli, name, conversion, runs.get("base"))
+        )
         place = os.path.relpath(runs[name], cli.folder)
         outcomes[name] = {"run": place, **validate(runs[name], cli.trainer, data)}
     main = TASKS[cli.model.task].main
@@ -160,14 +162,16 @@ def _searched(cli: FitCLI) -> Path:
     return cli.folder
 
 
-def _trained(cli: FitCLI, name: str, conversion: Conversion | None) -> Path:
-    """The folder of a candidate's finished run, which is not trained again."""
+def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base: Path | None) -> Path:
+    """The folder of a candidate's finished run, which is not trained again; the base, trained first, may teach it."""
     runs = cli.folder / SEARCH
     for results in runs.glob(f"{name}-*/{RESULTS}"):
         return results.parent
     plan = None if conversion is None else asdict(conversion)
     where = ["--resume", "auto", "--runs", str(runs), "--name", name]
     chosen = ["--plan", "given", "--base_run", "null", "--model.conversion", json.dumps(plan)]
+    if cli.model.criterion.teacher_weight and cli.model.teacher_folder is None:
+        chosen += ["--model.teacher_weight", "null"] if base is None else ["--model.teacher", str(base), "--trust"]
     with ExitStack() as held:
         stored = config_option(cli.folder / CONFIG, trust=True)  # it was checked or typed before
         folder = _finished(_opened([*stored, *where, *chosen], held))

@@ -33,6 +33,7 @@ from ensemblenet.training.optimization import (
     check_optimizers,
     layer_depths,
 )
+from ensemblenet.training.teacher import Teacher
 
 __all__ = ["Classifier", "Conversion", "head_outputs", "plan_in_words", "seen_outputs"]
 
@@ -66,6 +67,11 @@ class Classifier(LightningModule):
             probabilities, which NLL, ECE and Brier score judge, they are not calibrated.
         mixing: mixup and CutMix of training batches, for task "multiclass".
         channels_last: store images and weights of convolutions with channels last, which GPUs prefer.
+        teacher: the folder of a finished run, or a saved directory, whose network teaches every head, see
+            [`ensemblenet.CoDistillationLoss`][]; None takes the base before its conversion, if `teacher_weight` is
+            given. It costs a forward pass for each batch, or one for each example where the data is not augmented.
+        teacher_weight: the weight of the teacher's term; None takes 1 where a teacher is named, else 0: no teacher.
+        teacher_temperature: of the teacher's distillation.
 
     Raises:
         ValueError: settings that do not go together.
@@ -83,9 +89,15 @@ class Classifier(LightningModule):
         loss: Loss = "cross_entropy",
         mixing: Mixing | None = None,
         channels_last: bool = False,
+        teacher: str | None = None,
+        teacher_weight: float | None = None,
+        teacher_temperature: float = 1.0,
     ) -> None:
         super().__init__()
         _check(task, loss, mixing, conversion, label_smoothing)
+        if teacher_weight is None:
+            teacher_weight = 0.0 if teacher is None else 1.0
+        _check_teacher(teacher, teacher_weight, teacher_temperature, conversion)
         self.network = base
         self.task: ClassifierTask = task
         self.heads: HeadsMode = current_mode(heads)
@@ -100,7 +112,12 @@ class Classifier(LightningModule):
             "multilabel" if self.binary else task,
             combine=conversion.combine if conversion else base.combine if isinstance(base, EnsembleNet) else "logits",
             label_smoothing=0.0 if self.binary else label_smoothing,
+            teacher_weight=teacher_weight,
+            temperature=teacher_temperature,
         )
+        self.teacher_folder = teacher
+        self.trusts_teacher = False
+        self.teacher: Teacher | None = None  # from setup on
         self.depths: Mapping[str, int] | None = layer_depths(base) if optimization.layer_decay < 1 else None
         self.mix: Mix | None = None
         self._schedule: LRScheduler | None = None
@@ -125,6 +142,8 @@ class Classifier(LightningModule):
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
         self._check_outputs(one_example(inputs))
+        if self.criterion.teacher_weight:
+            self.teacher = self._find_teacher()
         if self.conversion is not None:
             self.network = self._with_chosen_heads(convert_as(self.conversion, self.network, inputs, self.task), inputs)
         self.example_inputs = one_example(inputs)
@@ -135,11 +154,22 @@ class Classifier(LightningModule):
         self._compare_classes(num_classes, targets)
         self.num_classes = num_classes
         self.mix = None if self.mixing is None else self.mixing.mixer(num_classes)
+        if self.teacher is not None:
+            self.teacher.network = self.teacher.network.to(memory_format=self._memory_format)
+            mixes = self.mix is not None
+            self.teacher.prepare(self.example_inputs, self.network, num_classes, mixes, self._laid_out, self.trainer)
         metrics = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}[self.task]
         for split in ("val", "test"):
             self.metrics[split] = metrics(
                 num_classes, self.num_heads, combine=self.criterion.combine, prefix=f"{split}/"
             )
+
+    def _find_teacher(self) -> Teacher:
+        """The network of the folder, or the base."""
+        if self.teacher_folder is None:
+            return Teacher.base(self.network, self.conversion.output if self.conversion else None)
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        return Teacher.named(self.teacher_folder, self.task, data, self.trusts_teacher)
 
     def _check_batch(self, inputs: Tree, targets: Tensor) -> None:
         """Refuse settings that do not go with such a batch."""
@@ -239,10 +269,13 @@ class Classifier(LightningModule):
             x, y = self.mix(x, y)
         if self.binary:
             y = soft_targets(y, self.num_classes, self.label_smoothing)
-        outputs = head_outputs(self.network, self._laid_out(x))
+        x = self._laid_out(x)
+        outputs = head_outputs(self.network, x)
+        taught = None if self.teacher is None else self.teacher(batch, x)
         if self.task == "multilabel":
+            taught = None if taught is None else mask_unknown(taught, y)[0]
             outputs, y = mask_unknown(outputs, y)
-        loss = self.criterion(outputs, y) / (self.num_classes if self.binary else 1)
+        loss = self.criterion(outputs, y, taught) / (self.num_classes if self.binary else 1)
         if not loss.isfinite():
             raise TrainingError(f"The loss became {loss.item()} {self._where(batch_index)}")
         self.log("train/loss", loss, on_step=True, prog_bar=True, sync_dist=True)
@@ -417,6 +450,17 @@ def _check(
         raise ValueError("task 'multilabel' takes neither mixing nor another loss than its own.")
     if loss == "binary_cross_entropy" and conversion is not None and conversion.combine != "logits":
         raise ValueError("loss 'binary_cross_entropy' needs conversion.combine 'logits'.")
+
+
+def _check_teacher(teacher: str | None, weight: float, temperature: float, conversion: Conversion | None) -> None:
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"teacher_weight must be a finite number of at least 0, got {weight}.")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"teacher_temperature must be a finite number above 0, got {temperature}.")
+    if teacher is not None and not weight:
+        raise ValueError(f"teacher_weight is 0, so the teacher {teacher} would be ignored: leave one of the two out.")
+    if teacher is None and weight and conversion is None:
+        raise ValueError("teacher_weight needs teacher, the folder of a finished run: a base does not teach itself.")
 
 
 def _with_heads(network: EnsembleNet, choice: Choice) -> EnsembleNet:

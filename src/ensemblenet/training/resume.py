@@ -40,7 +40,7 @@ _MAY_STEER = (
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
 )
-_MAY_MOVE = "data.init_args.folder"
+_MAY_MOVE = ("data.init_args.folder", "model.teacher")
 _UNLIMITED = (None, -1)
 _SHOWN = 3  # runs that one line names
 
@@ -127,10 +127,10 @@ def _is_allowed(name: str, old: Any, new: Any, named: bool) -> bool:
         return new in _UNLIMITED or (old not in _UNLIMITED and new > old)
     if named and name == "model.optimization.weight_decay":
         return bool(old) and bool(new)  # without one, the optimizer has its parameters in other groups
-    if named and name in (*_MAY_STEER, _MAY_MOVE):
+    if named and name in _MAY_STEER:
         return True
-    if name == _MAY_MOVE and isinstance(old, str) and isinstance(new, str) and "://" not in old:
-        return not Path(old).exists() or Path(old).resolve() == Path(new).resolve()
+    if name in _MAY_MOVE and isinstance(old, str) and isinstance(new, str):
+        return named or ("://" not in old and (not Path(old).exists() or Path(old).resolve() == Path(new).resolve()))
     return False
 
 

@@ -98,7 +98,8 @@ def check_base_run(run: Path, config: Mapping[str, Any]) -> str | None:
     """
     if not (run / CONFIG).is_file():
         raise LoadError(f"--base_run {run} has no {CONFIG}: give the folder of a finished run of the base.")
-    base = {**config, "plan": "given", "model": {**config["model"], "conversion": None}}
+    untaught = {} if config["model"]["teacher"] else {"teacher_weight": None, "teacher_temperature": 1.0}
+    base = {**config, "plan": "given", "model": {**config["model"], "conversion": None, **untaught}}
     stored = read_config(run / CONFIG, trust=True)  # it is compared alone: what the two have in common was typed
     if change := changed_setting(stored, base, _DECISIVE, grows=False):
         raise TrainingError(f"--base_run {run} was made with {change}: give a run of the same base, data and length.")

@@ -78,11 +78,12 @@ class FitCLI(LightningCLI):
     Args:
         args: command-line arguments.
         held: when it ends, other processes may write the folder.
+        trust: whether a teacher's folder may name code of its author's own.
     """
 
     folder: Path
 
-    def __init__(self, args: list[str], held: ExitStack) -> None:
+    def __init__(self, args: list[str], held: ExitStack, trust: bool = False) -> None:
         self.held = held
         self.changed: list[str] = []  # of a resumed run: what decides its result and is not what it was
         self._environment = environment()
@@ -103,6 +104,7 @@ class FitCLI(LightningCLI):
                 "exit_on_error": False,
             },
         )
+        self.model.trusts_teacher = trust
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the run and not to Lightning."""
@@ -145,7 +147,9 @@ class FitCLI(LightningCLI):
             "newest unfinished run of this name and these settings that no process is writing, or else a new one; a "
             "finished run goes on with more --trainer.max_epochs",
         )
-        parser.add_argument("--trust", action="store_true", default=SUPPRESS, help=f"with --resume: {TRUST_HELP}")
+        parser.add_argument(
+            "--trust", action="store_true", default=SUPPRESS, help=f"with --resume or --teacher: {TRUST_HELP}"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and say of a setting that there is not which one was perhaps meant."""
