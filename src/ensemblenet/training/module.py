@@ -124,7 +124,7 @@ class Classifier(LightningModule):
         self.teacher_folder = teacher
         self.trusts_teacher = False
         self.teacher: Teacher | None = None  # from setup on
-        self.depths: Mapping[str, int] | None = layer_depths(base) if optimization.layer_decay < 1 else None
+        self.depths: Mapping[str, int] | None = None  # likewise
         self.capacity: Capacity | None = None
         self._chooses_weight = codistillation_weight == "auto"
         self.mix: Mix | None = None
@@ -150,6 +150,9 @@ class Classifier(LightningModule):
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
         self._check_outputs(one_example(inputs))
+        if self.optimization.layer_decay < 1:
+            output = None if self.conversion is None else self.conversion.output
+            self.depths = layer_depths(self.network, inputs, output)
         if self.criterion.teacher_weight:
             self.teacher = self._find_teacher()
         if self.conversion is not None:
@@ -445,10 +448,24 @@ def plan_in_words(model: EnsembleNet) -> str:
     assert model.cost is not None
     assert model.base_cost is not None
     head, shares = model.recipe.head, model.cost.shares_of(model.base_cost)
+    frozen = f" {_saved_in_words(model)}" if model.trunk_is_frozen else ""
     return (
         f"Split at {model.recipe.split_at!r}: {model.num_heads} heads of width {head.width:.3g} and depth "
         f"{head.depth:.3g}, with {shares.parameters:.2f} of the base's parameters, {shares.macs:.2f} of its MACs, "
-        f"{shares.activations:.2f} of its activations and {shares.time:.2f} of its time."
+        f"{shares.activations:.2f} of its activations and {shares.time:.2f} of its time.{frozen}"
+    )
+
+
+def _saved_in_words(model: EnsembleNet) -> str:
+    """What a frozen trunk saves in training, by its share of the model's costs."""
+    assert model.cost is not None
+    assert model.trunk_cost is not None
+    trained = sum(own.numel() for own in model.parameters() if own.requires_grad)
+    macs = model.trunk_cost.macs / model.cost.macs
+    activations = model.trunk_cost.activations / model.cost.activations
+    return (
+        f"The trunk is frozen: {trained:,} of {model.cost.parameters:,} parameters are trained, which saves about "
+        f"{macs:.0%} of the backward pass's MACs and {activations:.0%} of the activations that are kept for it."
     )
 
 
