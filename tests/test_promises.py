@@ -355,7 +355,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(config: Path, capsys
     before.write_bytes(whole)
     with pytest.warns(UserWarning, match=r"last\.ckpt is damaged .* the run goes on from previous\.ckpt"):
         assert resume(folder, "--trainer.callbacks", "null") == 0
-    assert "It goes on in epoch 1, after 4 steps." in capsys.readouterr().out
+    assert "It goes on in epoch 2, after 4 steps." in capsys.readouterr().out
     assert last.with_suffix(".damaged").read_bytes() == damaged
     assert not list(folder.rglob(".last*"))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ensemblenet.data.loading import seed_generators
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets, num_examples
+from ensemblenet.metrics.scores import SCORES
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.descriptions import DESCRIPTION
 from ensemblenet.storage.restore import Describes, compare_classes, stored_classes
@@ -36,10 +38,11 @@ __all__ = [
     "Progress",
     "Speed",
     "time_left",
+    "what_fits",
 ]
 
 _WINDOW = 50
-_BAR_WIDTH = 10
+_BAR_WIDTH = 8
 
 
 class EpochSeed(Callback):
@@ -131,7 +134,7 @@ class Announce(Callback):
         if isinstance(pl_module, Classifier) and pl_module.teacher is not None:
             lines.append(pl_module.teacher.note)
         if trainer.global_step:
-            lines.append(f"It goes on in epoch {trainer.current_epoch}, after {trainer.global_step:,} steps.")
+            lines.append(f"It goes on in epoch {trainer.current_epoch + 1}, after {trainer.global_step:,} steps.")
             lines += [f"From now on {change}." for change in self.changed]
         for line in lines:
             Console().print(line, highlight=False, soft_wrap=True)
@@ -235,7 +238,7 @@ class Speed(Callback):
 
 
 class Progress(RichProgressBar):
-    """Lightning's bar, with examples a second and the time left until the last step of the run.
+    """Lightning's bar on one line, epochs counted from 1, with speed and the time left until the run's last step.
 
     Args:
         speed: what measures it.
@@ -261,19 +264,45 @@ class Progress(RichProgressBar):
         self._began = time.perf_counter(), trainer.global_step
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands beside the bar."""
+        """What stands beside the bar, as much of it as the terminal has room for."""
         items: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
-        if self._began is None or not trainer.training:
+        if self._began is None or self.progress is None:
             return items
         began, first = self._began
         seconds = time.perf_counter() - began
         left = time_left(seconds, trainer.global_step - first, int(trainer.estimated_stepping_batches) - first)
-        return items | {
-            "examples/s": f"{self.speed.rate:.0f}",
-            "GB": f"{_memory(pl_module.device) / 1e9:.1f}",
-            "left": left,
-        }
+        shown = {"left": left} | dict(_as_shown(name, value) for name, value in items.items())
+        if self.speed.rate:  # not known in the first step of an epoch
+            shown |= {"ex/s": f"{self.speed.rate:.0f}"}
+        shown |= {"GB": f"{_memory(pl_module.device) / 1e9:.1f}"}
+        batches = str(self.total_train_batches)
+        taken = len(self._get_train_description(trainer.current_epoch)) + _BAR_WIDTH + len(f" {batches}/{batches}  ")
+        return what_fits(shown, self.progress.console.width - taken)
+
+    def _get_train_description(self, current_epoch: int) -> str:  # Lightning counts from 0
+        epochs = self.trainer.max_epochs
+        of = f"/{epochs}" if epochs is not None and epochs > 0 else ""
+        return f"Epoch {current_epoch + 1}{of}".ljust(len(self.validation_description))
+
+
+def _as_shown(name: str, value: Any) -> tuple[str, Any]:
+    """A logged value by a short name, and a score as tables show it: of an accuracy the error in percent."""
+    split, _, score = name.rpartition("/")
+    if score in SCORES and isinstance(value, float):
+        return f"{split} {SCORES[score].heading}".strip(), SCORES[score].text(value)
+    return name.removeprefix("train/"), f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def what_fits(items: Mapping[str, str], room: int) -> dict[str, str]:
+    """The first items that fit on a line as `name: value`, one blank between them.
+
+    Example:
+        >>> what_fits({"left": "0:03:00", "loss": "1.250", "GB": "1.0"}, room=25)
+        {'left': '0:03:00', 'loss': '1.250'}
+    """
+    ends = accumulate(len(f"{name}: {value} ") for name, value in items.items())
+    return {name: value for (name, value), end in zip(items.items(), ends, strict=True) if end - 1 <= room}
 
 
 def time_left(seconds: float, done: int, steps: int) -> str:
