@@ -70,6 +70,7 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(key: str) -> None:
 def test_the_base_teaches_every_head_and_is_not_changed(built: dict[str, TrainingTask]) -> None:
     base = MNIST1DNet(16)
     base(5 * torch.randn(50, 40))  # its statistics are no batch's
+    base.classifier.weight.data *= 50  # it tells examples apart
     before = copy.deepcopy(base.state_dict())
     setup = replace(SETUP, teacher_weight=0.7, temperature=3.0)
     task = METHODS["teacher"].build(replace(source(), teacher=base), setup).train()
