@@ -54,7 +54,7 @@ def study_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         "data": config.get("data"),
         "methods": _METHODS,
         "task": model.get("task"),
-        "weight": model.get("codistillation_weight"),
+        "weight": None if (weight := model.get("codistillation_weight")) == "auto" else weight,
         **{name: conversion[name] for name in _OF_CONVERSION if model.get("conversion") and conversion[name] != "auto"},
         "epochs": trainer.get("max_epochs"),
         "optimizer": optimization["optimizer"],
