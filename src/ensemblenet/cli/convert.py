@@ -41,6 +41,8 @@ def convert(arguments: Sequence[str]) -> None:
     options, changes = read("convert", arguments)
     base, x = base_of(options)
     wanted = conversion_of(options)
+    if options.weights == "pretrained":  # each head gets a classifier of its own
+        wanted = replace(wanted, num_classes=options.num_classes)
     rows: list[dict[str, Any]] = []
     if options.calibrate is None:
         model = convert_as(wanted, base, x)

@@ -152,6 +152,7 @@ def _convert() -> CommandParser:
         help="which channels and blocks heads inherit: magnitude, scale, taylor or random (default: taylor with "
         "--calibrate, else magnitude)",
     )
+    inherit.add_argument("--freeze", metavar="trunk", help="train the heads alone, behind a trunk that stays")
     inherit.add_argument(
         "--calibrate",
         metavar="DATA",
