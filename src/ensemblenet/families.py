@@ -131,8 +131,9 @@ class Timm(Family):
     def forward_head(self, model: EnsembleNet, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What the model gives for such features; with `pre_logits` what its classifiers take, side by side."""
         outputs = []
+        head: Any
         for head, own in zip(model.heads, x.chunk(model.num_heads, self.dim), strict=True):
-            classifier = next(node for node in head.graph.nodes if node.target == self.classifiers[0])  # pyright: ignore[reportAttributeAccessIssue]
+            classifier = next(node for node in head.graph.nodes if node.target == self.classifiers[0])
             end = classifier.all_input_nodes[0].name if pre_logits else None
             outputs.append(_between(head, self._node(model), end)(own))
         if pre_logits:
