@@ -3,7 +3,7 @@
 Shapes: K heads, N examples, C outputs (classes, labels or regression targets), * further output dimensions.
 A *position* is one entry of (N, *): what one class index describes.
 
-Every task's loss is a negative log-likelihood with the canonical link, l(z, y) = A(z) - <z, y> + const:
+Every task's loss is a negative log-likelihood with the canonical link, `l(z, y) = A(z) - <z, y> + const`:
 
 | task | distribution | A(z) | l(z, y) at one position |
 |---|---|---|---|

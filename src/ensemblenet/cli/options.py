@@ -47,8 +47,8 @@ __all__ = [
 ]
 
 _BASE = (
-    "a timm name such as resnet18, torchvision:NAME, or module.path:callable, a callable that returns a network; or a "
-    "folder that `convert` wrote, for its base"
+    "a timm name such as resnet18, torchvision:NAME, transformers:NAME, or module.path:callable, a callable that "
+    "returns a network; or a folder that `convert` wrote, for its base"
 )
 _TRAINED = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
 
@@ -295,6 +295,11 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     """Add MODEL, what it takes, and how to convert it."""
     parser.add_argument("model", metavar="MODEL", help=_BASE)
     add_plan(parser)
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="of a trained network: safetensors or a state dict; or pretrained, which may download them",
+    )
     parser.add_argument("--num-classes", type=int, help="outputs of the network (default: its own)")
     parser.add_argument(
         "--input-shape",
@@ -321,7 +326,7 @@ def base_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
             raise ConversionError(f"{options.model} does not say what its base is: name the base in its place.")
         base = recipe.base.build(getattr(options, "trust", False))
         return base, recipe.inputs.random()
-    base = create(options.model, options.num_classes)
+    base = create(options.model, options.num_classes, options.weights)
     shape = options.input_shape or default_input_shape(base)
     if shape is None:
         raise ConversionError(f"{options.model} does not say what inputs it takes: give --input-shape.")

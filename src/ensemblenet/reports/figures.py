@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Drawing
@@ -41,6 +41,10 @@ class Figure:
 
     def png(self, theme: str) -> bytes:
         """Draw it as a PNG image for the theme "light" or "dark"."""
+        return self.image(theme, "png")
+
+    def image(self, theme: str, kind: Literal["png", "svg"]) -> bytes:
+        """Draw it as an image of a kind for the theme "light" or "dark"."""
         colours = THEMES[theme]
         style: dict[Any, Any] = {
             "font.size": 11,
@@ -52,6 +56,7 @@ class Figure:
             "figure.facecolor": colours["paper"],
             "axes.facecolor": colours["paper"],
             "legend.frameon": False,
+            "svg.hashsalt": self.name,
             **dict.fromkeys(
                 ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
                 colours["ink"],
@@ -60,7 +65,8 @@ class Figure:
         with mpl.rc_context(style):
             drawing = self.draw()
             buffer = io.BytesIO()
-            drawing.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
+            undated = {"Date": None} if kind == "svg" else {}  # the same drawing, the same file
+            drawing.savefig(buffer, format=kind, dpi=DPI, bbox_inches="tight", metadata=undated)
         return buffer.getvalue()
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.conversion.trace import pick
 from ensemblenet.ensemble import EnsembleNet
@@ -38,6 +39,7 @@ from ensemblenet.training.teacher import Teacher
 __all__ = ["Classifier", "Conversion", "head_outputs", "plan_in_words", "seen_outputs"]
 
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
+_WEIGHT, _WEIGHT_WITHOUT_CAPACITY = 2.0, 1.0  # the lambda of "auto": docs/procedure.md, "Which shape of heads"
 
 
 class Classifier(LightningModule):
@@ -53,7 +55,8 @@ class Classifier(LightningModule):
             training batch. A batch is a pair of inputs and targets; inputs are a tensor, or a tuple or a dictionary
             of tensors as the base takes them. Or it is a dictionary of named inputs with the targets as "labels".
         conversion: how to convert the base; None trains the base itself.
-        codistillation_weight: lambda of [`ensemblenet.CoDistillationLoss`][].
+        codistillation_weight: lambda of [`ensemblenet.CoDistillationLoss`][]; "auto" is 2, or 1 where `capacity` shows
+            that the base has none to spare.
         label_smoothing: in [0, 1); 1 would leave nothing of the labels.
         optimization: optimizer and learning rate.
         task: "multiclass" for targets (N,) of class indices, "multilabel" for targets (N, C) of 1 where a label
@@ -73,6 +76,9 @@ class Classifier(LightningModule):
         teacher_weight: the weight of the teacher's term; None takes 1 where a teacher is named, else 0: no teacher.
         teacher_temperature: of the teacher's distillation.
 
+    Attributes:
+        capacity: what a run of the base showed; the conversion splits late where there is none to spare.
+
     Raises:
         ValueError: settings that do not go together.
     """
@@ -81,7 +87,7 @@ class Classifier(LightningModule):
         self,
         base: nn.Module,
         conversion: Conversion | None = None,
-        codistillation_weight: float = 2.0,
+        codistillation_weight: float | Literal["auto"] = "auto",
         label_smoothing: float = 0.0,
         optimization: Optimization = Optimization(),  # noqa: B008  frozen
         task: ClassifierTask = "multiclass",
@@ -108,7 +114,7 @@ class Classifier(LightningModule):
         self.binary = task == "multiclass" and loss == "binary_cross_entropy"
         self.label_smoothing = label_smoothing
         self.criterion = CoDistillationLoss(
-            codistillation_weight,
+            _WEIGHT if codistillation_weight == "auto" else codistillation_weight,
             "multilabel" if self.binary else task,
             combine=conversion.combine if conversion else base.combine if isinstance(base, EnsembleNet) else "logits",
             label_smoothing=0.0 if self.binary else label_smoothing,
@@ -118,7 +124,9 @@ class Classifier(LightningModule):
         self.teacher_folder = teacher
         self.trusts_teacher = False
         self.teacher: Teacher | None = None  # from setup on
-        self.depths: Mapping[str, int] | None = layer_depths(base) if optimization.layer_decay < 1 else None
+        self.depths: Mapping[str, int] | None = None  # likewise
+        self.capacity: Capacity | None = None
+        self._chooses_weight = codistillation_weight == "auto"
         self.mix: Mix | None = None
         self._schedule: LRScheduler | None = None
         self._planned: list[tuple[float, float]] = []  # learning rate and weight decay of each group
@@ -142,10 +150,16 @@ class Classifier(LightningModule):
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
         self._check_outputs(one_example(inputs))
+        if self.optimization.layer_decay < 1:
+            output = None if self.conversion is None else self.conversion.output
+            self.depths = layer_depths(self.network, inputs, output)
         if self.criterion.teacher_weight:
             self.teacher = self._find_teacher()
         if self.conversion is not None:
-            self.network = self._with_chosen_heads(convert_as(self.conversion, self.network, inputs, self.task), inputs)
+            if self._chooses_weight and self.capacity is not None and not self.capacity.is_spare:
+                self.criterion.weight = _WEIGHT_WITHOUT_CAPACITY
+            network = convert_as(self.conversion, self.network, inputs, self.task, self.capacity)
+            self.network = self._with_chosen_heads(network, inputs)
         self.example_inputs = one_example(inputs)
         with torch.no_grad():
             num_classes = head_outputs(self.network.eval(), self.example_inputs).shape[2]
@@ -434,10 +448,24 @@ def plan_in_words(model: EnsembleNet) -> str:
     assert model.cost is not None
     assert model.base_cost is not None
     head, shares = model.recipe.head, model.cost.shares_of(model.base_cost)
+    frozen = f" {_saved_in_words(model)}" if model.trunk_is_frozen else ""
     return (
         f"Split at {model.recipe.split_at!r}: {model.num_heads} heads of width {head.width:.3g} and depth "
         f"{head.depth:.3g}, with {shares.parameters:.2f} of the base's parameters, {shares.macs:.2f} of its MACs, "
-        f"{shares.activations:.2f} of its activations and {shares.time:.2f} of its time."
+        f"{shares.activations:.2f} of its activations and {shares.time:.2f} of its time.{frozen}"
+    )
+
+
+def _saved_in_words(model: EnsembleNet) -> str:
+    """What a frozen trunk saves in training, by its share of the model's costs."""
+    assert model.cost is not None
+    assert model.trunk_cost is not None
+    trained = sum(own.numel() for own in model.parameters() if own.requires_grad)
+    macs = model.trunk_cost.macs / model.cost.macs
+    activations = model.trunk_cost.activations / model.cost.activations
+    return (
+        f"The trunk is frozen: {trained:,} of {model.cost.parameters:,} parameters are trained, which saves about "
+        f"{macs:.0%} of the backward pass's MACs and {activations:.0%} of the activations that are kept for it."
     )
 
 
