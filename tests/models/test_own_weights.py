@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import ensemblenet
 from ensemblenet.cli.main import main
 from ensemblenet.models import create
 from ensemblenet.models.sources import ModelNameError
@@ -126,3 +127,20 @@ def test_a_file_that_is_no_state_dict_ends_a_command_in_one_line(
     assert re.search(said, error)
     assert error.count("\n") == 0
     assert "weights_only" not in error
+
+
+def test_commands_take_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, saved = tmp_path / "weights.safetensors", tmp_path / "saved"
+    base = create("test_resnet", 3)
+    save_file(base.state_dict(), file)
+    named = ["test_resnet", "--weights", str(file), "--num-classes", "3", "--input-shape", "3,32,32"]
+    split = ["--split-at", "layer3", "--budget", "2"]
+    assert main(["info", *named]) == 0
+    assert main(["convert", *named, *split, "--init", "inherit", "--freeze", "trunk", "--output", str(saved)]) == 0
+    model = ensemblenet.load(saved)
+    assert model.trunk_is_frozen
+    state = base.state_dict()
+    assert all(torch.equal(own, state[name]) for name, own in model.trunk.state_dict().items())
+    capsys.readouterr()
+    assert main(["info", str(saved), "--weights", str(file)]) == 2
+    assert "--weights is for a network by name" in capsys.readouterr().err

@@ -316,6 +316,7 @@ def base_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         ConversionError: there is no such network, or it does not say what inputs it takes.
     """
 
+    from ensemblenet.conversion.classifier import with_classes
     from ensemblenet.errors import ConversionError
     from ensemblenet.inputs import InputSpec
     from ensemblenet.models.sources import create, default_input_shape
@@ -324,13 +325,17 @@ def base_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         recipe = model.recipe
         if recipe is None or recipe.base is None:
             raise ConversionError(f"{options.model} does not say what its base is: name the base in its place.")
+        if options.weights is not None:
+            raise ConversionError(f"--weights is for a network by name; {options.model} is a saved model.")
         base = recipe.base.build(getattr(options, "trust", False))
         return base, recipe.inputs.random()
-    base = create(options.model, options.num_classes, options.weights)
+    pretrained = options.weights == "pretrained"  # for classes of their own
+    base = create(options.model, None if pretrained else options.num_classes, options.weights)
     shape = options.input_shape or default_input_shape(base)
     if shape is None:
         raise ConversionError(f"{options.model} does not say what inputs it takes: give --input-shape.")
-    return base, InputSpec(shape).random()
+    x = InputSpec(shape).random()
+    return (with_classes(base, x, options.num_classes)[0] if pretrained and options.num_classes else base), x
 
 
 def converted(options: argparse.Namespace) -> EnsembleNet | None:

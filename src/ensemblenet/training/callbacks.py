@@ -165,6 +165,7 @@ class Announce(Callback):
             assert isinstance(pl_module.network, EnsembleNet)
             lines.append(plan_in_words(pl_module.network))
             lines.append(f"The heads run {pl_module.choice.heads}: {pl_module.choice.reason}.")
+            lines += [pl_module.inherited_scores] if pl_module.inherited_scores else []
         if isinstance(pl_module, Classifier) and pl_module.teacher is not None:
             lines.append(pl_module.teacher.note)
         if trainer.global_step:

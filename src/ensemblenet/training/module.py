@@ -26,6 +26,7 @@ from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.scores import TASKS
 from ensemblenet.metrics.tagging import TaggingMetrics, mask_unknown
 from ensemblenet.recipe import Conversion
+from ensemblenet.training.inheriting import calibration_batches, scores_in_words
 from ensemblenet.training.mixing import Mix, Mixing, soft_targets
 from ensemblenet.training.optimization import (
     Optimization,
@@ -38,6 +39,7 @@ from ensemblenet.training.teacher import Teacher
 
 __all__ = ["Classifier", "Conversion", "head_outputs", "plan_in_words", "seen_outputs"]
 
+_METRICS = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 _WEIGHT, _WEIGHT_WITHOUT_CAPACITY = 2.0, 1.0  # the lambda of "auto": docs/procedure.md, "Which shape of heads"
 
@@ -121,6 +123,7 @@ class Classifier(LightningModule):
             teacher_weight=teacher_weight,
             temperature=teacher_temperature,
         )
+        self.inherited_scores: str | None = None  # before any training, in words
         self.teacher_folder = teacher
         self.trusts_teacher = False
         self.teacher: Teacher | None = None  # from setup on
@@ -158,8 +161,7 @@ class Classifier(LightningModule):
         if self.conversion is not None:
             if self._chooses_weight and self.capacity is not None and not self.capacity.is_spare:
                 self.criterion.weight = _WEIGHT_WITHOUT_CAPACITY
-            network = convert_as(self.conversion, self.network, inputs, self.task, self.capacity)
-            self.network = self._with_chosen_heads(network, inputs)
+            self.network = self._with_chosen_heads(self._converted(self.conversion, inputs, targets), inputs)
         self.example_inputs = one_example(inputs)
         with torch.no_grad():
             num_classes = head_outputs(self.network.eval(), self.example_inputs).shape[2]
@@ -172,11 +174,37 @@ class Classifier(LightningModule):
             self.teacher.network = self.teacher.network.to(memory_format=self._memory_format)
             mixes = self.mix is not None
             self.teacher.prepare(self.example_inputs, self.network, num_classes, mixes, self._laid_out, self.trainer)
-        metrics = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}[self.task]
         for split in ("val", "test"):
-            self.metrics[split] = metrics(
+            self.metrics[split] = _METRICS[self.task](
                 num_classes, self.num_heads, combine=self.criterion.combine, prefix=f"{split}/"
             )
+
+    def _converted(self, conversion: Conversion, inputs: Tree, targets: Tensor) -> EnsembleNet:
+        """The base, converted; where it was trained, by some batches of the data, unless a checkpoint is to follow."""
+        if conversion.init != "inherit" or self.trainer.ckpt_path is not None:
+            return convert_as(conversion, self.network, inputs, self.task, self.capacity)
+        device, here = self.trainer.strategy.root_device, tensors_in(inputs)[0].device
+        base = self.network.to(device).eval()
+        with torch.no_grad():
+            classes = head_outputs(base, to_device(one_example(inputs), device)).shape[2]
+        self._compare_classes(conversion.num_classes or classes, targets)
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        batches = calibration_batches(data.train_dataloader())
+        if self.trainer.world_size > 1:  # each process has other batches
+            batches = self.trainer.strategy.broadcast(batches)
+        laid_out = [(self._laid_out(x), y) for x, y in map(inputs_and_targets, batches)]
+        model = convert_as(conversion, base, to_device(inputs, device), self.task, self.capacity, laid_out)
+        if conversion.num_classes is None and self.trainer.limit_val_batches:
+            ndim = tensors_in(inputs)[0].ndim
+            self.inherited_scores = scores_in_words(
+                {"base": base, "heads": model},
+                data.val_dataloader(),
+                lambda network, x: seen_outputs(network, self._laid_out(to_device(x, device)), ndim, self.task),
+                lambda heads: _METRICS[self.task](classes, heads, combine=self.criterion.combine),
+                TASKS[self.task].main,
+            )
+        base.to(here).train()
+        return model
 
     def _find_teacher(self) -> Teacher:
         """The network of the folder, or the base."""
