@@ -33,6 +33,16 @@ test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable ".[dev]"
 	@touch $@
 
+docs: .venv-docs/.installed
+	$(PYTHON) .ci/site.py
+	.venv-docs/bin/zensical build --strict --clean
+
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet --group docs
+	@touch $@
+
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check

@@ -39,7 +39,7 @@ class Shares(NamedTuple):
 class Cost:
     """Parameters; and for one example of a prediction MACs, activations and time.
 
-    MACs are multiply-adds: half of what [`torch.utils.flop_counter`][] counts, which covers convolutions, matrix
+    MACs are multiply-adds: half of what `torch.utils.flop_counter` counts, which covers convolutions, matrix
     products and attention but no normalisation and no elementwise work.
 
     Attributes:

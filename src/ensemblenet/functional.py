@@ -3,7 +3,7 @@
 Shapes: K heads, N examples, C outputs (classes, labels or regression targets), * further output dimensions.
 A *position* is one entry of (N, *): what one class index describes.
 
-Every task's loss is a negative log-likelihood with the canonical link, l(z, y) = A(z) - <z, y> + const:
+Every task's loss is a negative log-likelihood with the canonical link, `l(z, y) = A(z) - <z, y> + const`:
 
 | task | distribution | A(z) | l(z, y) at one position |
 |---|---|---|---|
@@ -27,7 +27,16 @@ from torch import Tensor
 
 from ensemblenet._moved import renamed
 
-__all__ = ["ClassifierTask", "Combine", "Reduction", "Task", "codistillation", "combine_heads", "divergence"]
+__all__ = [
+    "ClassifierTask",
+    "Combine",
+    "Reduction",
+    "Task",
+    "codistillation",
+    "combine_heads",
+    "divergence",
+    "head_spread",
+]
 
 Task = Literal["multiclass", "multilabel", "regression"]
 ClassifierTask = Literal["multiclass", "multilabel"]
@@ -78,6 +87,26 @@ def combine_heads(head_outputs: Tensor, combine: Combine = "logits", task: Task 
         return (_log_mean_exp(F.logsigmoid(z)) - _log_mean_exp(F.logsigmoid(-z))).to(head_outputs.dtype)
     _check_has_heads(z)
     return _log_mean_exp(z.log_softmax(2)).to(head_outputs.dtype)
+
+
+def head_spread(head_outputs: Tensor, task: Task = "multiclass") -> Tensor:
+    """How far heads differ: the standard deviation over them of what they say of each class, label or output.
+
+    Args:
+        head_outputs: logits or regression outputs, shape (K, N, C) or (K, N, C, *).
+        task: "multiclass" and "multilabel" compare probabilities, "regression" the outputs.
+
+    Returns:
+        Shape (N, C) or (N, C, *), float32 or float64; 0 for a single head.
+
+    Example:
+        >>> head_spread(torch.tensor([[[0.0, 0.0]], [[0.0, 99.0]]]))
+        tensor([[0.2500, 0.2500]])
+    """
+    _check_choice("task", task, _TASKS)
+    z = _full_precision(head_outputs)
+    said = {"multiclass": lambda: z.softmax(2), "multilabel": z.sigmoid, "regression": lambda: z}[task]()
+    return said.std(0, correction=0)
 
 
 def codistillation(

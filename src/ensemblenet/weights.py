@@ -6,19 +6,28 @@ import hashlib
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, load_model, save_model
+from torch import Tensor, nn
 
 from ensemblenet.errors import LoadError, first_line
 
-__all__ = ["Header", "damaged_part", "digest", "read_checkpoint", "read_header", "read_weights", "write_weights"]
+__all__ = [
+    "Header",
+    "damaged_part",
+    "digest",
+    "read_checkpoint",
+    "read_header",
+    "read_state",
+    "read_weights",
+    "write_weights",
+]
 
 _PREFIX = "ensemblenet."  # of what is ours in a file's metadata, beside the names of tied tensors
 _SEAL = "sha256"
@@ -154,6 +163,58 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
         raise
     except Exception as error:  # whatever a damaged file makes of the readers
         raise LoadError(f"{path} is damaged or not a file of PyTorch: {first_line(error)}") from error
+
+
+def read_state(path: str | os.PathLike[str], network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a state dict by the names that a network has for them: safetensors, or what `torch.save` wrote.
+
+    What training programs wrap around a state dict is taken off: a dictionary with it under a name such as "model" or
+    "state_dict", averaged weights first, and prefixes such as "module.".
+
+    Args:
+        path: of the file.
+        network: whose names count; a prefix that its own names have stays.
+
+    Raises:
+        LoadError: what [`read_checkpoint`][ensemblenet.weights.read_checkpoint] raises, or it holds no state dict.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "last.pth")
+        >>> network = nn.Linear(8, 3)
+        >>> wrapped = {f"module.{name}": own for name, own in network.state_dict().items()}
+        >>> torch.save({"model": wrapped, "epoch": 3}, path)
+        >>> sorted(read_state(path, network))
+        ['bias', 'weight']
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        read_header(path).check_seal()
+        found: Any = load_file(str(path))
+    else:
+        found = read_checkpoint(path)
+    while isinstance(found, Mapping) and (inner := next((key for key in _WRAPPERS if _is_state(found.get(key))), None)):
+        found = found[inner]
+    state = {name: own for name, own in found.items() if isinstance(own, Tensor)} if _is_state(found) else {}
+    if not state:
+        raise LoadError(f"{path} holds no state dict: save network.state_dict(), best as safetensors.")
+    own_names = network.state_dict().keys()
+    while prefix := next((one for one in _PREFIXES if _has(state, one) and not _has(own_names, one)), None):
+        state = {name.removeprefix(prefix): own for name, own in state.items() if name.startswith(prefix)}
+    return state
+
+
+# under which names programs keep a state dict, and what they put in front of its names
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "network", "module")
+_PREFIXES = ("module.", "_orig_mod.", "network.", "model.", "net.")
+
+
+def _is_state(found: Any) -> bool:
+    return isinstance(found, Mapping) and any(isinstance(value, Tensor | Mapping) for value in found.values())
+
+
+def _has(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
 
 
 def damaged_part(path: Path) -> str | None:

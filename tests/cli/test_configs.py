@@ -54,7 +54,7 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["completion", "bash"]) == 0
     script = tmp_path / "completion"
     script.write_text(capsys.readouterr().out)
-    words = (["ensemblenet", "comp"], ["ensemblenet", "fit", "--num"], ["ensemblenet", "compare", "--tuning.t"])
+    words = (["ensemblenet", "comp"], ["ensemblenet", "fit", "--num-h"], ["ensemblenet", "compare", "--tuning.t"])
     asked = "".join(f"COMP_WORDS=({' '.join(typed)}); COMP_CWORD={len(typed) - 1}; tried\n" for typed in words)
     tried = "tried() { COMPREPLY=(); _shtab_ensemblenet; echo ${COMPREPLY[*]}; }"
     done = subprocess.run(["bash", "-c", f"source {script}\n{tried}\n{asked}"], capture_output=True, text=True)

@@ -242,7 +242,7 @@ def test_a_graph_of_any_size(tmp_path):
     assert exported.dynamic == {"x": (0,), "edge_index": (1,)}  # the others were fixed by the conversion
     session = onnxruntime.InferenceSession(exported.path, providers=["CPUExecutionProvider"])
     for x, edges in (graph_batch(5, 3), graph_batch(40, 90)):
-        [got] = session.run(None, {"x": x.numpy(), "edge_index": edges.numpy()})
+        [got] = session.run(["output"], {"x": x.numpy(), "edge_index": edges.numpy()})
         torch.testing.assert_close(torch.from_numpy(got), model(x, edges).detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -345,7 +345,11 @@ class RandomOutput(nn.Module):
     [
         (KeepsBatchSize(), {}, r"torch.export cannot write the model; if it works for one size only, fix the batch"),
         (RandomOutput(), {}, r"The torch file differs from PyTorch by .* of the largest output, for 1 random inputs"),
-        (nn.LogSigmoid(), {"format": "onyx"}, "format must be one of onnx, torch, aot, safetensors; got 'onyx'"),
+        (
+            nn.LogSigmoid(),
+            {"format": "onyx"},
+            "format must be one of onnx, .*, safetensors; got 'onyx'",
+        ),
         (nn.Identity(), {"head": 0}, "is a single network and has no heads"),
         (nn.Identity(), {"format": "safetensors"}, "Only a converted model is written as safetensors"),
         (nn.Identity(), {"format": "onnx"}, r"A file of format 'onnx' is named \*.onnx, got model.pt2"),
@@ -373,7 +377,7 @@ def test_a_file_that_lies_is_not_kept(tmp_path, model, monkeypatch):
     with pytest.raises(ExportError, match=r"differs from PyTorch by 0.001 of the largest output.*Nothing was kept"):
         export(model, tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(formats, "_write_onnx", lambda *arguments: lambda x: torch.zeros(1, 2))
+    monkeypatch.setattr(formats, "_write_onnx", lambda *arguments: lambda x: (torch.zeros(1, 2),) * 3)
     with pytest.raises(ExportError, match=r"gives \(1, 2\) for inputs of shape \(1, 40\), PyTorch gives \(1, 10\)"):
         export(model, tmp_path / "model.onnx")
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
-from torch import nn
+import re
 
-from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ensemblenet
+from ensemblenet.training.optimization import (
+    Optimization,
+    build_optimizer,
+    build_schedule,
+    check_optimizers,
+    layer_depths,
+)
 
 
 def test_decay_spares_what_has_one_dimension() -> None:
@@ -36,3 +46,57 @@ def test_numbers_out_of_range(option: dict[str, float]) -> None:
     [name] = option
     with pytest.raises(ValueError, match=f"{name} must be .*, got"):
         Optimization(**option)
+
+
+class Stages(nn.Module):
+    """Written in another order than its input flows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classify = nn.Linear(16, 3)
+        self.third = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+        self.first = nn.Conv2d(3, 16, 3, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.second = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu()
+        x = x + self.second(x)  # one layer: the skip spans it
+        return self.classify(self.third(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_layers_learn_more_slowly_the_nearer_they_are_to_the_input(converted: bool) -> None:
+    base, x = Stages(), torch.randn(2, 3, 8, 8)
+    depths = layer_depths(base, x)
+    expected = {"first.": 0, "norm.": 0, "second.": 1, "third.": 2, "classify.": 3}
+    assert depths == {
+        name: next(depth for stage, depth in expected.items() if name.startswith(stage))
+        for name, _ in base.named_parameters()
+    }
+    network: nn.Module = base
+    if converted:
+        network = ensemblenet.convert(base, x, 2, 4.0, "add", init="inherit", width=0.5, num_classes=5)
+    settings = Optimization(lr=2.0, layer_decay=0.5, weight_decay=0.1)
+    found = {
+        name: (group["lr"], group["weight_decay"])
+        for group in build_optimizer(network, settings, depths).param_groups
+        for own in group["params"]
+        for name, parameter in network.named_parameters()
+        if own is parameter
+    }
+    rates = {"first.": 0.25, "norm.": 0.25, "second.": 0.5, "third.": 1.0, "classify.": 2.0, "projection.": 2.0}
+    assert len(found) == len(list(network.parameters()))
+    for name, (lr, decay) in found.items():
+        own = re.sub(r"^(trunk|heads\.\d)\.", "", name)
+        assert lr == next(rate for stage, rate in rates.items() if own.startswith(stage)), name
+        assert decay == (0.1 if network.get_parameter(name).ndim > 1 else 0.0)
+
+
+def test_a_frozen_trunk_is_in_no_group() -> None:
+    base, x = Stages(), torch.randn(2, 3, 8, 8)
+    model = ensemblenet.convert(base, x, 2, 4.0, "add", init="inherit", freeze="trunk")
+    optimizer = build_optimizer(model, Optimization(layer_decay=0.5), layer_depths(base, x))
+    held = [own for group in optimizer.param_groups for own in group["params"]]
+    assert {id(own) for own in held} == {id(own) for own in model.heads.parameters()}
+    check_optimizers(model, [optimizer])

@@ -15,9 +15,10 @@ import yaml
 from lightning.pytorch import Trainer
 from torch import nn
 
-from ensemblenet import BudgetError, convert
+from ensemblenet import BudgetError, Capacity, convert
 from ensemblenet.cli.main import main
 from ensemblenet.data import MNIST1D
+from ensemblenet.errors import TrainingError
 from ensemblenet.evaluation.scoring import score
 from ensemblenet.models import MNIST1DNet
 from ensemblenet.recipe import Conversion
@@ -238,6 +239,46 @@ def test_the_users_run_of_the_base_is_taken_as_it_is(tmp_path: Path, capsys: pyt
     assert plan["note"] in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("spare", [True, False])
+def test_a_run_of_the_base_decides_the_split_and_the_weight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: bool
+) -> None:
+    measured = []
+
+    def found(restored: Any) -> Capacity:
+        measured.append(restored.folder)
+        return Capacity(0.01 if spare else 1.0, 1.0)
+
+    monkeypatch.setattr("ensemblenet.training.callbacks.capacity_of", found)
+    given = ["--plan", "given", "--model.conversion", "{num_heads: 2}"]
+    own = base_run(tmp_path)
+    weights = []
+    step = Classifier.training_step
+
+    def noted(self: Classifier, batch: Any, index: int) -> Any:
+        weights.append(self.criterion.weight)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Classifier, "training_step", noted)
+    folder = fit([*write(tmp_path), *given, "--base_run", str(own)])
+    network = restore(folder).network
+    x, base = torch.randn(4, 40), MNIST1DNet(8)
+    expected = convert(base, x, 2, capacity=Capacity(0.01 if spare else 1.0, 1.0))
+    early = convert(base, x, 2)
+    assert network.recipe.split_at == expected.recipe.split_at  # type: ignore[union-attr]
+    assert (expected.recipe.split_at == early.recipe.split_at) == spare  # type: ignore[union-attr]
+    assert set(weights) == {2.0 if spare else 1.0}
+    assert measured == [own]
+    fit(["--resume", str(folder), "--trainer.max_epochs", "3"])  # it keeps to what it was told
+    assert measured == [own]
+    assert set(weights) == {2.0 if spare else 1.0}
+    with pytest.raises(TrainingError, match="num_train 200, not 160"):
+        fit([*write(tmp_path), *given, "--base_run", str(own), "--data.init_args.num_train", "160"])
+    weights.clear()
+    fit([*write(tmp_path), *given, "--base_run", str(own), "--model.codistillation_weight", "3"])
+    assert set(weights) == {3.0}
+
+
 def test_a_run_that_is_taken_over_leaves_nothing_of_what_was_there(tmp_path: Path) -> None:
     own, folder = base_run(tmp_path), tmp_path / "searched"
     for run in (own, folder):
@@ -261,7 +302,7 @@ def test_a_run_that_is_taken_over_leaves_nothing_of_what_was_there(tmp_path: Pat
         ([], ["--data.init_args.num_train", "160"], "was made with data.init_args.num_train 200, not 160"),
         ([], ["--trainer.max_epochs", "3"], "was made with trainer.max_epochs 2, not 3"),
         ([], ["--trainer.max_epochs", "1"], "was made with trainer.max_epochs 2, not 1"),
-        ([], ["--plan", "given"], "--base_run is for --plan search alone"),
+        ([], ["--plan", "given", "--model.conversion", "null"], "--base_run is for a conversion, and"),
         (["--model.conversion", "{num_heads: 2}"], [], "was made with model.conversion.num_heads 2, not null"),
         (["unfinished"], [], "is not finished: end it with `ensemblenet fit --resume "),
         (["removed"], [], "has no config.yaml: give the folder of a finished run of the base"),

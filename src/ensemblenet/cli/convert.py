@@ -18,7 +18,7 @@ from ensemblenet.conversion.convert import convert_as
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.evaluation.scoring import chosen_data, score
 from ensemblenet.inputs import Inputs, inputs_and_targets
-from ensemblenet.recipe import Conversion, Criterion, Init
+from ensemblenet.recipe import Conversion, Criterion, Freeze, Init
 from ensemblenet.reports.tables import COST_NOTE, results_table, scores_columns
 from ensemblenet.storage.checkpoint import how_to_load, save
 from ensemblenet.storage.restore import Restored
@@ -61,6 +61,7 @@ def convert(arguments: Sequence[str]) -> None:
         choices=get_args(Criterion),
         help="which channels and blocks heads inherit (default: taylor with --calibrate, else magnitude)",
     )
+    inherit.add_argument("--freeze", choices=get_args(Freeze), help="train the heads alone, behind a trunk that stays")
     inherit.add_argument(
         "--calibrate",
         metavar="DATA",
@@ -75,7 +76,10 @@ def convert(arguments: Sequence[str]) -> None:
         parser.error("--calibrate needs --init inherit")
     check_new(options.output, "folder")
     base, x = base_of(options)
-    wanted = replace(conversion_of(options), init=options.init, importance=options.importance)
+    inherited = {"init": options.init, "importance": options.importance, "freeze": options.freeze}
+    wanted = replace(conversion_of(options), **inherited)
+    if options.weights == "pretrained":  # each head gets a classifier of its own
+        wanted = replace(wanted, num_classes=options.num_classes)
     rows: list[dict[str, Any]] = []
     if options.calibrate is None:
         model = convert_as(wanted, base, x)

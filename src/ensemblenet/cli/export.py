@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+from lightning.pytorch import LightningDataModule
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from ensemblenet.cli.options import add_trained_models, check_new, command_parser, positive_integer
-from ensemblenet.deploy.export import Exported, Format
+from ensemblenet.cli.options import (
+    CommandParser,
+    add_data,
+    add_trained_models,
+    check_new,
+    command_parser,
+    positive_integer,
+)
+from ensemblenet.deploy.export import Exported, Format, part
 from ensemblenet.deploy.export import export as export_model
+from ensemblenet.deploy.formats import read_onnx
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError
+from ensemblenet.evaluation.scoring import chosen_data, in_words, score
 from ensemblenet.heads import fuse
+from ensemblenet.inputs import Tree, inputs_and_targets, map_tensors, num_examples
 from ensemblenet.models.sources import create
-from ensemblenet.storage.restore import restore
+from ensemblenet.reports.tables import results_table, scores_columns
+from ensemblenet.storage.restore import Restored, restore
+from ensemblenet.storage.runs import quiet_lightning
 
 __all__ = ["export"]
 
@@ -38,7 +52,7 @@ def export(arguments: Sequence[str]) -> Path:
         LoadError: there is no model to load.
         FileExistsError: the output exists.
     """
-    options = _parser().parse_args(arguments)
+    options, changes = _parser().parse_with_data(arguments)
     check_new(options.output, "path")
     base = create(options.base) if options.base else None
     restored = restore(options.model, base, trust=options.trust)
@@ -47,6 +61,12 @@ def export(arguments: Sequence[str]) -> Path:
         if not isinstance(network, EnsembleNet):
             raise ExportError(f"{options.model} is a single network and has no heads to fuse.")
         network = fuse(network)
+    data = None
+    if options.int8:
+        quiet_lightning()
+        data = chosen_data(restored, options.config, changes, options.class_path)
+    elif changes or options.config or options.class_path:
+        raise ExportError("Only --int8 needs data.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of exporters, about their own parts
         exported = export_model(
@@ -59,9 +79,48 @@ def export(arguments: Sequence[str]) -> Path:
             batch_size=options.batch_size,
             description=restored.description,
             base=base,
+            all_answers=False if options.prediction_only else None,
+            calibration=None if data is None else _calibration(data, options.calibration),
         )
     _show(exported, options.device)
+    if data is not None:
+        _show_loss(restored, part(network, options.head, options.first), exported.path, data)
     return exported.path
+
+
+class _File(nn.Module):
+    """An ONNX file as a network."""
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        super().__init__()
+        self.predict = read_onnx(path, names)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The prediction."""
+        return self.predict(kwargs or args)[0]
+
+
+def _calibration(data: LightningDataModule, count: int) -> Iterator[Tree]:
+    """The inputs of so many training examples, in batches."""
+    data.prepare_data()
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        x, _ = inputs_and_targets(batch)
+        size = min(count, num_examples(x))
+        yield map_tensors(lambda tensor: tensor[:size], x)  # noqa: B023
+        count -= size
+        if count <= 0:
+            return
+
+
+def _show_loss(restored: Restored, network: nn.Module, path: Path, data: LightningDataModule) -> None:
+    """Print the scores on validation data before and after quantisation."""
+    file = _File(path, restored.inputs.names(network))
+    before, after = (score(replace(restored, network=one), data, "val", "cpu")[0] for one in (network, file))
+    costs = {name: before[name] for name in ("parameters", "macs", "activations", "time")}
+    rows = [{**before, "method": "before"}, {**before, **after, **costs, "method": "8 bits"}]
+    title = f"{path.name}, {in_words('val', data, 'examples')}; shares in %"
+    Console().print(results_table(rows, title, scores_columns(rows)))
 
 
 def _show(exported: Exported, device: str) -> None:
@@ -81,11 +140,12 @@ def _show(exported: Exported, device: str) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> CommandParser:
     parser = command_parser(
         "export",
         "Write a trained model for other programs to run, with its class names and preprocessing. It needs "
         "a trained model. The file is checked against PyTorch before it gets its name.",
+        allow_abbrev=False,
     )
     add_trained_models(parser)
     parser.add_argument("--output", type=Path, required=True, help="the file or directory to create")
@@ -94,11 +154,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=get_args(Format),
         default="onnx",
         help="onnx; torch (torch.export, *.pt2); aot (compiled by AOTInductor for this kind of machine, *.pt2); "
-        "safetensors (a directory for ensemblenet.load); default: %(default)s",
+        "executorch (for devices, *.pte); safetensors (a directory for ensemblenet.load); default: %(default)s",
     )
     heads = parser.add_mutually_exclusive_group()
     heads.add_argument("--head", type=int, metavar="K", help="this head alone, counted from 0 (default: all heads)")
     heads.add_argument("--first", type=positive_integer, metavar="K", help="the first K heads")
+    parser.add_argument(
+        "--prediction-only",
+        action="store_true",
+        help="leave out what each head says and the spread between heads, which files of onnx and executorch give too",
+    )
     parser.add_argument("--fuse", action="store_true", help="run the heads as one, see docs/heads.md")
     parser.add_argument(
         "--batch-size", type=positive_integer, metavar="N", help="fix it, and all other sizes (default: any size)"
@@ -109,4 +174,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="the base of a saved model that does not know it: a timm name, torchvision:NAME or module.path:callable",
     )
+    quantising = parser.add_argument_group("8-bit integers, for onnx; the data is the run's own, or")
+    quantising.add_argument(
+        "--int8", action="store_true", help="static quantisation; prints the scores on validation data before and after"
+    )
+    quantising.add_argument(
+        "--calibration",
+        type=positive_integer,
+        default=256,
+        metavar="N",
+        help="training examples by which the ranges of activations are found (default: %(default)s)",
+    )
+    add_data(quantising)
     return parser

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,21 +21,17 @@ from ensemblenet.cli.options import (
     conversion_of,
     positive_integer,
 )
-from ensemblenet.conversion.capacity import Capacity, spare_capacity
+from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.convert import convert_as, plans_as
 from ensemblenet.conversion.measuring import time_share
 from ensemblenet.conversion.planning import Plan
 from ensemblenet.cost import Budget, measure_cost
-from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import ConversionError
 from ensemblenet.heads import choose
-from ensemblenet.inputs import InputSpec, inputs_and_targets, num_examples
+from ensemblenet.inputs import InputSpec
 from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import COST_NOTE
 
 __all__ = ["info"]
-
-_EXAMPLES = 10_000
 
 
 def info(arguments: Sequence[str]) -> None:
@@ -125,24 +120,8 @@ def _measured(
 
 def _trained(run: Path, trust: bool) -> tuple[nn.Module, Tensor, Capacity]:
     """A run's base, an input for it, and its spare capacity."""
-    from ensemblenet.storage.restore import data_module, restore  # slow to import
+    from ensemblenet.storage.restore import restore  # slow to import
+    from ensemblenet.training.capacity import capacity_of
 
     restored = restore(run, trust=trust)
-    if isinstance(restored.network, EnsembleNet):
-        raise ConversionError(f"{run} trained a conversion; spare capacity is a base's: give the run of one.")
-    data: Any = data_module(restored)
-    data.prepare_data()
-    data.setup("fit")
-    train, validation = (_some(loader) for loader in (data.train_dataloader(), data.val_dataloader()))
-    capacity = spare_capacity(restored.network, train, validation, restored.task)
-    return restored.network, restored.inputs.random(), capacity
-
-
-def _some(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches until there are examples enough for a mean loss."""
-    left = _EXAMPLES
-    for batch in batches:
-        if left <= 0:
-            return
-        yield batch
-        left -= num_examples(inputs_and_targets(batch)[0])
+    return restored.network, restored.inputs.random(), capacity_of(restored)

@@ -47,8 +47,8 @@ __all__ = [
 ]
 
 _BASE = (
-    "a timm name such as resnet18, torchvision:NAME, or module.path:callable, a callable that returns a network; or a "
-    "folder that `convert` wrote, for its base"
+    "a timm name such as resnet18, torchvision:NAME, transformers:NAME, or module.path:callable, a callable that "
+    "returns a network; or a folder that `convert` wrote, for its base"
 )
 _TRAINED = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
 
@@ -295,6 +295,11 @@ def add_base(parser: argparse.ArgumentParser) -> None:
     """Add MODEL, what it takes, and how to convert it."""
     parser.add_argument("model", metavar="MODEL", help=_BASE)
     add_plan(parser)
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="of a trained network: safetensors or a state dict; or pretrained, which may download them",
+    )
     parser.add_argument("--num-classes", type=int, help="outputs of the network (default: its own)")
     parser.add_argument(
         "--input-shape",
@@ -311,6 +316,7 @@ def base_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         ConversionError: there is no such network, or it does not say what inputs it takes.
     """
 
+    from ensemblenet.conversion.classifier import with_classes
     from ensemblenet.errors import ConversionError
     from ensemblenet.inputs import InputSpec
     from ensemblenet.models.sources import create, default_input_shape
@@ -319,13 +325,17 @@ def base_of(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         recipe = model.recipe
         if recipe is None or recipe.base is None:
             raise ConversionError(f"{options.model} does not say what its base is: name the base in its place.")
+        if options.weights is not None:
+            raise ConversionError(f"--weights is for a network by name; {options.model} is a saved model.")
         base = recipe.base.build(getattr(options, "trust", False))
         return base, recipe.inputs.random()
-    base = create(options.model, options.num_classes)
+    pretrained = options.weights == "pretrained"  # for classes of their own
+    base = create(options.model, None if pretrained else options.num_classes, options.weights)
     shape = options.input_shape or default_input_shape(base)
     if shape is None:
         raise ConversionError(f"{options.model} does not say what inputs it takes: give --input-shape.")
-    return base, InputSpec(shape).random()
+    x = InputSpec(shape).random()
+    return (with_classes(base, x, options.num_classes)[0] if pretrained and options.num_classes else base), x
 
 
 def converted(options: argparse.Namespace) -> EnsembleNet | None:

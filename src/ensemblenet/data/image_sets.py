@@ -99,7 +99,7 @@ def open_images(
     Args:
         folder: of the data.
         dataset: "" for class folders, in a folder or a tar; `wds/` for shards of WebDataset; else a name of
-            [`timm.data.create_dataset`][], such as `hfds/NAME` or `torch/cifar10`.
+            `timm.data.create_dataset`, such as `hfds/NAME` or `torch/cifar10`.
         split: its name, a folder or tar in `folder`; for `wds/` a pattern, such as `train-*.tar`.
         classes: the names in the order of their labels; None takes them from the data.
         complete: whether the split must have all of these classes.

@@ -259,7 +259,7 @@ class TorchcodecVideo(Video):
             raise DataError(f"{self.path} is damaged: {first_line(error)}") from error
 
     def frames(self, indices: Sequence[int] | np.ndarray) -> Tensor:
-        """Decode some frames; see [`Video.frames`][]."""
+        """Decode some frames; see [`Video.frames`][ensemblenet.data.video.Video.frames]."""
         from torchvision.transforms.v2.functional import resize
 
         if not self._has_stamps:

@@ -1,4 +1,4 @@
-"""Write a model for other programs to run: ONNX, torch.export, AOTInductor, safetensors; each file is checked first.
+"""Write a model for other programs: ONNX, torch.export, AOTInductor, ExecuTorch, safetensors; each file is checked.
 
 Shapes: N examples, C outputs.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,13 @@ from ensemblenet.storage.atomic import errors_name
 from ensemblenet.storage.descriptions import check_classes
 from ensemblenet.timing import measure
 
-__all__ = ["Exported", "Format", "export"]
+__all__ = ["Exported", "Format", "export", "part"]
 
 _CHECKED_SIZES = (1, 4)
 _TIMED_SECONDS = 1.0  # at each batch size
-_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aot": ".pt2", "safetensors": ""}
+_ALL_ANSWERS = ("onnx", "executorch")  # whose outputs have names or places; the others give what the model gives
+_MOST_IN_INT8 = 0.3  # of the largest output; more than that is no rounding
+_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "aot": ".pt2", "executorch": ".pte", "safetensors": ""}
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ def export(
     batch_size: int | None = None,
     description: Mapping[str, Any] | None = None,
     base: nn.Module | None = None,
+    all_answers: bool | None = None,
+    calibration: Iterable[Tree] | None = None,
 ) -> Exported:
     """Write a model in evaluation mode, and check what was written against PyTorch.
 
@@ -81,18 +85,24 @@ def export(
         model: a base or a multi-headed model.
         path: the file to create, `*.onnx` or `*.pt2`; for "safetensors" a directory.
         format: "onnx" for any ONNX runtime; "torch" for `torch.export.load`; "aot" for a library compiled for this
-            kind of machine, which `torch._inductor.aoti_load_package` runs from Python and from C++; "safetensors" for
-            [`ensemblenet.load`][].
+            kind of machine, which `torch._inductor.aoti_load_package` runs from Python and from C++; "executorch" for
+            devices, by XNNPACK where that can, at one batch size; "safetensors" for [`ensemblenet.load`][].
         example_inputs: a tensor (N, *), or a tuple or a dictionary of tensors; not needed for a converted model. Their
             values are used where the model cannot take random ones.
         head: write this head alone.
         first: write the first so many heads.
-        batch_size: N, if all sizes must be fixed; None takes batches of any size. "safetensors" always does.
+        batch_size: N, if all sizes must be fixed; None takes batches of any size, "executorch" one example.
+            "safetensors" always takes any.
         description: what else is known of the data, as plain data: `{"classes": [...], "preprocessing": {...}}`. It
             goes into the file with the task, the inputs' shapes and the number of heads: as `metadata_props` of ONNX,
             each value as JSON; as the extra file `data.json` of "torch"; under `data.json` in the metadata of "aot";
-            as the file `data.json` in a directory.
+            as what the method `description` of "executorch" gives; as the file `data.json` in a directory.
         base: a fresh instance of the base, for "safetensors" of a model whose base no known factory makes.
+        all_answers: whether the file of several heads gives, besides the prediction `output`, what each of the `heads`
+            says and their `spread`, see `AllAnswers`. None does for "onnx" and "executorch".
+        calibration: batches of inputs like those that the model will meet, for an ONNX file in 8-bit integers: static
+            quantisation of convolutions and matrix products. Its outputs differ from PyTorch's by more than rounding;
+            measure what that costs, as the command `export --int8` does.
 
     Returns:
         The file's size, and how it compares with PyTorch.
@@ -113,7 +123,14 @@ def export(
     """
     path = Path(path)
     _check_arguments(model, path, format, head, first, batch_size)
-    network = _part(copy.deepcopy(model).eval(), head, first)
+    batches = [] if calibration is None else list(calibration)
+    if calibration is not None and (format != "onnx" or not batches):
+        raise ExportError(
+            "calibration must hold a batch of inputs." if format == "onnx" else "8-bit integers are for format 'onnx'."
+        )
+    if format == "executorch":
+        batch_size = batch_size or 1
+    network = part(copy.deepcopy(model).eval(), head, first)
     known = network.recipe if isinstance(network, EnsembleNet) else None
     if example_inputs is None and known is None:
         raise ExportError("The model does not know the shape of its inputs: pass example_inputs.")
@@ -129,7 +146,9 @@ def export(
         free = given.other_sizes() if known and example_inputs is None and not batch_size else []
         if description and "classes" in description:
             _check_classes(description, tensors_in(call(network, given.batch(2)))[0].shape[1])
-        wanted = Wanted(path, format, batch_size, given.describe(description), base)
+        if format in _ALL_ANSWERS if all_answers is None else all_answers:
+            given = replace(given, all_answers=_has_all_answers(given, all_answers))
+        wanted = Wanted(path, format, batch_size, given.describe(description), base, batches)
         try:
             return _export(given, wanted, free)
         except ExportError:
@@ -150,7 +169,8 @@ def _export(given: NetworkInputs, wanted: Wanted, free: Sequence[Places]) -> Exp
         predict, dynamic = write(given, x, unfinished, wanted, free)
         batches = [given.batch(size, seed) for seed, size in enumerate(sizes * (2 // len(sizes)))]
         others = [given.batch(sizes[-1], sizes=places) for places in free if dynamic.issuperset(places)]
-        difference = max(_compare(predict, given.network, batch, wanted.format) for batch in (*batches, *others))
+        compared = wanted.calibration or (*batches, *others)
+        difference = max(_compare(predict, given, batch, wanted) for batch in compared)
         seconds = {num_examples(batch): _time(predict, given.network, batch) for batch in batches}
         size = sum(file.stat().st_size for file in (unfinished, *unfinished.rglob("*")) if file.is_file())
         unfinished.rename(path)
@@ -197,7 +217,7 @@ def _check_classes(description: Mapping[str, Any], num_outputs: int) -> None:
         raise ExportError(str(error)) from error
 
 
-def _part(model: nn.Module, head: int | None, first: int | None) -> nn.Module:
+def part(model: nn.Module, head: int | None, first: int | None) -> nn.Module:
     """The model of the heads that are wanted."""
     if not isinstance(model, EnsembleNet) or (head is None and first is None):
         return model
@@ -209,25 +229,49 @@ def _part(model: nn.Module, head: int | None, first: int | None) -> nn.Module:
     return single
 
 
-def _compare(predict: Predict, network: nn.Module, x: Tree, format: Format) -> float:
+def _has_all_answers(given: NetworkInputs, wanted: bool | None) -> bool:
+    """Whether a model can give them: one of several heads with one output.
+
+    Raises:
+        ExportError: they were asked for, and it cannot.
+    """
+    network = given.network
+    can = isinstance(network, EnsembleNet) and network.num_heads > 1
+    can = can and isinstance(call(network, given.batch(2)), Tensor)
+    if wanted and not can:
+        raise ExportError("Only a model of several heads that give one output each has all_answers.")
+    return can
+
+
+def _compare(predict: Predict, given: NetworkInputs, x: Tree, wanted: Wanted) -> float:
     """The largest difference between a file's outputs and PyTorch's, as a share of the largest output.
 
     Raises:
         ExportError: it is more than rounding.
     """
-    pairs = zip(tensors_in(call(network, x)), tensors_in(predict(x)), strict=True)
-    return max(_difference(expected, got.to(expected.device), x, format) for expected, got in pairs)
+    pairs = list(zip(tensors_in(call(given.written, x)), tensors_in(predict(x)), strict=True))
+    scales = [expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny) for expected, _ in pairs]
+    if given.all_answers:
+        scales[-1] = scales[-1].clamp(min=1.0)  # heads that hardly differ have a spread that is all rounding
+    if wanted.calibration:
+        del pairs[1:]  # the spread is a difference of what is rounded
+    differences = [
+        _difference(expected, got.to(expected.device), scale, x, wanted)
+        for (expected, got), scale in zip(pairs, scales, strict=False)
+    ]
+    return max(differences)
 
 
-def _difference(expected: Tensor, got: Tensor, x: Tree, format: Format) -> float:
+def _difference(expected: Tensor, got: Tensor, scale: Tensor, x: Tree, wanted: Wanted) -> float:
+    format = wanted.format
     if got.shape != expected.shape:
         raise ExportError(
             f"The {format} file gives {tuple(got.shape)} for inputs of shape {shapes_of(x)}, PyTorch gives "
             f"{tuple(expected.shape)}. Nothing was kept."
         )
-    scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     difference = ((got - expected).abs().max() / scale).item()
     most = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 3e-2
+    most = _MOST_IN_INT8 if wanted.calibration else most
     if not difference <= most:  # also for NaN
         raise ExportError(
             f"The {format} file differs from PyTorch by {difference:.2g} of the largest output, for "

@@ -18,16 +18,17 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.node import Argument
 
-from ensemblenet.deploy.network_inputs import NetworkInputs, Places
+from ensemblenet.deploy.network_inputs import ALL_ANSWERS, NetworkInputs, Places
+from ensemblenet.deploy.quantise import quantise
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError, first_line
 from ensemblenet.inputs import Tree, call, tensors_in
 from ensemblenet.storage.checkpoint import load, write_model
 from ensemblenet.storage.descriptions import DESCRIPTION
 
-__all__ = ["Format", "Predict", "Wanted", "onnx_runtime", "write"]
+__all__ = ["Format", "Predict", "Wanted", "onnx_runtime", "read_onnx", "write"]
 
-Format = Literal["onnx", "torch", "aot", "safetensors"]
+Format = Literal["onnx", "torch", "aot", "executorch", "safetensors"]
 Predict = Callable[[Tree], Any]
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -36,6 +37,9 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 @dataclass(frozen=True)
 class Wanted:
     """What is to be written.
+
+    Attributes:
+        calibration: inputs by which the file gets integers of 8 bits; empty leaves its numbers as they are.
 
     Example:
         >>> Wanted(Path("model.onnx"), "onnx", None, {}, None).batch_size is None
@@ -47,6 +51,7 @@ class Wanted:
     batch_size: int | None
     description: Mapping[str, Any]
     base: nn.Module | None
+    calibration: Sequence[Tree] = ()
 
 
 def write(
@@ -101,6 +106,8 @@ def write(
         torch.export.save(program, file, extra_files={DESCRIPTION: json.dumps(wanted.description)})
         path.write_bytes(file.getbuffer())
         predict = partial(call, torch.export.load(path).module())
+    elif wanted.format == "executorch":
+        predict = _write_executorch(program, path, wanted.description)
     else:
         predict = partial(call, _write_aot(program, path, wanted.description))
     return predict, set(symbols)
@@ -120,7 +127,7 @@ def _with_names(given: NetworkInputs, x: Tree) -> nn.Module:
     by_name = isinstance(x, Mapping)
     outputs = graph.call_module("network", () if by_name else tuple(arguments.values()), arguments if by_name else {})
     graph.output(outputs)
-    return GraphModule({"network": given.network}, graph)
+    return GraphModule({"network": given.written}, graph)
 
 
 def _symbols(program: ExportedProgram) -> dict[tuple[int, int], str]:
@@ -158,7 +165,7 @@ def _write_onnx(
     symbols: Mapping[tuple[int, int], str],
 ) -> Predict:
     args, kwargs = _as_arguments(x)
-    names, outputs = given.names, _output_names(given.network, len(program.graph_signature.user_outputs))
+    names, outputs = given.names, _output_names(given, len(program.graph_signature.user_outputs))
     axes = _axis_names(given, symbols)
     shapes = [{dim: axes[symbols[i, dim]] for i, dim in symbols if i == index} for index in range(len(names))]
     try:
@@ -177,10 +184,22 @@ def _write_onnx(
             assert onnx is not None
             onnx.model.metadata_props.update({key: json.dumps(value) for key, value in wanted.description.items()})
             onnx.save(path, external_data=False)
+            if wanted.calibration:
+                quantise(path, names, wanted.calibration)
     except OSError:
         raise
     except Exception as error:  # an operator that ONNX lacks, or more than the 2 GB that one file can hold
         raise ExportError(f"torch.onnx cannot write the model: {first_line(error)}") from error
+    return read_onnx(path, names)
+
+
+def read_onnx(path: Path, names: Sequence[str]) -> Predict:
+    """A file as a function of tensors, on the processor.
+
+    Args:
+        path: of the ONNX file.
+        names: of its inputs, in the order of the network's tensors.
+    """
     runtime = onnx_runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -188,7 +207,7 @@ def _write_onnx(
 
     def predict(x: Tree) -> tuple[Tensor, ...]:
         arrays = {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors_in(x), strict=True)}
-        return tuple(map(torch.from_numpy, session.run(outputs, arrays)))
+        return tuple(map(torch.from_numpy, session.run(None, arrays)))
 
     return predict
 
@@ -216,12 +235,35 @@ def _axis_names(given: NetworkInputs, symbols: Mapping[tuple[int, int], str]) ->
     return found
 
 
-def _output_names(network: nn.Module, several: int) -> list[str]:
+def _output_names(given: NetworkInputs, several: int) -> list[str]:
     """Of the file's outputs: as the conversion named them, if it did."""
+    if given.all_answers:
+        return list(ALL_ANSWERS)
+    network = given.network
     wanted = network.recipe.output if isinstance(network, EnsembleNet) and network.recipe else None
     if isinstance(wanted, tuple):
         return [name if isinstance(name, str) else f"output_{name}" for name in wanted]
     return ["output"] if several == 1 else [f"output_{index}" for index in range(several)]
+
+
+def _write_executorch(program: ExportedProgram, path: Path, description: Mapping[str, Any]) -> Predict:
+    """A file for devices, by XNNPACK where that can; the description is a method of it that gives JSON."""
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.runtime import Runtime
+    except ImportError as error:
+        raise ExportError(f"ExecuTorch needs more packages: pip install 'ensemblenet[executorch]' ({error})") from error
+    try:
+        lowered = to_edge_transform_and_lower(
+            program, partitioner=[XnnpackPartitioner()], constant_methods={"description": json.dumps(description)}
+        ).to_executorch()
+    except Exception as error:  # an operator that it lacks
+        raise ExportError(f"ExecuTorch cannot hold the model: {first_line(error)}") from error
+    path.write_bytes(lowered.buffer)
+    method = Runtime.get().load_program(path).load_method("forward")
+    assert method is not None
+    return lambda x: tuple(output.clone() for output in method.execute(tensors_in(x)))
 
 
 def _write_aot(program: ExportedProgram, path: Path, description: Mapping[str, Any]) -> Callable[..., Any]:

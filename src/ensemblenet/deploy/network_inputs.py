@@ -14,13 +14,42 @@ from torch import Tensor, nn
 
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError, first_line
+from ensemblenet.functional import combine_heads, head_spread
 from ensemblenet.inputs import Inputs, Tree, call, resized, tensors_in
 
-__all__ = ["NetworkInputs", "Places", "shapes_of"]
+__all__ = ["ALL_ANSWERS", "AllAnswers", "NetworkInputs", "Places", "shapes_of"]
 
 Places = Mapping[tuple[int, int], int]  # sizes of some dimensions: by the tensor's number and the dimension
 
 _FEWEST_TRACED = 2  # a size of 1 would be taken for a constant
+ALL_ANSWERS = ("output", "heads", "spread")  # what `AllAnswers` gives, in order
+
+
+class AllAnswers(nn.Module):
+    """A multi-headed model that gives its prediction, what each head says, and how far heads differ.
+
+    Shape:
+        - output: (N, C, *); heads: (K, N, C, *); spread: of the most likely class, (N, *), for "multiclass"; else of
+          each label or output, (N, C, *). See [`ensemblenet.functional.head_spread`][].
+
+    Example:
+        >>> model = EnsembleNet(nn.Linear(8, 16), [nn.Linear(16, 3) for _ in range(4)]).eval()
+        >>> {name: tuple(answer.shape) for name, answer in AllAnswers(model)(torch.zeros(5, 8)).items()}
+        {'output': (5, 3), 'heads': (4, 5, 3), 'spread': (5,)}
+    """
+
+    def __init__(self, model: EnsembleNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """All answers, by the names in `ALL_ANSWERS`."""
+        heads = self.model(*args, per_head=True, **kwargs)
+        prediction = combine_heads(heads, self.model.combine, self.model.task)
+        spread = head_spread(heads, self.model.task)
+        if self.model.task == "multiclass":
+            spread = spread.gather(1, prediction.argmax(1, keepdim=True)).squeeze(1)
+        return dict(zip(ALL_ANSWERS, (prediction, heads, spread), strict=True))
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,7 @@ class NetworkInputs:
         network: in evaluation mode.
         inputs: what they are.
         example: the user's own; may be empty.
+        all_answers: whether the file gives more than the prediction, see `AllAnswers`.
 
     Example:
         >>> layer = nn.Linear(8, 3)
@@ -42,6 +72,12 @@ class NetworkInputs:
     network: nn.Module
     inputs: Inputs
     example: Sequence[Tensor]
+    all_answers: bool = False
+
+    @property
+    def written(self) -> nn.Module:
+        """The function that the file holds."""
+        return AllAnswers(self.network) if self.all_answers and isinstance(self.network, EnsembleNet) else self.network
 
     @property
     def names(self) -> list[str]:

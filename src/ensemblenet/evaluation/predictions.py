@@ -18,7 +18,7 @@ from ensemblenet._moved import renamed
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import DataError, LoadError
 from ensemblenet.evaluation.scoring import Split
-from ensemblenet.functional import Combine, Task, combine_heads
+from ensemblenet.functional import Combine, Task, combine_heads, head_spread
 from ensemblenet.metrics.diversity import disagreement
 from ensemblenet.storage.atomic import atomic_path
 from ensemblenet.storage.restore import Restored
@@ -133,14 +133,13 @@ class PredictionFile:
     def _table(self, ids: Sequence[str], head_outputs: Tensor, labels: Tensor | None) -> pa.Table:
         probabilities = self._probabilities(combine_heads(head_outputs, self.combine, self.task))
         predicted = probabilities.argmax(1)
-        of_heads = self._probabilities(head_outputs)[:, torch.arange(len(ids)), predicted]
         columns = {"id": pa.array([self._text(name) for name in ids], pa.string())}
         if labels is not None:
             columns["label"] = self._names(labels)
         columns |= {
             "predicted": self._names(predicted),
             "probability": _floats(probabilities.amax(1)),
-            "spread": _floats(of_heads.std(0, correction=0)),
+            "spread": _floats(head_spread(head_outputs, self.task)[torch.arange(len(ids)), predicted]),
             "disagreement": _floats(disagreement(head_outputs.argmax(2))),
         }
         if self.path.suffix == ".csv":

@@ -43,7 +43,7 @@ class HeadMetrics(MetricCollection):
         num_heads: K.
         combine: how the ensemble combines its heads, see [`ensemblenet.functional.combine_heads`][].
         ignore_index: the class index of positions that do not count.
-        options: of [`torchmetrics.MetricCollection`][], such as `prefix="val/"`.
+        options: of `torchmetrics.MetricCollection`, such as `prefix="val/"`.
 
     Shape:
         - head_outputs: logits, (K, N, C) or (K, N, C, *).

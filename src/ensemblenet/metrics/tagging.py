@@ -50,7 +50,7 @@ class TaggingMetrics(MetricCollection):
         num_classes: C.
         num_heads: K.
         combine: how the ensemble combines its heads, see [`ensemblenet.functional.combine_heads`][].
-        options: of [`torchmetrics.MetricCollection`][], such as `prefix="val/"`.
+        options: of `torchmetrics.MetricCollection`, such as `prefix="val/"`.
 
     Shape:
         - head_outputs: logits, (K, N, C).

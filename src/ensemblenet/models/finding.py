@@ -26,7 +26,8 @@ _TIMM_ARGUMENTS = (
 )
 # what names people, places and tasks in a configuration of transformers
 _ORIGIN = ("_name_or_path", "architectures", "task_specific_params", "transformers_version")
-_STATES = ("training", "grad_checkpointing", "gradient_checkpointing")  # attributes that are no settings of a layer
+# attributes that are no settings of a layer; transformers keep where weights came from
+_STATES = ("training", "grad_checkpointing", "gradient_checkpointing", "name_or_path")
 
 
 def find_source(base: nn.Module, input_shape: tuple[int, ...]) -> BaseSource | None:

@@ -6,16 +6,20 @@ import difflib
 import importlib
 import json
 import re
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
-from torch import nn
+from torch import Tensor, nn
 
 from ensemblenet.errors import EnsembleNetError, LoadError, MissingExtraError
 from ensemblenet.extras import require
-from ensemblenet.weights import read_checkpoint, read_header
+from ensemblenet.weights import read_state
 
 __all__ = [
     "TIMM_WORDS",
@@ -31,6 +35,7 @@ __all__ = [
 ]
 
 _OWN = "ensemblenet.models"
+_SHOWN = 3  # names of tensors in a message
 _LONGEST = 300  # of what another library says
 _MADE_BY = "_ensemblenet_source"  # an attribute of the networks that `create` made
 
@@ -56,10 +61,12 @@ def create(
 
     Args:
         name: a name of timm's, such as `resnet18`; `torchvision:NAME`, of images or videos; or
+            `transformers:NAME`, a folder or a name on the Hugging Face Hub, whose configuration says what it is; or
             `module.path:callable`, a callable that returns a network.
         num_classes: outputs; None leaves the network's own default.
-        weights: for timm's networks: "pretrained" downloads timm's weights; else a file of them, safetensors or a
-            PyTorch state dict. A classifier of another number of classes begins anew.
+        weights: "pretrained" takes those of timm, torchvision or transformers, which may download them; else a file,
+            safetensors or a state dict of PyTorch, see [`read_state`][ensemblenet.weights.read_state]. Of `num_classes`
+            other than the file has, the classifier begins anew.
         options: further arguments of the network, such as `{"drop_path_rate": 0.1}`.
 
     Raises:
@@ -71,17 +78,72 @@ def create(
     """
     arguments = ({} if num_classes is None else {"num_classes": num_classes}) | (options or {})
     source, _, rest = name.partition(":")
-    if rest and weights is not None:
-        raise ModelNameError(f"weights are for timm's networks only, not for {name}.")
-    network = _from_factory(name, source, rest, arguments) if rest else _from_timm(name, arguments, weights)
-    setattr(network, _MADE_BY, _source_of(name, source, rest, arguments))
+    pretrained = weights == "pretrained"
+    if source == "transformers":
+        network = _from_transformers(rest, arguments, pretrained)
+    elif rest:
+        network = _from_factory(name, source, rest, arguments, pretrained)
+    else:
+        network = _from_timm(name, arguments, pretrained)
+    if source != "transformers":  # whose networks say it themselves
+        setattr(network, _MADE_BY, _source_of(name, source, rest, arguments))
+    if weights is not None and not pretrained:
+        _take_weights(network, Path(weights), name, num_classes)
     return network
 
 
-def _from_factory(name: str, source: str, rest: str, arguments: dict[str, Any]) -> nn.Module:
-    factory = _from_torchvision(rest) if source == "torchvision" else _from_module(source, rest)
+def _take_weights(network: nn.Module, path: Path, name: str, num_classes: int | None) -> None:
+    """Load a file of weights; a classifier that has other classes begins anew."""
+    if not path.is_file():
+        raise ModelNameError(f"There is no file {path} with weights.")
+    try:
+        state = read_state(path, network)
+    except LoadError as error:
+        raise ModelNameError(
+            f"{path} is not a state dict of tensors alone: {error} Save the state_dict() of its network as safetensors."
+        ) from error
+    wanted = network.state_dict()
+    if _listed(state, wanted) and type(network).__module__.startswith("timm."):
+        convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+        with suppress(Exception):  # of a layout that timm does not know either: what follows says it
+            state = convert(state, network) if convert else state
+    other = {key for key in state.keys() & wanted.keys() if state[key].shape != wanted[key].shape}
+    rows = {(len(state[key]), len(wanted[key])) for key in other if state[key].ndim and wanted[key].ndim}
+    is_classifier = len(rows) == 1 and next(iter(rows))[1] == num_classes
+    if is_classifier and all(state[key].shape[1:] == wanted[key].shape[1:] for key in other):
+        first = min(other)
+        warnings.warn(
+            f"{path} has {len(state[first])} classes and {name} {num_classes}: {first} begins anew.", stacklevel=3
+        )
+        state |= {key: wanted[key] for key in other}
+    counters = {key: own for key, own in wanted.items() if key.endswith("num_batches_tracked")}  # old files have none
+    state = counters | state
+    odd = [_listed(one, another) for one, another in ((state, wanted), (wanted, state))]
+    if any(odd):
+        raise ModelNameError(
+            f"{path} does not fit {name}: the file has {odd[0] or 'nothing else'}; the network has "
+            f"{odd[1] or 'nothing else'}. Name the network that was trained, with its num_classes and options."
+        )
+    network.load_state_dict(state)
+
+
+def _listed(own: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> str:
+    """The first tensors that others have not, or have of another shape, in words."""
+    odd = [key for key, value in own.items() if key not in others or others[key].shape != value.shape]
+    more = f" and {len(odd) - _SHOWN:,} more" if len(odd) > _SHOWN else ""
+    return ", ".join(f"{key} {tuple(own[key].shape)}" for key in odd[:_SHOWN]) + more
+
+
+def _from_factory(name: str, source: str, rest: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    if pretrained and source != "torchvision":
+        raise ModelNameError(f"{name} has no weights that could be downloaded: give a file of them, or none.")
+    factory = _from_torchvision(rest, pretrained) if source == "torchvision" else _from_module(source, rest)
     try:
         network = factory(**arguments)
+    except (URLError, ValueError) as error:
+        if not pretrained:
+            raise
+        raise ModelNameError(f"The weights of {name} cannot be had: {_in_one_line(error)}") from error
     except TypeError as error:
         raise ModelNameError(f"{name} cannot be called with {arguments or 'no arguments'}: {error}") from error
     if not isinstance(network, nn.Module):
@@ -106,6 +168,8 @@ def is_known(name: object) -> bool:
         return re.fullmatch(r"\w+(\.\w+)?", name) is not None and timm.is_model(name)
     if source == "torchvision":
         return rest in _torchvision_names()
+    if source == "transformers":  # only its configuration and tensors are read
+        return re.fullmatch(r"[\w./ -]+", rest) is not None
     own = importlib.import_module(_OWN)
     return source == _OWN and rest in own.__all__ and isinstance(getattr(own, rest), type)
 
@@ -125,60 +189,65 @@ def default_input_shape(network: nn.Module) -> tuple[int, ...] | None:
         return (3, 16, size, size)
     if module.startswith("torchvision."):
         return (3, 224, 224)
+    if module.startswith("transformers."):
+        config: Any = network.config
+        size = getattr(config, "image_size", None)
+        return (getattr(config, "num_channels", 3), size, size) if isinstance(size, int) else None
     return getattr(network, "input_shape", None)
 
 
-def _from_timm(name: str, arguments: dict[str, Any], weights: str | None) -> nn.Module:
+def _from_timm(name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
     require("timm", "timm")
     import timm  # slow to import, and only needed for its own names
 
     if not timm.is_model(name):
         raise ModelNameError(
             f"timm has no model {name!r}.{_suggest(name, timm.list_models())} Other networks are named "
-            "torchvision:NAME or module.path:callable."
+            "torchvision:NAME, transformers:NAME or module.path:callable."
         )
-    if weights not in (None, "pretrained"):
-        _check_weights(Path(weights))
-        arguments = arguments | {"pretrained_cfg_overlay": {"file": weights}}
     try:
-        return timm.create_model(name, pretrained=weights is not None, **arguments)
+        return timm.create_model(name, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise ModelNameError(f"{name} cannot be made with {arguments}: {error}") from error
-    except Exception as error:  # no network, or whatever weights of another network make of it
-        if weights is None:
+    except Exception as error:  # no connection, or a name that has no weights
+        if not pretrained:
             raise
-        raise ModelNameError(f"{weights} cannot be had as weights of {name}: {_in_one_line(error)}") from error
+        raise ModelNameError(f"The weights of {name} cannot be had: {_in_one_line(error)}") from error
+
+
+def _from_transformers(name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    """A classifier of transformers by its folder or name; no code from there is run, and no pickle is read."""
+    try:
+        import transformers  # slow to import, and only needed for its own networks
+    except ImportError as error:
+        raise MissingExtraError(f"transformers:{name} needs a library: pip install transformers") from error
+    options = dict(arguments)
+    if (num_classes := options.pop("num_classes", None)) is not None:
+        options["num_labels"] = num_classes
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+        kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        if not (isinstance(kind, type) and kind.__name__.endswith("Classification")):
+            kind = transformers.AutoModelForImageClassification._model_mapping[type(config)]
+        if not pretrained:
+            return kind._from_config(config)
+        return kind.from_pretrained(name, config=config, use_safetensors=True, ignore_mismatched_sizes=True).train()
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelNameError(f"transformers:{name} cannot be made: {_in_one_line(error)}") from error
 
 
 def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:_LONGEST]
 
 
-def _check_weights(path: Path) -> None:
-    """Refuse a damaged file, and a pickle that holds more than tensors: not every version of timm does."""
-    if not path.is_file():
-        raise ModelNameError(f"There is no file {path} with weights.")
-    if path.suffix == ".safetensors":
-        read_header(path).check_seal()
-        return
-    try:
-        loaded = read_checkpoint(path, "meta")
-    except LoadError as error:
-        raise ModelNameError(
-            f"{path} is not a state dict of tensors alone: it is damaged, or holds other objects, which run code. "
-            "Save the state_dict() of its network as safetensors."
-        ) from error
-    if not isinstance(loaded, Mapping):
-        raise ModelNameError(f"{path} is not a state dict of tensors: it holds a {type(loaded).__name__}.")
-
-
-def _from_torchvision(name: str) -> Callable[..., nn.Module]:
+def _from_torchvision(name: str, pretrained: bool = False) -> Callable[..., nn.Module]:
     known = _torchvision_names()
     if name not in known:
         raise ModelNameError(f"torchvision has no classification model {name!r}.{_suggest(name, known)}")
     from torchvision import models
 
-    return lambda **arguments: models.get_model(name, weights=None, **arguments)
+    weights = "DEFAULT" if pretrained else None
+    return lambda **arguments: models.get_model(name, weights=weights, **arguments)
 
 
 def _torchvision_names() -> list[str]:
@@ -254,7 +323,7 @@ class BaseSource:
                 "trust=True (on the command line --trust); else pass base, a fresh instance."
             )
         makers = {
-            "timm": lambda: _from_timm(self.name, self.arguments, None),
+            "timm": lambda: _from_timm(self.name, self.arguments, False),
             "torchvision": lambda: create(f"torchvision:{self.name}", options=self.arguments),
             "transformers": self._build_transformers,
             "ensemblenet": self._build_own,

@@ -39,7 +39,12 @@ class Layout(Enum):
     FOLDED = "folded"
 
 
-SHARED, FIRST, FOLDED = Layout
+SHARED = Layout.SHARED
+"""The same for all heads."""
+FIRST = Layout.FIRST
+"""The heads' tensors stacked."""
+FOLDED = Layout.FOLDED
+"""Heads folded into channels."""
 
 
 class Value(NamedTuple):

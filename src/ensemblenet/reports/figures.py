@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.figure import Figure as Drawing
@@ -43,6 +43,12 @@ class Figure:
 
     def png(self, theme: str) -> bytes:
         """Draw it as a PNG image for the theme "light" or "dark"."""
+        image, small = Image.open(io.BytesIO(self.image(theme, "png"))), io.BytesIO()
+        image.convert("RGB").quantize(_TONES).save(small, "PNG", optimize=True)  # a third of the bytes
+        return small.getvalue()
+
+    def image(self, theme: str, kind: Literal["png", "svg"]) -> bytes:
+        """Draw it as an image of a kind for the theme "light" or "dark"."""
         colours = THEMES[theme]
         style: dict[Any, Any] = {
             "font.size": 11,
@@ -54,6 +60,7 @@ class Figure:
             "figure.facecolor": colours["paper"],
             "axes.facecolor": colours["paper"],
             "legend.frameon": False,
+            "svg.hashsalt": self.name,
             **dict.fromkeys(
                 ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"),
                 colours["ink"],
@@ -61,10 +68,10 @@ class Figure:
         }
         with mpl.rc_context(style):
             drawing = self.draw()
-            drawn, small = io.BytesIO(), io.BytesIO()
-            drawing.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight")
-        Image.open(drawn).convert("RGB").quantize(_TONES).save(small, "PNG", optimize=True)  # a third of the bytes
-        return small.getvalue()
+            buffer = io.BytesIO()
+            undated = {"Date": None} if kind == "svg" else {}  # the same drawing, the same file
+            drawing.savefig(buffer, format=kind, dpi=DPI, bbox_inches="tight", metadata=undated)
+        return buffer.getvalue()
 
 
 def draw_pairs(pairs: Sequence[Sequence[float]]) -> Drawing:

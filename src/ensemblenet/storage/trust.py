@@ -176,6 +176,7 @@ _KNOWN: list[tuple[str, Callable[[Any], bool]]] = [
     (r"methods\[\](\.(method|name|split_at))?", _ANY_TEXT),
     (r"optimizer", _word("adamw", "sgd")),
     (r"model\.(task|heads|loss|teacher|optimization\.optimizer)", _ANY_TEXT),
+    (r"model\.codistillation_weight", _word("auto")),
     (r"model\.conversion\.(split_at|init|combine|shape|num_heads)", _ANY_TEXT),
     (r"trainer\.(precision|max_time|val_check_interval)", _ANY_TEXT),
     (r"trainer\.devices", _text(r"auto|[-\d, ]+")),

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ __getattr__ = renamed(
 
 JOURNAL = "cells.jsonl"
 _TABLE = "results.csv"
+_TEACHERS = "teachers"  # the weights of trained bases
 _TIMINGS = 7
 
 Row = dict[str, Any]
@@ -79,19 +80,20 @@ def run_study(
     candidates = study.candidates()
     journal = Journal(folder / JOURNAL)
     points = [Optimization(study.optimizer, lr=lr, weight_decay=decay) for lr, decay in tuning_points(study.tuning)]
-    with Workers(workers) as pool:
+    is_taught = any(METHODS[one.method].taught for one in candidates.values())
+    with Workers(workers, folder / _TEACHERS if is_taught else None) as pool:
         instantiate(LightningDataModule, study.data).prepare_data()
         pool.warm_up(study.data)
         _, halves = open_data(json.dumps(study.data))
         halved = halves is not None
         costs = _costs(study)
-        tuning = study.trials("tune", {name: points for name, one in candidates.items() if one.fixed is None}, halved)
-        _finish(journal, "tune", tuning, pool, watch)
+        points_of = {name: points for name, one in candidates.items() if one.fixed is None}
+        tuning = _run_phase(journal, study, study.trials("tune", points_of, halved), pool, watch)
         best = {name: _best([trial for trial in tuning if trial.name == name], journal) for name in candidates}
         chosen = {name: trial.optimization for name, trial in best.items() if trial is not None}
         chosen |= {name: one.fixed for name, one in candidates.items() if one.fixed is not None}
-        tests = study.trials("test", {name: [optimization] for name, optimization in chosen.items()}, halved)
-        _finish(journal, "test", tests, pool, watch)
+        best_of = {name: [optimization] for name, optimization in chosen.items()}
+        tests = _run_phase(journal, study, study.trials("test", best_of, halved), pool, watch)
 
     times = _milliseconds(tests)  # now that no worker runs
     rows = _rows(study, costs, times, best, tests, journal)
@@ -185,15 +187,32 @@ def _milliseconds(tests: Sequence[Trial]) -> dict[str, float]:
         torch.set_num_threads(threads)
 
 
-def _finish(journal: Journal, phase: Phase, trials: Sequence[Trial], pool: Workers, watch: Watcher) -> None:
-    """Run the trials that the journal lacks."""
+def _run_phase(
+    journal: Journal, study: Study, trials: Sequence[Trial], pool: Workers, watch: Watcher
+) -> Sequence[Trial]:
+    """Run the trials of a phase that the journal lacks, and give all; those that the trained base teaches come last."""
+    name, base = next(iter(study.candidates().items()))
+    untaught = [trial for trial in trials if not METHODS[trial.method].taught]
+    _finish(journal, untaught, pool, watch, 0, len(trials))
+    best = _best([trial for trial in untaught if trial.name == name], journal)
+    optimization = base.fixed if best is None else best.optimization
+    if optimization is None:
+        return untaught  # there is no teacher: every base failed
+    bases = {"name": name, "method": base.method, "setup": base.setup, "optimization": optimization}
+    taught = [replace(trial, teacher=replace(trial, **bases)) for trial in trials if METHODS[trial.method].taught]
+    _finish(journal, taught, pool, watch, len(untaught), len(trials))
+    return [*untaught, *taught]
+
+
+def _finish(journal: Journal, trials: Sequence[Trial], pool: Workers, watch: Watcher, before: int, total: int) -> None:
+    """Run the trials that the journal lacks; `before` of the `total` of their phase were run."""
     missing = [trial for trial in trials if trial not in journal]
-    finished = len(trials) - len(missing)
+    finished = before + len(trials) - len(missing)
     if trials:
-        watch(phase, finished, len(trials), None, None)
+        watch(trials[0].phase, finished, total, None, None)
     for number, (trial, outcome) in enumerate(pool.run(missing), finished + 1):
         journal.add(trial, outcome)
-        watch(phase, number, len(trials), trial, outcome)
+        watch(trial.phase, number, total, trial, outcome)
 
 
 def _best(trials: Sequence[Trial], journal: Journal) -> Trial | None:

@@ -14,6 +14,7 @@ from ensemblenet.training.optimization import Optimization
 __all__ = ["study_settings"]
 
 _METHODS = ["base", "codistillation"]
+_TAUGHT = [*_METHODS, "teacher"]
 _AROUND = 3.0  # learning rate and weight decay are tuned between a third and three times those of the file
 _OF_CONVERSION = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
 _OF_OPTIMIZATION = ("optimizer", "lr", "weight_decay")
@@ -48,13 +49,18 @@ def study_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
     model, trainer = config["model"] or {}, config.get("trainer") or {}
     conversion = asdict(Conversion()) | (model.get("conversion") or {})
     optimization = asdict(Optimization()) | (model.get("optimization") or {})
+    teacher_weight = model.get("teacher_weight")
+    if teacher_weight is None and model.get("teacher"):
+        teacher_weight = 1.0
     settings = {
         "name": f"compare-{config.get('name') or 'fit'}",
         "base": model.get("base"),
         "data": config.get("data"),
-        "methods": _METHODS,
+        "methods": _TAUGHT if teacher_weight else _METHODS,
+        "teacher_weight": teacher_weight or None,
+        "temperature": model.get("teacher_temperature"),
         "task": model.get("task"),
-        "weight": model.get("codistillation_weight"),
+        "weight": None if (weight := model.get("codistillation_weight")) == "auto" else weight,
         **{name: conversion[name] for name in _OF_CONVERSION if model.get("conversion") and conversion[name] != "auto"},
         "epochs": trainer.get("max_epochs"),
         "optimizer": optimization["optimizer"],
@@ -89,7 +95,7 @@ def _left_out(config: Mapping[str, Any]) -> Iterator[str]:
             for name, value in given.items()
             if (name not in known and value != defaults.get(name)) or (name, value) == ("num_heads", "auto")
         )
-    yield from (f"model.{name}" for name in ("label_smoothing", "mixing") if model.get(name))
+    yield from (f"model.{name}" for name in ("label_smoothing", "mixing", "teacher") if model.get(name))
     yield from ["model.loss"] if model.get("loss") not in (None, "cross_entropy") else []
     yield from (f"trainer.{name}" for name, idle in _OF_TRAINER.items() if trainer.get(name) not in idle)
     yield from ["ema"] if config.get("ema") is not None else []

@@ -88,6 +88,8 @@ class Variant:
         budget: share of the base's parameters and MACs, or an `ensemblenet.Budget`.
         split_at: a split point.
         weight: lambda of co-distillation.
+        teacher_weight: of the base's distillation, for `teacher`.
+        temperature: of that distillation.
         lr: a fixed learning rate; with `weight_decay` it replaces tuning.
         weight_decay: a fixed weight decay.
         seeds: the number of test runs.
@@ -107,6 +109,8 @@ class Variant:
     budget: float | Budget | None = None
     split_at: str | None = None
     weight: float | None = None
+    teacher_weight: float | None = None
+    temperature: float | None = None
     lr: float | None = None
     weight_decay: float | None = None
     seeds: int | None = None
@@ -118,9 +122,12 @@ class Variant:
 
     def setup(self, shared: Setup) -> Setup:
         """The study's setup with this variant's own settings."""
-        own = {name: getattr(self, name) for name in ("num_heads", "budget", "split_at")}
-        conversion = replace(shared.conversion, **{name: value for name, value in own.items() if value is not None})
-        return replace(shared, conversion=conversion, weight=shared.weight if self.weight is None else self.weight)
+
+        def own(*names: str) -> dict[str, Any]:
+            return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+        conversion = replace(shared.conversion, **own("num_heads", "budget", "split_at"))
+        return replace(shared, conversion=conversion, **own("weight", "teacher_weight", "temperature"))
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,8 @@ class Study:
         width: the width of heads.
         depth: the share of blocks that heads keep.
         weight: lambda of co-distillation.
+        teacher_weight: of the trained base's distillation into every head, for the method `teacher`.
+        temperature: of that distillation.
         epochs: passes over the training examples; the last epoch counts.
         optimizer: the optimizer of all methods.
         seeds: the number of test runs of each method.
@@ -186,6 +195,8 @@ class Study:
     width: float | None = None
     depth: float | None = None
     weight: float = 2.0
+    teacher_weight: float = 1.0
+    temperature: float = 1.0
     epochs: int = 40
     optimizer: Literal["adamw", "sgd"] = "adamw"
     seeds: int = 5
@@ -206,7 +217,7 @@ class Study:
         task: Task = self.task
         names = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
         conversion = Conversion(**{name: getattr(self, name) for name in names})
-        shared = Setup(conversion, self.weight, task)
+        shared = Setup(conversion, self.weight, task, self.teacher_weight, self.temperature)
         found: dict[str, Candidate] = {}
         for choice in self.methods or [key for key, method in METHODS.items() if task in method.tasks]:
             variant = Variant(choice) if isinstance(choice, str) else choice

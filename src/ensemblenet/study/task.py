@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.cost import Cost, measure_cost
 from ensemblenet.ensemble import EnsembleNet
+from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task, codistillation, combine_heads
 from ensemblenet.inputs import Tree, call
 from ensemblenet.recipe import Conversion
@@ -31,6 +33,11 @@ class Setup:
         conversion: of the base; K is also the number of networks of a method that shares no trunk.
         weight: lambda of co-distillation.
         task: "multiclass" or "multilabel".
+        teacher_weight: of the base's distillation into the heads, for methods that the base teaches.
+        temperature: of that distillation.
+
+    Raises:
+        TrainingError: a teacher's weight or a temperature that is not above 0.
 
     Example:
         >>> Setup(Conversion(num_heads=2)).weight
@@ -40,6 +47,13 @@ class Setup:
     conversion: Conversion = field(default_factory=lambda: Conversion(num_heads=4, budget=0.95))
     weight: float = 2.0
     task: Task = "multiclass"
+    teacher_weight: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("teacher_weight", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainingError(f"{name} must be a finite number above 0, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class Source:
         make_base: returns a fresh base.
         example: inputs of the base, shape (N, *) with N of at least 2, or a tuple or a dictionary of tensors.
         seed: the seed of all weights.
+        teacher: the trained base of that seed, for methods that it teaches; None where costs alone are asked.
 
     Example:
         >>> base = lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
@@ -60,6 +75,7 @@ class Source:
     make_base: Callable[[], nn.Module]
     example: Tree
     seed: int = 0
+    teacher: nn.Module | None = None
 
     def convert(self, setup: Setup, **options: Any) -> EnsembleNet:
         """Convert a fresh base.
@@ -129,6 +145,7 @@ class Method:
         make: makes the untrained network with its loss.
         several: True if it has several heads or networks.
         tasks: the tasks that its loss is defined for.
+        taught: True if it learns from the trained base, whose training then comes first.
 
     Example:
         >>> mine = Method("mine", "mine", "", lambda source, setup: codistilled(source.make_base(), 0.0, setup.task))
@@ -142,6 +159,7 @@ class Method:
     make: Callable[[Source, Setup], TrainingTask]
     several: bool = True
     tasks: tuple[Task, ...] = ("multiclass", "multilabel")
+    taught: bool = False
 
     def build(self, source: Source, setup: Setup) -> TrainingTask:
         """The untrained network with its loss, which depends on the source's seed alone."""

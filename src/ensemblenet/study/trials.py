@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from ensemblenet.cost import Budget
 from ensemblenet.data import DataModule
 from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.inputs import Tree, call, inputs_and_targets, tensors_in, to_device
+from ensemblenet.storage.kept import keep_weights, take_weights
 from ensemblenet.storage.specs import instantiate, with_defaults
 from ensemblenet.study.halves import halve_validation
 from ensemblenet.study.measures import Measures
@@ -69,6 +71,7 @@ class Trial:
         device: the device to train on.
         precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
         halved: whether validation and test examples are halves of the validation data, which has no test split.
+        teacher: the trial whose trained network teaches this one; None where the method learns from none.
 
     Example:
         >>> base = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 40, "out_features": 10}}
@@ -90,6 +93,7 @@ class Trial:
     device: str = "cpu"
     precision: Precision = "32"
     halved: bool = False
+    teacher: Trial | None = None
 
     @property
     def key(self) -> str:
@@ -103,14 +107,14 @@ class Trial:
             data.reseed(self.seed)
         return data
 
-    def task(self, example: Tree) -> TrainingTask:
-        """The untrained network with its loss, for inputs like these, (N, *)."""
+    def task(self, example: Tree, teacher: nn.Module | None = None) -> TrainingTask:
+        """The untrained network with its loss, for inputs like these, (N, *), and the network that teaches it."""
         device = tensors_in(example)[0].device
 
         def make_base() -> nn.Module:
             return instantiate(nn.Module, self.base).to(device)
 
-        made = METHODS[self.method].build(Source(make_base, example, self.seed), self.setup)
+        made = METHODS[self.method].build(Source(make_base, example, self.seed, teacher), self.setup)
         # the layouts in which convolutions of images and of clips are fast
         for clips in (module for module in made.modules() if isinstance(module, nn.Conv3d)):
             clips.to(memory_format=torch.channels_last_3d)
@@ -131,7 +135,9 @@ def trial_key(stored: Mapping[str, Any]) -> str:
         >>> trial_key({"setup": {}, "device": "cpu"}) == trial_key({"setup": {"weight": 2.0}, "precision": "32"})
         True
     """
-    filled = {"device": "cpu", "precision": "32", "halved": False, **stored}
+    filled = {"device": "cpu", "precision": "32", "halved": False, "teacher": None, **stored}
+    if filled["teacher"] is not None:
+        filled["teacher"] = trial_key(filled["teacher"])
     filled["setup"] = _complete_setup(stored.get("setup", {}))
     filled["optimization"] = asdict(Optimization()) | stored.get("optimization", {})
     for name in ("base", "data"):
@@ -159,8 +165,13 @@ def _complete(name: str, spec: str) -> str:
         return spec
 
 
-def run_trial(trial: Trial) -> Outcome:
+def run_trial(trial: Trial, weights: Path | None = None) -> Outcome:
     """Train and measure; an error is an outcome as well, so that a study goes on.
+
+    Args:
+        trial: what to train.
+        weights: the folder for the weights of trained bases, which teach other trials; None keeps none, and trains a
+            teacher anew, which gives the same one.
 
     Returns:
         `status` "done" with what [`ensemblenet.study.measures.Measures`][] lists, `seconds` and `cpu_seconds` of
@@ -173,15 +184,32 @@ def run_trial(trial: Trial) -> Outcome:
         'failed'
     """
     try:
-        data = trial.data_module()
-        example, _ = inputs_and_targets(next(iter(data.train_dataloader())))
-        example = to_device(example, trial.device)
-        task = trial.task(example)
+        teacher = None if trial.teacher is None else _teacher(trial.teacher, weights)
+        task, data = _prepared(trial, teacher)
         effort = train(task, data, trial.optimization, trial.epochs, trial.seed, trial.precision)
+        if weights is not None and trial.method == "base":
+            keep_weights(task.network, weights, trial.key)
         loader = data.val_dataloader() if trial.phase == "tune" else data.test_dataloader()
         return {"status": "done", **_measure(task, loader, trial.setup.task, trial.precision), **effort}
     except Exception as error:
         return {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())}
+
+
+def _prepared(trial: Trial, teacher: nn.Module | None = None) -> tuple[TrainingTask, LightningDataModule]:
+    """What a trial trains, on its device, and its data."""
+    data = trial.data_module()
+    example, _ = inputs_and_targets(next(iter(data.train_dataloader())))
+    return trial.task(to_device(example, trial.device), teacher), data
+
+
+def _teacher(trial: Trial, weights: Path | None) -> nn.Module:
+    """The trained base of a trial, as it was kept; where it was not, or is damaged, it is trained again."""
+    task, data = _prepared(trial)
+    if weights is None or not take_weights(task.network, weights, trial.key):
+        train(task, data, trial.optimization, trial.epochs, trial.seed, trial.precision)
+        if weights is not None:
+            keep_weights(task.network, weights, trial.key)
+    return task.network
 
 
 class Workers:
@@ -189,6 +217,7 @@ class Workers:
 
     Args:
         number: the number of processes; 0 runs the trials in this one, one after another.
+        weights: as [`run_trial`][ensemblenet.study.trials.run_trial] takes it.
 
     Example:
         >>> with Workers(0) as workers:
@@ -196,8 +225,9 @@ class Workers:
         []
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, weights: Path | None = None) -> None:
         self.number = number
+        self.weights = () if weights is None else (weights,)
         self.pool: ProcessPoolExecutor | None = None
         if number > 0:
             spawn = get_context("spawn")
@@ -227,10 +257,10 @@ class Workers:
             TrainingError: a worker died, as it does when memory ends.
         """
         if self.pool is None:
-            yield from ((trial, run_trial(trial)) for trial in trials)
+            yield from ((trial, run_trial(trial, *self.weights)) for trial in trials)
             return
         try:
-            pending = {self.pool.submit(run_trial, trial): trial for trial in trials}
+            pending = {self.pool.submit(run_trial, trial, *self.weights): trial for trial in trials}
             for outcome in as_completed(pending):
                 yield pending[outcome], outcome.result()
         except BrokenExecutor as error:

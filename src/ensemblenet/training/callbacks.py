@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -14,10 +16,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.data.loading import seed_generators
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
@@ -25,7 +29,8 @@ from ensemblenet.inputs import Inputs, inputs_and_targets, num_examples
 from ensemblenet.metrics.scores import SCORES
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.descriptions import DESCRIPTION
-from ensemblenet.storage.restore import Describes, compare_classes, stored_classes
+from ensemblenet.storage.restore import Describes, compare_classes, restore, stored_classes
+from ensemblenet.training.capacity import CAPACITY, capacity_of
 from ensemblenet.training.module import Classifier, plan_in_words
 
 __all__ = [
@@ -35,6 +40,7 @@ __all__ = [
     "ConvertFirst",
     "EpochSeed",
     "KeepClasses",
+    "KnowCapacity",
     "Progress",
     "Speed",
     "time_left",
@@ -75,6 +81,34 @@ class EpochSeed(Callback):
         seed_generators(*key)
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(torch.initial_seed())
+
+
+class KnowCapacity(Callback):
+    """Tells the module, before it converts the base, what a run of the base showed.
+
+    It is measured once and kept in the run's folder, so that a resumed run is converted as it was.
+
+    Args:
+        base_run: the folder of a finished run of the base.
+        folder: the run's.
+
+    Raises:
+        ConversionError: that run trained a conversion.
+    """
+
+    def __init__(self, base_run: Path, folder: Path) -> None:
+        self.base_run = base_run
+        self.path = folder / CAPACITY
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measure it, on the first process, or read it."""
+        if trainer.is_global_zero and not self.path.exists():
+            write_json(self.path, asdict(capacity_of(restore(self.base_run, trust=True))))  # what it names was typed
+        trainer.strategy.barrier()
+        assert isinstance(pl_module, Classifier)
+        pl_module.capacity = Capacity(**json.loads(self.path.read_text(encoding="utf-8")))
+        if stage == TrainerFn.FITTING:
+            rank_zero_info(str(pl_module.capacity))
 
 
 class ConvertFirst(Callback):
@@ -131,6 +165,7 @@ class Announce(Callback):
             assert isinstance(pl_module.network, EnsembleNet)
             lines.append(plan_in_words(pl_module.network))
             lines.append(f"The heads run {pl_module.choice.heads}: {pl_module.choice.reason}.")
+            lines += [pl_module.inherited_scores] if pl_module.inherited_scores else []
         if isinstance(pl_module, Classifier) and pl_module.teacher is not None:
             lines.append(pl_module.teacher.note)
         if trainer.global_step:

@@ -74,6 +74,8 @@ def fit(arguments: Sequence[str]) -> Path:
 def _finished(cli: FitCLI) -> Path:
     """The folder of a run after its training, its test and its results."""
     folder, module, data = cli.folder, cli.model, cli.datamodule
+    if cli.config["base_run"] is not None:
+        _check_base_run(cli)
     _train(cli)
     cli.keep_settings()  # where no step was left to train
     with _lightning_errors():
@@ -134,21 +136,18 @@ def _searched(cli: FitCLI) -> Path:
     if cli.trainer.world_size > 1 or cli.config["trainer"]["fast_dev_run"]:
         raise TrainingError("--plan search takes whole runs in one process: one device and no fast_dev_run.")
     cli.keep_settings()
-    data, base_run, note = cli.datamodule, cli.config["base_run"], None
-    if base_run is not None:
-        note = check_base_run(base_run, read_config(cli.folder / CONFIG, trust=True))
-        expect_classes(stored_classes(base_run), data)
+    data, base_run = cli.datamodule, cli.config["base_run"]
+    note = None if base_run is None else _check_base_run(cli)
     data.prepare_data()
     data.setup("fit")
     with _lightning_errors():
         if next(iter(data.val_dataloader()), None) is None:
             raise TrainingError("--plan search chooses by validation examples, and the data has none.")
     inputs, _ = inputs_and_targets(next(iter(data.train_dataloader())))
-    runs, outcomes = {}, {}
+    runs, outcomes = {} if base_run is None else {"base": base_run}, {}
     for name, conversion in candidates(cli.model.network, inputs, cli.model.conversion or Conversion()).items():
-        runs[name] = (
-            base_run if name == "base" and base_run is not None else _trained(cli, name, conversion, runs.get("base"))
-        )
+        if name != "base" or base_run is None:
+            runs[name] = _trained(cli, name, conversion, runs.get("base"))
         place = os.path.relpath(runs[name], cli.folder)
         outcomes[name] = {"run": place, **validate(runs[name], cli.trainer, data)}
     main = TASKS[cli.model.task].main
@@ -162,14 +161,21 @@ def _searched(cli: FitCLI) -> Path:
     return cli.folder
 
 
+def _check_base_run(cli: FitCLI) -> str | None:
+    base_run = cli.config["base_run"]
+    expect_classes(stored_classes(base_run), cli.datamodule)
+    return check_base_run(base_run, read_config(cli.folder / CONFIG, trust=True))
+
+
 def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base: Path | None) -> Path:
-    """The folder of a candidate's finished run, which is not trained again; the base, trained first, may teach it."""
+    """The folder of a candidate's finished run, which is not trained again; the base, trained first, decides on it."""
     runs = cli.folder / SEARCH
     for results in runs.glob(f"{name}-*/{RESULTS}"):
         return results.parent
     plan = None if conversion is None else asdict(conversion)
     where = ["--resume", "auto", "--runs", str(runs), "--name", name]
-    chosen = ["--plan", "given", "--base_run", "null", "--model.conversion", json.dumps(plan)]
+    known = "null" if base is None else str(base)
+    chosen = ["--plan", "given", "--base_run", known, "--model.conversion", json.dumps(plan)]
     if cli.model.criterion.teacher_weight and cli.model.teacher_folder is None:
         chosen += ["--model.teacher_weight", "null"] if base is None else ["--model.teacher", str(base), "--trust"]
     with ExitStack() as held:

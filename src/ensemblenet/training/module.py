@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.conversion.trace import pick
 from ensemblenet.ensemble import EnsembleNet
@@ -25,6 +26,7 @@ from ensemblenet.metrics import HeadMetrics
 from ensemblenet.metrics.scores import TASKS
 from ensemblenet.metrics.tagging import TaggingMetrics, mask_unknown
 from ensemblenet.recipe import Conversion
+from ensemblenet.training.inheriting import calibration_batches, scores_in_words
 from ensemblenet.training.mixing import Mix, Mixing, soft_targets
 from ensemblenet.training.optimization import (
     Optimization,
@@ -37,7 +39,9 @@ from ensemblenet.training.teacher import Teacher
 
 __all__ = ["Classifier", "Conversion", "head_outputs", "plan_in_words", "seen_outputs"]
 
+_METRICS = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
+_WEIGHT, _WEIGHT_WITHOUT_CAPACITY = 2.0, 1.0  # the lambda of "auto": docs/procedure.md, "Which shape of heads"
 
 
 class Classifier(LightningModule):
@@ -53,7 +57,8 @@ class Classifier(LightningModule):
             training batch. A batch is a pair of inputs and targets; inputs are a tensor, or a tuple or a dictionary
             of tensors as the base takes them. Or it is a dictionary of named inputs with the targets as "labels".
         conversion: how to convert the base; None trains the base itself.
-        codistillation_weight: lambda of [`ensemblenet.CoDistillationLoss`][].
+        codistillation_weight: lambda of [`ensemblenet.CoDistillationLoss`][]; "auto" is 2, or 1 where `capacity` shows
+            that the base has none to spare.
         label_smoothing: in [0, 1); 1 would leave nothing of the labels.
         optimization: optimizer and learning rate.
         task: "multiclass" for targets (N,) of class indices, "multilabel" for targets (N, C) of 1 where a label
@@ -73,6 +78,9 @@ class Classifier(LightningModule):
         teacher_weight: the weight of the teacher's term; None takes 1 where a teacher is named, else 0: no teacher.
         teacher_temperature: of the teacher's distillation.
 
+    Attributes:
+        capacity: what a run of the base showed; the conversion splits late where there is none to spare.
+
     Raises:
         ValueError: settings that do not go together.
     """
@@ -81,7 +89,7 @@ class Classifier(LightningModule):
         self,
         base: nn.Module,
         conversion: Conversion | None = None,
-        codistillation_weight: float = 2.0,
+        codistillation_weight: float | Literal["auto"] = "auto",
         label_smoothing: float = 0.0,
         optimization: Optimization = Optimization(),  # noqa: B008  frozen
         task: ClassifierTask = "multiclass",
@@ -108,17 +116,20 @@ class Classifier(LightningModule):
         self.binary = task == "multiclass" and loss == "binary_cross_entropy"
         self.label_smoothing = label_smoothing
         self.criterion = CoDistillationLoss(
-            codistillation_weight,
+            _WEIGHT if codistillation_weight == "auto" else codistillation_weight,
             "multilabel" if self.binary else task,
             combine=conversion.combine if conversion else base.combine if isinstance(base, EnsembleNet) else "logits",
             label_smoothing=0.0 if self.binary else label_smoothing,
             teacher_weight=teacher_weight,
             temperature=teacher_temperature,
         )
+        self.inherited_scores: str | None = None  # before any training, in words
         self.teacher_folder = teacher
         self.trusts_teacher = False
         self.teacher: Teacher | None = None  # from setup on
-        self.depths: Mapping[str, int] | None = layer_depths(base) if optimization.layer_decay < 1 else None
+        self.depths: Mapping[str, int] | None = None  # likewise
+        self.capacity: Capacity | None = None
+        self._chooses_weight = codistillation_weight == "auto"
         self.mix: Mix | None = None
         self._schedule: LRScheduler | None = None
         self._planned: list[tuple[float, float]] = []  # learning rate and weight decay of each group
@@ -142,10 +153,15 @@ class Classifier(LightningModule):
         inputs = self._laid_out(inputs)
         self.network = self.network.to(memory_format=self._memory_format)
         self._check_outputs(one_example(inputs))
+        if self.optimization.layer_decay < 1:
+            output = None if self.conversion is None else self.conversion.output
+            self.depths = layer_depths(self.network, inputs, output)
         if self.criterion.teacher_weight:
             self.teacher = self._find_teacher()
         if self.conversion is not None:
-            self.network = self._with_chosen_heads(convert_as(self.conversion, self.network, inputs, self.task), inputs)
+            if self._chooses_weight and self.capacity is not None and not self.capacity.is_spare:
+                self.criterion.weight = _WEIGHT_WITHOUT_CAPACITY
+            self.network = self._with_chosen_heads(self._converted(self.conversion, inputs, targets), inputs)
         self.example_inputs = one_example(inputs)
         with torch.no_grad():
             num_classes = head_outputs(self.network.eval(), self.example_inputs).shape[2]
@@ -158,11 +174,37 @@ class Classifier(LightningModule):
             self.teacher.network = self.teacher.network.to(memory_format=self._memory_format)
             mixes = self.mix is not None
             self.teacher.prepare(self.example_inputs, self.network, num_classes, mixes, self._laid_out, self.trainer)
-        metrics = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}[self.task]
         for split in ("val", "test"):
-            self.metrics[split] = metrics(
+            self.metrics[split] = _METRICS[self.task](
                 num_classes, self.num_heads, combine=self.criterion.combine, prefix=f"{split}/"
             )
+
+    def _converted(self, conversion: Conversion, inputs: Tree, targets: Tensor) -> EnsembleNet:
+        """The base, converted; where it was trained, by some batches of the data, unless a checkpoint is to follow."""
+        if conversion.init != "inherit" or self.trainer.ckpt_path is not None:
+            return convert_as(conversion, self.network, inputs, self.task, self.capacity)
+        device, here = self.trainer.strategy.root_device, tensors_in(inputs)[0].device
+        base = self.network.to(device).eval()
+        with torch.no_grad():
+            classes = head_outputs(base, to_device(one_example(inputs), device)).shape[2]
+        self._compare_classes(conversion.num_classes or classes, targets)
+        data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        batches = calibration_batches(data.train_dataloader())
+        if self.trainer.world_size > 1:  # each process has other batches
+            batches = self.trainer.strategy.broadcast(batches)
+        laid_out = [(self._laid_out(x), y) for x, y in map(inputs_and_targets, batches)]
+        model = convert_as(conversion, base, to_device(inputs, device), self.task, self.capacity, laid_out)
+        if conversion.num_classes is None and self.trainer.limit_val_batches:
+            ndim = tensors_in(inputs)[0].ndim
+            self.inherited_scores = scores_in_words(
+                {"base": base, "heads": model},
+                data.val_dataloader(),
+                lambda network, x: seen_outputs(network, self._laid_out(to_device(x, device)), ndim, self.task),
+                lambda heads: _METRICS[self.task](classes, heads, combine=self.criterion.combine),
+                TASKS[self.task].main,
+            )
+        base.to(here).train()
+        return model
 
     def _find_teacher(self) -> Teacher:
         """The network of the folder, or the base."""
@@ -434,10 +476,24 @@ def plan_in_words(model: EnsembleNet) -> str:
     assert model.cost is not None
     assert model.base_cost is not None
     head, shares = model.recipe.head, model.cost.shares_of(model.base_cost)
+    frozen = f" {_saved_in_words(model)}" if model.trunk_is_frozen else ""
     return (
         f"Split at {model.recipe.split_at!r}: {model.num_heads} heads of width {head.width:.3g} and depth "
         f"{head.depth:.3g}, with {shares.parameters:.2f} of the base's parameters, {shares.macs:.2f} of its MACs, "
-        f"{shares.activations:.2f} of its activations and {shares.time:.2f} of its time."
+        f"{shares.activations:.2f} of its activations and {shares.time:.2f} of its time.{frozen}"
+    )
+
+
+def _saved_in_words(model: EnsembleNet) -> str:
+    """What a frozen trunk saves in training, by its share of the model's costs."""
+    assert model.cost is not None
+    assert model.trunk_cost is not None
+    trained = sum(own.numel() for own in model.parameters() if own.requires_grad)
+    macs = model.trunk_cost.macs / model.cost.macs
+    activations = model.trunk_cost.activations / model.cost.activations
+    return (
+        f"The trunk is frozen: {trained:,} of {model.cost.parameters:,} parameters are trained, which saves about "
+        f"{macs:.0%} of the backward pass's MACs and {activations:.0%} of the activations that are kept for it."
     )
 
 

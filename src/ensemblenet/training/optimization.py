@@ -14,7 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ensemblenet.conversion.split import find_cuts
+from ensemblenet.conversion.trace import Output, trace
 from ensemblenet.errors import TrainingError
+from ensemblenet.inputs import Tree
 
 __all__ = ["Optimization", "build_optimizer", "build_schedule", "check_optimizers", "layer_depths"]
 
@@ -31,8 +34,8 @@ class Optimization:
         momentum: of optimizers that have one; AdamW does not read it.
         warmup: the share of all steps in which the learning rate rises in a line.
         decay_all: also decay what has one dimension: biases and the parameters of normalisations.
-        layer_decay: the learning rate of each layer as a share of that of the layer above it; below 1 for fine-tuning,
-            for networks of timm.
+        layer_decay: the learning rate of each layer as a share of that of the layer above it, so that the trunk learns
+            least and the classifier at the full rate; below 1 for fine-tuning, such as 0.75.
         options: further arguments of timm's optimizer, such as `betas`; "adamw" and "sgd" take none.
     """
 
@@ -131,32 +134,46 @@ _REMEDY = (
 )
 
 
-def layer_depths(base: nn.Module) -> dict[str, int]:
-    """How deep each parameter of a network of timm lies, in timm's layers: 0 is at the input.
+def layer_depths(base: nn.Module, example_inputs: Tree, output: Output = None) -> dict[str, int]:
+    """How deep each parameter of a network lies: 0 is at the input.
+
+    Networks of timm say so themselves. Of others each part between two split points that has a matrix is a layer, in
+    the order in which the input flows through them; what has none, such as a normalisation, is of the layer before it.
+
+    Args:
+        base: the network.
+        example_inputs: for it, see [`ensemblenet.convert`][].
+        output: which tensor of what it returns, see there.
 
     Raises:
-        ValueError: the network does not say.
+        ConversionError: the network is not timm's, and cannot be traced.
 
     Example:
         >>> import timm
-        >>> depths = layer_depths(timm.create_model("test_vit"))
+        >>> depths = layer_depths(timm.create_model("test_vit"), torch.zeros(2, 3, 160, 160))
         >>> depths["patch_embed.proj.weight"], depths["blocks.0.norm1.weight"], depths["head.weight"]
         (0, 1, 7)
+        >>> layer_depths(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)), torch.zeros(2, 4))
+        {'0.weight': 0, '0.bias': 0, '1.weight': 0, '1.bias': 0, '3.weight': 1, '3.bias': 1}
     """
-    from timm.models import group_parameters  # slow to import
+    if (matcher := getattr(base, "group_matcher", None)) is not None:
+        from timm.models import group_parameters  # slow to import
 
-    matcher = getattr(base, "group_matcher", None)
-    if matcher is None:
-        raise ValueError(
-            f"layer_decay needs a network that knows its layers, as timm's do; {type(base).__name__} does not. "
-            "Leave it at 1."
-        )
-    return group_parameters(base, matcher(coarse=False), reverse=True)
+        return group_parameters(base, matcher(coarse=False), reverse=True)
+    traced = trace(base, example_inputs, output)
+    depths: dict[str, int] = {}
+    depth = -1
+    for nodes in (*(cut.trunk for cut in find_cuts(traced)), list(traced.graph.nodes)):  # each with all before it
+        read = [pair for node in nodes for pair in traced.parameters.get(node, {}).items()]
+        layer = {name: parameter for name, parameter in read if name not in depths}
+        depth += any(parameter.ndim > 1 for parameter in layer.values())
+        depths |= dict.fromkeys(layer, max(depth, 0))
+    return depths
 
 
 def _lr(name: str, settings: Optimization, depths: Mapping[str, int] | None) -> float:
     """The learning rate of a parameter of the base, or of its namesake in trunk or heads."""
-    if depths is None or settings.layer_decay == 1:
+    if not depths or settings.layer_decay == 1:
         return settings.lr
     part, _, rest = name.partition(".")
     known = {"trunk": rest, "heads": rest.partition(".")[2]}.get(part, name)

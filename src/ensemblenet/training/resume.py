@@ -143,7 +143,7 @@ def take_unfinished(
         runs: where run folders are.
         name: begins the names of those that count.
         change: what a run's folder and configuration have that keeps it from going on, such as
-            [`changed_setting`][] says; None where nothing does.
+            [`changed_setting`][ensemblenet.training.resume.changed_setting] says; None where nothing does.
         held: when it ends, other processes may write the folder.
     """
     passed: list[str] = []

@@ -161,7 +161,7 @@ def choose(outcomes: Mapping[str, Mapping[str, Any]], main: str) -> tuple[str, l
     """The name of the best, of equals the first; and of those that chance may have put behind it.
 
     Args:
-        outcomes: what [`validate`][] gives, by name, the base first.
+        outcomes: what [`validate`][ensemblenet.training.search.validate] gives, by name, the base first.
         main: the score that decides; higher is better.
     """
     scores = {name: outcome["scores"][main] for name, outcome in outcomes.items()}

@@ -40,6 +40,7 @@ from ensemblenet.training.callbacks import (
     ConvertFirst,
     EpochSeed,
     KeepClasses,
+    KnowCapacity,
     Progress,
     Speed,
 )
@@ -122,7 +123,8 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--base_run",
             type=Path | None,
-            help="with --plan search: a finished run of the base on the same data, which is not trained again",
+            help="a finished run of the base on the same data: where it shows no spare capacity, heads split late, and "
+            "codistillation_weight 'auto' is 1; with --plan search it is not trained again",
         )
         parser.add_argument(
             "--checkpoint_steps",
@@ -163,8 +165,11 @@ class FitCLI(LightningCLI):
         check_replaced({name: self.config.pop(name, None) for name in REPLACED})
         if (steps := self.config["checkpoint_steps"]) is not None and steps < 1:
             raise TrainingError(f"checkpoint_steps must be at least 1, got {steps}.")
-        if self.config["base_run"] is not None and self.config["plan"] != "search":
-            raise TrainingError("--base_run is for --plan search alone; to go on with a run, use --resume.")
+        given = self.config["plan"] == "given" and self.config["model"]["conversion"] is None
+        if self.config["base_run"] is not None and given:
+            raise TrainingError(
+                "--base_run is for a conversion, and model.conversion is null; to go on with a run, use --resume."
+            )
         rename_scores(listed(self.config["trainer"]["callbacks"]))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -176,7 +181,8 @@ class FitCLI(LightningCLI):
         self.folder = agreed_folder(self._choose_folder)
         if not (self.folder / CONFIG).exists():
             self.keep_settings()
-        steps, ema = self.config["checkpoint_steps"], self.config["ema"]
+        steps, ema, base_run = (self.config[key] for key in ("checkpoint_steps", "ema", "base_run"))
+        searches = self.config["plan"] == "search"
         speed = Speed()
         own_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
         kwargs["logger"] = [
@@ -188,6 +194,7 @@ class FitCLI(LightningCLI):
         kwargs["plugins"] = [AtomicCheckpointIO(), *listed(chosen["plugins"])]
         kwargs["callbacks"] = [
             KeepClasses(self.folder),
+            *([] if base_run is None or searches else [KnowCapacity(Path(base_run), self.folder)]),
             ConvertFirst(),
             EpochSeed(self.config["seed_everything"]),
             Accepted(self.keep_settings),

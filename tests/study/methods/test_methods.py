@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +35,7 @@ def built():
 def test_every_method_trains_all_its_parameters_and_predicts(key: str) -> None:
     task = METHODS[key].build(source(), SETUP).train()
     task.loss(X, Y, 0.5).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters() if p.requires_grad)
     outputs, prediction = task.eval()(X)
     assert outputs.shape == ((1 if key in SINGLE else 3), 6, 10)
     assert prediction.shape == (6, 10)
@@ -62,6 +65,25 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(key: str) -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_the_base_teaches_every_head_and_is_not_changed(built: dict[str, TrainingTask]) -> None:
+    base = MNIST1DNet(16)
+    base(5 * torch.randn(50, 40))  # its statistics are no batch's
+    base.classifier.weight.data *= 50  # it tells examples apart
+    before = copy.deepcopy(base.state_dict())
+    setup = replace(SETUP, teacher_weight=0.7, temperature=3.0)
+    task = METHODS["teacher"].build(replace(source(), teacher=base), setup).train()
+    twin = copy.deepcopy(task.network)
+    loss = task.loss(X, Y, 0.0)
+    z, teacher = twin(X), copy.deepcopy(base).eval()(X)
+    kl = sum(F.kl_div((z_k / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="batchmean") for z_k in z) / 3
+    untaught = 3 * sum(F.cross_entropy(z_k, Y) for z_k in z) / 3 - 2 * F.cross_entropy(z.mean(0), Y)
+    assert loss.item() == pytest.approx((untaught + 0.7 * 9 * kl).item(), rel=1e-4)
+    loss.backward()
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert all(parameter.grad is None for parameter in base.parameters())
+    assert built["teacher"].training_only() == sum(parameter.numel() for parameter in base.parameters())
 
 
 @pytest.mark.parametrize("key", sorted(SINGLE))

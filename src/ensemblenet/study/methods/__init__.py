@@ -17,6 +17,7 @@ from ensemblenet.study.methods import (
     okddip,
     one,
     single,
+    teacher,
 )
 from ensemblenet.study.task import Method, Setup, Source, TrainingTask
 
@@ -32,6 +33,7 @@ METHODS: dict[str, Method] = {
         codistillation.JOINT,
         codistillation.INDEPENDENT,
         codistillation.CODISTILLATION,
+        teacher.METHOD,
         one.METHOD,
         dml.METHOD,
         okddip.METHOD,
