@@ -4,6 +4,7 @@ Links are those of the repository, so that pages are read there as well. On the 
 reference, one to another text to a page with that text, and one to a folder to a page that lists it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ PAGES = {
     ROOT / "README.md": "index.md",
     **{ROOT / f"{name}.md": f"{name.lower()}.md" for name in ("CHANGELOG", "CONTRIBUTING")},
     **{path: path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")},
+    ROOT / "examples" / "from_timm_to_a_report.ipynb": "notebook.md",
 }
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml"}
 
@@ -28,7 +30,15 @@ def lay_out() -> None:
     for study in RESULTS.glob("*/index.html"):
         shutil.copytree(study.parent, SITE / "results" / study.parent.name)
     for source, page in PAGES.items():
-        write(page, LINK.sub(lambda link: on_site(link, source, page), source.read_text()))  # noqa: B023
+        write(page, LINK.sub(lambda link: on_site(link, source, page), text_of(source)))  # noqa: B023
+
+
+def text_of(source: Path) -> str:
+    """The text of a page; of a notebook that of its cells."""
+    if source.suffix != ".ipynb":
+        return source.read_text()
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(source.read_text())["cells"]]
+    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells)
 
 
 def on_site(link: re.Match[str], source: Path, page: str) -> str:

@@ -1,10 +1,12 @@
-"""Every example runs as it stands, and learns."""
+"""Every example runs as it stands, and learns; the notebook ends with a report."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,20 @@ def test_an_example_runs_and_learns(path: Path, tmp_path: Path) -> None:
     assert accuracy is not None, done.stdout
     assert float(accuracy[1]) > 0.6
     assert list(tmp_path.iterdir()) == []  # leaves nothing behind
+
+
+def test_the_notebook_leads_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    notebook = json.loads((Path(__file__).parents[1] / "examples/from_timm_to_a_report.ipynb").read_text())
+    names: dict[str, object] = {"__name__": "notebook"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+    [page] = tmp_path.glob("*/report.html")
+    assert "045 degrees" in page.read_text()
+    [results] = page.parent.glob("runs/ensemblenet-*/results.json")
+    assert json.loads(results.read_text())["rows"][0]["error_mean"] < 40  # percent, of four classes
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch import nn
 
 import ensemblenet
 from ensemblenet.cli import failures
+from ensemblenet.cli.compare import _parser as study_parser
 from ensemblenet.cli.main import main
+from ensemblenet.cli.settings import check_settings
 from ensemblenet.deploy.export import export
 from ensemblenet.storage.lock import sole_writer
+from ensemblenet.training.settings import FitCLI
 
 OWN = """
 import os
@@ -197,20 +201,64 @@ def test_a_process_that_loads_test_data_and_dies_is_one_line(config: Path, capsy
         (["report", "runs/x", "--output", "file"], "file exists; --output needs a new file."),
         (["fit", "--config", "missing.yaml"], "missing.yaml: No such file"),
         (["fit", "--config", "tiny.yaml", "--runs", "file"], "/file: Not a directory"),
+        (["fit", "tiny.yaml", "--data", "no/such"], "no/such: No such file"),
+        (["fit"], "A configuration is needed: a YAML file, or a name in"),
+        (["compare", "tiny.yaml", "tiny"], "There is neither an option nor a configuration tiny."),
+        (["fit", "list.yaml"], "list.yaml must hold settings by name"),
+        (
+            ["fit", "tiny.yaml", "--trainer.max_epoch", "3"],
+            "no setting trainer.max_epoch. Did you mean trainer.max_epochs?",
+        ),
+        (["fit", "tiny.yaml", "--lr", "3"], "no setting lr. Did you mean model.optimization.lr?"),
+        (
+            ["fit", "misspelt.yaml"],
+            "misspelt.yaml: There is no setting model.optimisation. Did you mean model.optimization?",
+        ),
+        (["fit", "tiny.yaml", "--epochs", "many"], "trainer.max_epochs must be an integer, got 'many'."),
+        (["fit", "tiny.yaml", "--ema", "much"], "ema must be a number, got 'much'."),
+        (["fit", "tiny.yaml", "--model.conversion.width", "9"], "width must be a share of the base's channels"),
+        (["fit", "tiny.yaml", "--resume", "nowhere"], "nowhere has no config.yaml"),
         (["compare", "--runs=file/runs"], "/file: Not a directory"),
+        (["compare", "tiny.yaml", "--seed", "3"], "no setting seed. Did you mean seeds?"),
+        (["compare", "tiny.yaml", "--budget", "95"], "did you mean 0.95?"),
+        (["demo", "--runs", "file"], "/file: Not a directory"),
+        (["info", "no/such"], "no/such holds no saved model: there is no such folder."),
+        (["benchmark", "closed"], "closed holds no saved model: recipe.json is missing."),
+        (["convert", "x:y", "--output", "new", "--init", "cloned"], "init must be one of"),
+        (["convert", "x:y", "--output", "new", "--init", "inherit", "--calibrate", "no.yaml"], "no.yaml: No such file"),
+        (["test", "closed"], "closed holds no saved model"),
+        (["report", "nowhere"], "nowhere holds no saved model"),
+        (["export", "unfinished", "--output", "x.onnx"], "unfinished has no trained model yet"),
+        (["predict", "runs/x", "--output", "x.xls"], "must end in .csv or .parquet, got x.xls."),
+        (["predict", "runs/x", "--output", "x.csv", "--data", "no.jpg"], "no.jpg: No such file"),
         (["predict", "runs/x", "--output", "closed/x.csv"], "/closed: Permission denied"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_paths_are_checked_before_anything_is_imported(
+def test_plain_mistakes_are_told_before_anything_slow_is_imported(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
     Path("file").touch()
     Path("closed").mkdir()
+    Path("unfinished").mkdir()
+    Path("unfinished", "config.yaml").touch()
+    Path("list.yaml").write_text("[1, 2]")
+    Path("misspelt.yaml").write_text("model: {optimisation: {lr: 1}}")
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # also for an administrator
     assert main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def test_no_setting_that_there_is_is_refused_early(config: Path) -> None:
+    with ExitStack() as held:
+        parsers = {"fit": FitCLI(["--config", "tiny.yaml"], held).parser, "compare": study_parser()}
+    for command, parser in parsers.items():
+        keys = list(parser.get_defaults().keys())
+        assert len(keys) > 20
+        for key in keys:
+            check_settings(command, [f"--{key}=null"])
 
 
 @pytest.mark.parametrize(

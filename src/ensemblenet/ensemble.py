@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ensemblenet.cost import Cost, measure_call
+from ensemblenet.families import Family, FamilyModel
 from ensemblenet.functional import Combine, Task, combine_heads
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["EnsembleNet", "SingleHead", "as_tuple", "combining_cost"]
 
 
-class EnsembleNet(nn.Module):
+class EnsembleNet(FamilyModel):
     """A shared trunk with K heads whose outputs combine into one prediction.
 
     [`ensemblenet.convert`][] makes one from a single network; build it by hand for a network that cannot
@@ -48,6 +49,7 @@ class EnsembleNet(nn.Module):
         output_shapes: the shapes (N, C, *) of the tensors that a head gives, if known: their combination counts too.
         trunk_is_frozen: whether the trunk stays in evaluation mode, see
             [`freeze_trunk`][ensemblenet.EnsembleNet.freeze_trunk], which also freezes its parameters.
+        family: whose models this one behaves like, see [`ensemblenet.families.FamilyModel`][].
 
     Attributes:
         checkpoint_activations: activation checkpointing: backward computes the activations of one head after another
@@ -89,6 +91,7 @@ class EnsembleNet(nn.Module):
         base_cost: Cost | None = None,
         output_shapes: Sequence[Sequence[int]] = (),
         trunk_is_frozen: bool = False,
+        family: Family | None = None,
     ) -> None:
         super().__init__()
         heads = list(heads)
@@ -109,6 +112,7 @@ class EnsembleNet(nn.Module):
         self.base_cost = base_cost
         self.output_shapes = output_shapes
         self.trunk_is_frozen = trunk_is_frozen
+        self.family = family
 
     @property
     def recompute(self) -> bool:
@@ -139,6 +143,8 @@ class EnsembleNet(nn.Module):
 
     def forward(self, *args: Any, per_head: bool = False, **kwargs: Any) -> Any:
         """Run the trunk once and every head on what it gives; see the class for shapes."""
+        if self.family is not None and self.family.answers(kwargs):
+            return self.family.answer(self, args, kwargs)
         features, *side = as_tuple(self.trunk(*args, **kwargs))
         balance = self.balance_gradients and self.num_heads > 1 and torch.is_grad_enabled()
         if balance:
@@ -147,8 +153,14 @@ class EnsembleNet(nn.Module):
         if balance:
             stacks = tuple(scale_gradient(outputs, float(self.num_heads)) for outputs in stacks)
         if not (self.training or per_head):
-            stacks = tuple(combine_heads(outputs, self.combine, self.task) for outputs in stacks)
+            stacks = tuple(map(self.prediction, stacks))
         return stacks[0] if len(stacks) == 1 else stacks
+
+    def prediction(self, head_outputs: Tensor) -> Tensor:
+        """What heads say together, (N, C, *), of what each says, (K, N, C, *); features of heads stand side by side."""
+        if self.family is not None and self.family.gives_features:
+            return torch.cat(list(head_outputs), -1)
+        return combine_heads(head_outputs, self.combine, self.task)
 
     def _run_heads(self, *given: Any) -> Any:
         """The outputs of all heads, (K, N, C, *); a tuple of such stacks where a head gives several tensors."""
@@ -288,7 +300,7 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 _OPTIONS = (
     *("combine", "task", "balance_gradients", "recipe", "trunk_cost", "head_cost", "base_cost", "output_shapes"),
-    "trunk_is_frozen",
+    *("trunk_is_frozen", "family"),
 )
 
 

@@ -212,6 +212,11 @@ class Recipe:
         """The recipe of the same model with its first heads only."""
         return replace(self, num_heads=num_heads)
 
+    def with_classes(self, num_classes: int) -> Recipe:
+        """The recipe of the same model with classifiers of so many classes."""
+        base = self.base and replace(self.base, arguments=self.base.arguments | {"num_classes": num_classes})
+        return replace(self, base=base, num_classes=num_classes)
+
     def to_json(self) -> str:
         """The recipe as JSON text."""
         return json.dumps(asdict(self), indent=2) + "\n"

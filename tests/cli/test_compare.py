@@ -145,7 +145,7 @@ def test_a_configuration_of_fit_is_compared_with_its_base(
 
 
 def test_the_folder_of_the_data_and_misspelt_settings(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", str(config), "--data", "nowhere/"]) == 2  # MNIST-1D has none
+    assert main(["compare", str(config), "--data", str(config.parent)]) == 2  # MNIST-1D has none
     assert "'folder' is not accepted" in capsys.readouterr().err
     assert main(["compare", str(config), "--tuning.trails", "3"]) == 2
     assert "Did you mean tuning.trials?" in capsys.readouterr().err

@@ -112,3 +112,13 @@ def test_a_row_has_mean_and_spread() -> None:
     assert row["error_std"] == pytest.approx(2**0.5)
     assert row["head_error_std"] == 0
     assert row["note"] == "x"
+
+
+def test_a_demo_that_fails_before_its_first_trial_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "demo_study", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        module.demo(["--runs", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+    assert not hasattr(caught.value, "__notes__")  # nothing goes on with a demo

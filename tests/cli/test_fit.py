@@ -46,8 +46,8 @@ def test_a_file_needs_no_option_and_short_names_are_those_of_other_commands(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.optimization.lrr", "1"], "--model.optimization.lrr 1. Did you mean model.optimization.lr?"),
-        (["--model.conversion.num_head", "2"], "'num_head' is not accepted. Did you mean num_heads?"),
+        (["--model.optimization.lrr", "1"], "no setting model.optimization.lrr. Did you mean model.optimization.lr?"),
+        (["--model.conversion.num_head", "2"], "model.conversion.num_head. Did you mean model.conversion.num_heads?"),
         (["--model.base.widht", "2"], "'widht' is not accepted. Did you mean width?"),
         (["--data.init_args.batchsize", "2"], "'batchsize' is not accepted. Did you mean batch_size?"),
         (["--data", "ensemblenet.data.MNIST2D"], "no attribute 'MNIST2D'. Did you mean MNIST1D?"),
@@ -71,7 +71,7 @@ def test_a_misspelt_name_is_one_line_with_what_was_meant(
     ("wrong", "right"),
     [
         ({"trainer": {"max_epoch": 1}}, "trainer.max_epochs"),
-        ({"model": {"optimisation": {"lr": 0.1}}}, "model.optimization.lr"),
+        ({"model": {"optimisation": {"lr": 0.1}}}, "model.optimization"),
         ({"modle": {"task": "multilabel"}}, "model"),
     ],
 )

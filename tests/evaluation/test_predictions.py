@@ -210,7 +210,7 @@ def nothing_but_broken(images):
     [
         (nothing_but_broken, ["--on-broken", "skip"], "There is no example to predict"),
         (lambda images: [path.unlink() for path in images.rglob("*.*")], [], "holds no files that end in .avif, .bmp"),
-        (lambda images: None, ["--data", "nowhere"], "nowhere is neither a file nor a folder"),
+        (lambda images: None, ["--data", "nowhere"], "nowhere: No such file or directory"),
         (lambda images: None, ["--data.folder", "x"], "--config and --data.KEY are for the data of a run"),
         (lambda images: None, ["--data.class_path=MNIST1D"], "--config and --data.KEY are for the data of a run"),
         (lambda images: None, ["--config", __file__], "--config and --data.KEY are for the data of a run"),
@@ -238,7 +238,7 @@ def test_what_a_user_gets_wrong(
 def test_a_submission_is_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = MLPTagger(1152, 6, [16])
     saved = ensemblenet.save(ensemblenet.convert(base, torch.randn(2, 1152), task="multilabel"), tmp_path / "saved")
-    assert main(["predict", str(saved), "--data", "x", "--output", str(tmp_path / "x.parquet")]) == 2
+    assert main(["predict", str(saved), "--data", "x*", "--output", str(tmp_path / "x.parquet")]) == 2
     assert "submission to the challenge is a .csv file" in capsys.readouterr().err
 
 

@@ -208,8 +208,9 @@ def test_an_unknown_option_is_one_line(
 
 
 def test_a_device_that_is_not_there(saved: Path) -> None:
+    restored = restore(saved)
     with pytest.raises(LoadError, match="There is no device 'cuda:99'"):
-        run_test([str(saved), CLASS, "--device", "cuda:99"])
+        score(restored, chosen_data(restored, None, [], "ensemblenet.data.MNIST1D"), "test", "cuda:99")
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "is not YAML"), ("- 1", "must hold class_path and init_args")])

@@ -11,7 +11,9 @@ from networks import Dense
 from torch import nn
 
 from ensemblenet import Cost, EnsembleNet, convert, fuse
-from ensemblenet.heads.anytime import AnytimeError, confident, heads_agree, predict_anytime
+from ensemblenet.evaluation.findings import Findings
+from ensemblenet.evaluation.stopping import savings, settling
+from ensemblenet.heads.anytime import AnytimeError, confident, heads_agree, predict_anytime, settled
 
 
 def model_with(combine="logits", task="multiclass", noise=0.3):
@@ -38,7 +40,16 @@ def slowly(model, x, stops):
     return torch.stack(outputs), torch.tensor(used)
 
 
+def has_settled(z: torch.Tensor) -> bool:
+    """One example: what its first k heads say, for the last two k."""
+    if len(z) < 2:
+        return False
+    before, now = (z[:k].mean(0).softmax(0) for k in (len(z) - 1, len(z)))
+    return before.argmax() == now.argmax() and bool((before.max() - now.max()).abs() <= 0.05)
+
+
 RULES = {
+    "settled": (settled(1, 0.05), has_settled),
     "agree": (None, lambda z: len(z) > 1 and len(set(z.argmax(1).tolist())) == 1),
     "confident": (confident(0.6), lambda z: z.mean(0).softmax(0).max() >= 0.6),
     "own": (lambda z: z[-1].amax(1) > 3, lambda z: z[-1].max() > 3),
@@ -58,6 +69,40 @@ def test_the_slow_way_gives_the_same(name: str, combine: str, fused: bool) -> No
     assert len(set(used.tolist())) > 1  # else the test says little
     torch.testing.assert_close(result.outputs, outputs, rtol=1e-4, atol=1e-5)
     assert not result.outputs.requires_grad
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_the_table_of_savings_stops_as_the_rule_does(window: int) -> None:
+    model, x = model_with(), torch.randn(200, 40)
+    findings = Findings()
+    with torch.no_grad():
+        findings.update(None, model(x, per_head=True), torch.randint(10, (200,)))
+    stops = settling(findings.firsts, window, 0.1)
+    used = torch.cat([stops[:-1], torch.ones(1, 200).bool()]).int().argmax(0) + 1
+    assert torch.equal(predict_anytime(model, x, settled(window, 0.1)).heads_used, used)
+    assert len(set(used.tolist())) > 1
+
+
+def test_savings_are_scored_on_examples_that_did_not_choose() -> None:
+    z = torch.zeros(4, 200, 2)
+    z[..., 0] = 3.0
+    even, odd = torch.arange(200) % 2 == 0, torch.arange(200) % 2 == 1
+    z[0, odd, 0] = -2.0  # the first head is wrong of the odd ones, which only they can show
+    findings = Findings()
+    findings.update(None, z, torch.zeros(200, dtype=torch.int64))
+    rows = {row["rule"]: row for row in savings(findings, {1: 20.0, 4: 50.0})}
+    assert (rows["never"]["saved"], rows["never"]["heads"], rows["never"]["accuracy"]) == (0.0, 4.0, 1.0)
+    kept = rows["confidence"]
+    assert kept["accuracy"] < 1.0  # chosen on the even ones, one head is enough; on the odd ones it is wrong
+    assert kept["macs"] == pytest.approx(20 + 10 * (kept["heads"] - 1))
+    assert kept["saved"] == pytest.approx(1 - kept["macs"] / 50)
+    assert even.sum() == odd.sum()
+
+
+@pytest.mark.parametrize("options", [(0, 0.1), (1, -0.1), (1, 2.0)])
+def test_windows_that_cannot_be(options: tuple[int, float]) -> None:
+    with pytest.raises(AnytimeError, match="settled needs a window of at least 1 head"):
+        settled(*options)
 
 
 def test_labels_that_agree() -> None:

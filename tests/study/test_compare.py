@@ -22,7 +22,7 @@ from ensemblenet.study import compare as module
 from ensemblenet.study import trials as trials_module
 from ensemblenet.study.compare import paired_test, run_study
 from ensemblenet.study.methods import METHODS, Setup
-from ensemblenet.study.settings import tuning_points
+from ensemblenet.study.settings import Variant, tuning_points
 from ensemblenet.study.trials import run_trial
 
 
@@ -190,9 +190,12 @@ def test_a_base_that_fails_is_an_error_and_the_others_are_kept(tmp_path: Path, m
 
     monkeypatch.setattr(trials_module, "run_trial", run)
     with pytest.raises(TrainingError, match="The base finished no test run, so there is nothing to compare with: Err"):
-        run_study(tmp_path, replace(STUDY, methods=["base", "joint"]), workers=0)
+        run_study(tmp_path, replace(STUDY, methods=["base", Variant("joint", "=joint()")]), workers=0)
     [row] = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert (row["method"], row["difference"], row["p"]) == ("joint, λ = 0", None, None)
+    assert (row["method"], row["difference"], row["p"]) == ("=joint()", None, None)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        [line] = csv.DictReader(file)
+    assert line["method"] == "'=joint()"  # no formula
 
 
 def test_the_page_is_self_contained_and_names_the_winner(folder: Path, results: dict[str, Any]) -> None:

@@ -11,16 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ensemblenet.cli.options import (
-    add_base,
-    add_device,
-    add_trust,
-    base_of,
-    command_parser,
-    conversion_of,
-    converted,
-    positive_integer,
-)
+from ensemblenet.cli.options import base_of, conversion_of, converted
+from ensemblenet.cli.parsers import read
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.heads import capture, fuse, tune
 from ensemblenet.inputs import InputSpec
@@ -38,18 +30,7 @@ def benchmark(arguments: Sequence[str]) -> None:
     Raises:
         ConversionError: there is no such network, or it cannot be converted.
     """
-    parser = command_parser(
-        "benchmark",
-        "Time a network and its conversion, whose heads run one after another (looped) or as one (fused), in turns "
-        "on random inputs. It trains nothing.",
-    )
-    add_base(parser)
-    parser.add_argument("--batch-size", type=positive_integer, default=64, help="N (default: %(default)s)")
-    parser.add_argument("--repeats", type=positive_integer, default=7, help="of each (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="also under torch.compile, which takes minutes")
-    add_device(parser, default="cpu")
-    add_trust(parser)
-    options = parser.parse_args(arguments)
+    options, _ = read("benchmark", arguments)
     looped = converted(options)
     base, x = base_of(options)
     if looped is None:

@@ -13,7 +13,7 @@ import shtab
 from ensemblenet.cli.main import COMMANDS
 from ensemblenet.cli.options import command_parser
 
-__all__ = ["completion"]
+__all__ = ["completion", "parser_of"]
 
 _PATHS = {"FILE": shtab.FILE, "PATH": shtab.FILE, "MODEL": shtab.FILE, "FOLDER": shtab.DIRECTORY}  # by metavar
 
@@ -35,12 +35,12 @@ def completion(arguments: Sequence[str]) -> None:
     whole = ArgumentParser(prog="ensemblenet", description="Turn any network into a multi-headed one.")
     commands = whole.add_subparsers()
     for name, summary in COMMANDS.items():
-        found = parser if name == "completion" else _parser_of(name)
+        found = parser if name == "completion" else parser_of(name)
         commands.add_parser(name, help=summary, parents=[found], add_help=False, conflict_handler="resolve")
     print(shtab.complete(whole, shell))
 
 
-def _parser_of(command: str) -> ArgumentParser:
+def parser_of(command: str) -> ArgumentParser:
     """The parser that a command makes and, asked for help, ends at; what its arguments are says how they complete."""
     run = getattr(importlib.import_module(f"ensemblenet.cli.{command}"), command)
     with patch.object(ArgumentParser, "print_help", autospec=True) as asked, suppress(SystemExit):

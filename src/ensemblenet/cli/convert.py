@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet.cli.options import add_base, base_of, check_new, command_parser, conversion_of
+from ensemblenet.cli.options import base_of, conversion_of
+from ensemblenet.cli.parsers import read
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.evaluation.scoring import chosen_data, score
 from ensemblenet.inputs import Inputs, inputs_and_targets
-from ensemblenet.recipe import Conversion, Criterion, Freeze, Init
+from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import COST_NOTE, results_table, scores_columns
 from ensemblenet.storage.checkpoint import how_to_load, save
-from ensemblenet.storage.restore import Restored
 from ensemblenet.storage.runs import quiet_lightning
 
 __all__ = ["convert"]
@@ -39,45 +38,9 @@ def convert(arguments: Sequence[str]) -> None:
         FileExistsError: the output exists.
         ConversionError: there is no such network, or it cannot be converted.
     """
-    parser = command_parser(
-        "convert",
-        "Convert a network into a multi-headed one, and save it: with fresh weights, which needs no data, or with "
-        "those of a trained network.",
-        COST_NOTE,
-        allow_abbrev=False,
-    )
-    add_base(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the folder to create")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
-    inherit = parser.add_argument_group("of a trained network")
-    inherit.add_argument(
-        "--init",
-        choices=get_args(Init),
-        default="fresh",
-        help="fresh weights, or inherit those that MODEL comes with (default: %(default)s)",
-    )
-    inherit.add_argument(
-        "--importance",
-        choices=get_args(Criterion),
-        help="which channels and blocks heads inherit (default: taylor with --calibrate, else magnitude)",
-    )
-    inherit.add_argument("--freeze", choices=get_args(Freeze), help="train the heads alone, behind a trunk that stays")
-    inherit.add_argument(
-        "--calibrate",
-        metavar="DATA",
-        help="a data module such as ensemblenet.data.ImageData, or a YAML file with class_path and init_args; "
-        "--data.KEY VALUE is an argument of it. Some training batches repair inherited heads; what the network, each "
-        "head and their mean reach on validation data before any training is printed",
-    )
-    options, changes = parser.parse_with_data(arguments)
-    if options.calibrate is None and changes:
-        parser.error(f"{' '.join(changes)} needs --calibrate, which names the data")
-    if options.calibrate is not None and options.init != "inherit":
-        parser.error("--calibrate needs --init inherit")
-    check_new(options.output, "folder")
+    options, changes = read("convert", arguments)
     base, x = base_of(options)
-    inherited = {"init": options.init, "importance": options.importance, "freeze": options.freeze}
-    wanted = replace(conversion_of(options), **inherited)
+    wanted = conversion_of(options)
     if options.weights == "pretrained":  # each head gets a classifier of its own
         wanted = replace(wanted, num_classes=options.num_classes)
     rows: list[dict[str, Any]] = []
@@ -110,6 +73,9 @@ def _calibrated(
     wanted: Conversion, base: nn.Module, x: Tensor, options: argparse.Namespace, changes: Sequence[str]
 ) -> tuple[EnsembleNet, list[dict[str, Any]]]:
     """Convert by some batches of data, and score the base, the heads and their mean on its validation split."""
+    from ensemblenet.evaluation.scoring import chosen_data, score  # slow to import
+    from ensemblenet.storage.restore import Restored
+
     named = options.calibrate
     file, class_path = (Path(named), None) if named.endswith((".yaml", ".yml")) else (None, named)
     restored = Restored(base.eval(), "multiclass", Inputs.of(x), {}, None, Path(options.model))

@@ -10,16 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from ensemblenet.cli.compare import progress
-from ensemblenet.cli.options import command_parser, positive_integer
+from ensemblenet.cli.parsers import DEMO_EPOCHS, read
 from ensemblenet.reports.comparison import PAGE
 from ensemblenet.reports.tables import results_table, with_spread
-from ensemblenet.storage.runs import create_run_folder
-from ensemblenet.study.compare import run_study
+from ensemblenet.storage.runs import create_run_folder, resumable
+from ensemblenet.study.compare import JOURNAL, run_study
 from ensemblenet.study.settings import Study, Variant
 
 __all__ = ["demo", "demo_study"]
-
-_EPOCHS = 40
 
 
 def demo(arguments: Sequence[str]) -> Path:
@@ -31,19 +29,9 @@ def demo(arguments: Sequence[str]) -> Path:
     Returns:
         The run's folder.
     """
-    parser = command_parser(
-        "demo",
-        "Train a residual base of 1-d convolutions and its multi-headed conversions on MNIST-1D, which this machine "
-        "generates; show a table and write figures, results.json and a page. It needs no data, no network and no GPU, "
-        "and takes about 5 minutes on 2 cores.",
-    )
-    parser.add_argument("--seeds", type=positive_integer, default=5, help="of each method (default: %(default)s)")
-    parser.add_argument("--epochs", type=positive_integer, default=_EPOCHS, help="of a training (default: %(default)s)")
-    parser.add_argument("--workers", type=positive_integer, default=2, help="processes (default: %(default)s)")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="for run folders (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    options, _ = read("demo", arguments)
     folder = create_run_folder(options.runs, "demo")
-    with progress() as watch:
+    with resumable(folder, None, (folder / JOURNAL).exists), progress() as watch:
         study = demo_study(options.seeds, options.epochs)
         rows = run_study(folder, study, options.workers, headline=_headline, watch=watch)
     console = Console()
@@ -53,7 +41,7 @@ def demo(arguments: Sequence[str]) -> Path:
     return folder
 
 
-def demo_study(seeds: int = 5, epochs: int = _EPOCHS) -> Study:
+def demo_study(seeds: int = 5, epochs: int = DEMO_EPOCHS) -> Study:
     """The demo's study: the base, its conversion to short heads, one network of the same cost, and other conversions.
 
     Args:

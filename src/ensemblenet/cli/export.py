@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -14,15 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ensemblenet.cli.options import (
-    CommandParser,
-    add_data,
-    add_trained_models,
-    check_new,
-    command_parser,
-    positive_integer,
-)
-from ensemblenet.deploy.export import Exported, Format, part
+from ensemblenet.cli.parsers import read
+from ensemblenet.deploy.export import Exported, part
 from ensemblenet.deploy.export import export as export_model
 from ensemblenet.deploy.formats import read_onnx
 from ensemblenet.ensemble import EnsembleNet
@@ -52,8 +45,7 @@ def export(arguments: Sequence[str]) -> Path:
         LoadError: there is no model to load.
         FileExistsError: the output exists.
     """
-    options, changes = _parser().parse_with_data(arguments)
-    check_new(options.output, "path")
+    options, changes = read("export", arguments)
     base = create(options.base) if options.base else None
     restored = restore(options.model, base, trust=options.trust)
     network = restored.network
@@ -138,52 +130,3 @@ def _show(exported: Exported, device: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _parser() -> CommandParser:
-    parser = command_parser(
-        "export",
-        "Write a trained model for other programs to run, with its class names and preprocessing. It needs "
-        "a trained model. The file is checked against PyTorch before it gets its name.",
-        allow_abbrev=False,
-    )
-    add_trained_models(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the file or directory to create")
-    parser.add_argument(
-        "--format",
-        choices=get_args(Format),
-        default="onnx",
-        help="onnx; torch (torch.export, *.pt2); aot (compiled by AOTInductor for this kind of machine, *.pt2); "
-        "executorch (for devices, *.pte); safetensors (a directory for ensemblenet.load); default: %(default)s",
-    )
-    heads = parser.add_mutually_exclusive_group()
-    heads.add_argument("--head", type=int, metavar="K", help="this head alone, counted from 0 (default: all heads)")
-    heads.add_argument("--first", type=positive_integer, metavar="K", help="the first K heads")
-    parser.add_argument(
-        "--prediction-only",
-        action="store_true",
-        help="leave out what each head says and the spread between heads, which files of onnx and executorch give too",
-    )
-    parser.add_argument("--fuse", action="store_true", help="run the heads as one, see docs/heads.md")
-    parser.add_argument(
-        "--batch-size", type=positive_integer, metavar="N", help="fix it, and all other sizes (default: any size)"
-    )
-    parser.add_argument("--device", default="cpu", help="what to write the file for, such as cuda (default: cpu)")
-    parser.add_argument(
-        "--base",
-        metavar="NAME",
-        help="the base of a saved model that does not know it: a timm name, torchvision:NAME or module.path:callable",
-    )
-    quantising = parser.add_argument_group("8-bit integers, for onnx; the data is the run's own, or")
-    quantising.add_argument(
-        "--int8", action="store_true", help="static quantisation; prints the scores on validation data before and after"
-    )
-    quantising.add_argument(
-        "--calibration",
-        type=positive_integer,
-        default=256,
-        metavar="N",
-        help="training examples by which the ranges of activations are found (default: %(default)s)",
-    )
-    add_data(quantising)
-    return parser

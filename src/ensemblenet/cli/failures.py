@@ -1,21 +1,14 @@
-"""What ends a command though the program is right, in one line: files, devices, memory, processes that died.
-
-It imports nothing that is slow: paths are checked before the libraries of a command are.
-"""
+"""What ends a command though the program is right, in one line: files, devices, memory, processes that died."""
 
 from __future__ import annotations
 
 import errno
 import os
 import re
-from argparse import ArgumentError, ArgumentParser
-from collections.abc import Sequence
-from pathlib import Path
 
-from ensemblenet.cli.options import check_new
 from ensemblenet.errors import EnsembleNetError, first_line
 
-__all__ = ["INTERRUPTED", "check_paths", "explain"]
+__all__ = ["INTERRUPTED", "explain"]
 
 INTERRUPTED, _TERMINATED, _MENDABLE = 130, 143, 2  # exit codes: as a shell's for the signals, and as argparse's
 
@@ -93,43 +86,3 @@ def _mendable(error: BaseException) -> str | None:
             if re.search(words, text):
                 return line.format(f"{said.split('. ')[0].rstrip('.')}.")  # what follows are guesses of the library
     return None
-
-
-def check_paths(command: str, arguments: Sequence[str]) -> None:
-    """Refuse paths of a command that it could not write or read at its end, or after seconds of imports.
-
-    Args:
-        command: its name.
-        arguments: of it.
-
-    Raises:
-        FileExistsError: what --output names exists.
-        FileNotFoundError: there is no such --config.
-        OSError: --output or --runs cannot be made.
-    """
-    finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for option in ("--output", "--runs", "--config"):
-        finder.add_argument(option, type=Path)
-    try:
-        found, others = finder.parse_known_args(arguments)
-    except ArgumentError:
-        return  # the command says it
-    if {"-h", "--help"} & set(others):
-        return
-    output = found.output or (Path("report.html") if command == "report" else None)
-    if output is not None:
-        check_new(output, {"convert": "folder", "export": "path"}.get(command, "file"))
-        _check_place(output.absolute().parent)
-    if found.runs is not None:
-        _check_place(found.runs.absolute())
-    if found.config is not None and found.config.suffix in (".yaml", ".yml", ".json"):
-        found.config.open("rb").close()
-
-
-def _check_place(folder: Path) -> None:
-    """See that files can be made in a folder, or the folder itself."""
-    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not place.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))

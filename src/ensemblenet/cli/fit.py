@@ -14,7 +14,7 @@ from ensemblenet.cli.options import add_device, budget_share, command_parser, un
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
 
-__all__ = ["fit"]
+__all__ = ["fit", "written_out"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def fit(arguments: Sequence[str]) -> Path:
     from ensemblenet.training.fit import fit as train
     from ensemblenet.training.processes import is_first_process
 
-    folder = train(_written_out(arguments))
+    folder = train(written_out(arguments))
     if is_first_process():
         console = Console()
         rows = json.loads((folder / RESULTS).read_text())["rows"]
@@ -120,7 +120,7 @@ def _help() -> None:
     parser.parse_args(["--help"])
 
 
-def _written_out(arguments: Sequence[str]) -> list[str]:
+def written_out(arguments: Sequence[str]) -> list[str]:
     """The arguments with short names of settings written out, and `--config` before a file."""
     written: list[str] = []
     values = iter(with_config(arguments))

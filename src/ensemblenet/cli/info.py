@@ -12,15 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ensemblenet.cli.options import (
-    add_base,
-    add_device,
-    add_trust,
-    base_of,
-    command_parser,
-    conversion_of,
-    positive_integer,
-)
+from ensemblenet.cli.options import base_of, conversion_of
+from ensemblenet.cli.parsers import read
 from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.convert import convert_as, plans_as
 from ensemblenet.conversion.measuring import time_share
@@ -43,21 +36,7 @@ def info(arguments: Sequence[str]) -> None:
     Raises:
         ConversionError: there is no such network, or it cannot be converted.
     """
-    parser = command_parser(
-        "info",
-        "Show where a network can be split, and how wide and deep heads could be. It trains nothing, and needs no data "
-        "unless MODEL is the folder of a base's run of `fit`, of which it also says whether it has capacity to spare.",
-        COST_NOTE,
-    )
-    add_base(parser)
-    add_trust(parser)
-    measuring = parser.add_argument_group("times, measured on this machine")
-    measuring.add_argument("--measure", action="store_true", help="time the plans that come first against the base")
-    measuring.add_argument("--batch-size", type=positive_integer, default=32, help="N (default: %(default)s)")
-    add_device(measuring, default="cpu")
-    measuring.add_argument("--bf16", action="store_true", help="under autocast to bfloat16")
-    measuring.add_argument("--channels-last", action="store_true", help="with the channels of images last in memory")
-    options = parser.parse_args(arguments)
+    options, _ = read("info", arguments)
     run = Path(options.model)
     capacity = None
     if (run / "config.yaml").is_file():

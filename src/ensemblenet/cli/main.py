@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from ensemblenet.cli.failures import INTERRUPTED, check_paths, explain
+from ensemblenet.cli.failures import INTERRUPTED, explain
 
 __all__ = ["COMMANDS", "main"]
 
@@ -62,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        check_paths(name, arguments[1:])
         if name not in _CORE:
             require("study" if name in _STUDIES else "train")
+            _check(name, arguments[1:])
         command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
         command(arguments[1:])
         return 0
@@ -78,6 +78,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = " ".join(" ".join([said, *advice]).split())
         print(f"ensemblenet {name}: {_in_shell(line)}", file=sys.stderr)
         return status
+
+
+def _check(name: str, arguments: Sequence[str]) -> None:
+    """Refuse what is plainly wrong before a command imports its libraries, which takes seconds."""
+    if name in ("fit", "compare"):
+        from ensemblenet.cli.settings import check_settings
+
+        check_settings(name, arguments)
+        return
+    from ensemblenet.cli.parsers import PARSERS, read
+
+    if name in PARSERS:
+        read(name, arguments)
 
 
 def _in_shell(message: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import json
 import os
 import re
@@ -35,6 +36,8 @@ __all__ = [
     "base_of",
     "budget_share",
     "check_new",
+    "check_place",
+    "check_there",
     "command_parser",
     "config_file",
     "configs",
@@ -57,7 +60,7 @@ class CommandParser(argparse.ArgumentParser):
     """What follows `ensemblenet COMMAND`: `--num_heads` is `--num-heads`, and a mistake is one line.
 
     Example:
-        >>> parser = command_parser("test", "")
+        >>> parser = command_parser("test", "", allow_abbrev=False)
         >>> _ = parser.add_argument("model")
         >>> parser.parse_with_data(["--data.num_test", "30", "RUN"])
         (Namespace(model='RUN'), ['--data.num_test', '30'])
@@ -84,7 +87,7 @@ class CommandParser(argparse.ArgumentParser):
         changes: list[str] = []
         rest = iter(arguments)
         for argument in rest:
-            if argument.startswith("--data.") and self._known(argument) is None:
+            if argument.startswith("--data.") and self._known(argument) is None and not self.allow_abbrev:
                 changes += [underscored(argument), *([] if "=" in argument else islice(rest, 1))]
             else:
                 own.append(argument)
@@ -284,11 +287,12 @@ def _num_heads(text: str) -> int | str:
 
 
 def conversion_of(options: argparse.Namespace) -> Conversion:
-    """What the options of `add_plan` ask for."""
+    """What the options of `add_plan`, and those of `convert`, ask for."""
     from ensemblenet.recipe import Conversion
 
-    names = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
-    return Conversion(**{name: getattr(options, name) for name in names}, seed=getattr(options, "seed", 0))
+    names = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth", "init", "importance", "freeze")
+    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return Conversion(**given, seed=getattr(options, "seed", 0))
 
 
 def add_base(parser: argparse.ArgumentParser) -> None:
@@ -357,7 +361,7 @@ def converted(options: argparse.Namespace) -> EnsembleNet | None:
 def add_trained_models(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Add MODEL, or several as RUN."""
     if several:
-        parser.add_argument("runs", nargs="+", metavar="RUN", help=f"{_TRAINED}; several are shown together")
+        parser.add_argument("models", nargs="+", metavar="RUN", help=f"{_TRAINED}; several are shown together")
     else:
         parser.add_argument("model", metavar="MODEL", help=_TRAINED)
     add_trust(parser)
@@ -415,3 +419,18 @@ def check_new(path: Path, what: str = "file") -> None:
     """
     if path.is_symlink() or path.exists():
         raise FileExistsError(f"{path} exists; --output needs a new {what}.")
+
+
+def check_place(folder: Path) -> None:
+    """See that files can be made in a folder, or the folder itself."""
+    place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
+def check_there(path: str) -> None:
+    """See that there is what a path names; a pattern, or what is not on this machine, is looked for later."""
+    if not ("://" in path or set(path) & set("*?[") or os.path.lexists(path)):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)

@@ -11,16 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ensemblenet.cli.options import (
-    CommandParser,
-    add_data,
-    add_device,
-    add_split,
-    add_trained_models,
-    check_new,
-    command_parser,
-    positive_integer,
-)
+from ensemblenet.cli.parsers import read
 from ensemblenet.data.files import FileReader, InputFiles, file_reader, find_files
 from ensemblenet.errors import DataError, LoadError
 from ensemblenet.evaluation.predictions import Names, PredictionFile
@@ -49,11 +40,10 @@ def predict(arguments: Sequence[str]) -> Path:
         DataError: files that are missing, damaged or of another kind.
         FileExistsError: the file to write exists.
     """
-    options, changes = _parser().parse_with_data(arguments)
+    options, changes = read("predict", arguments)
     if options.on_damage:
         warnings.warn("--on-damage is now --on-broken.", DeprecationWarning, stacklevel=2)
         options.on_broken = options.on_damage
-    check_new(options.output)
     restored = restore(options.model, trust=options.trust)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.data is None:
@@ -110,48 +100,3 @@ def _predict_files(restored: Restored, reader: FileReader, options: argparse.Nam
         console.print(f"Skipped {line}", highlight=False, soft_wrap=True, markup=False)
     more = f", {len(skipped):,} skipped" if skipped else ""
     console.print(f"{file.count:,} files{more}: {options.output}", highlight=False, soft_wrap=True)
-
-
-def _parser() -> CommandParser:
-    parser = command_parser(
-        "predict",
-        "Predict examples with a trained network: those of --data, or without it a split of the data that "
-        "the network was trained on.",
-        "The file has a row for each example: id, label where it is known, predicted class, its probability, "
-        "the spread of that probability over heads, the share of pairs of heads that disagree, and the probabilities "
-        "of all classes. For files of YouTube-8M it is instead the CSV file of a submission to the challenge.",
-        allow_abbrev=False,
-    )
-    add_trained_models(parser)
-    parser.add_argument("--output", type=Path, required=True, help="the .csv or .parquet file to create")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        help="images or videos: files or folders. TFRecord files of YouTube-8M: files, folders or patterns such as "
-        "'test*.tfrecord', remote ones too",
-    )
-    parser.add_argument(
-        "--batch-size", type=positive_integer, default=64, help="of --data, examples at once (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num-workers",
-        type=int,
-        default=2,
-        help="processes that read images or videos; 0 for none (default: %(default)s)",
-    )
-    add_device(parser)
-    parser.add_argument(
-        "--on-broken", choices=("error", "skip"), default="error", help="for broken examples (default: %(default)s)"
-    )
-    parser.add_argument("--on-damage", choices=("error", "skip"), help=argparse.SUPPRESS)  # its name in version 0.1
-    split = parser.add_argument_group("without --data")
-    add_split(split)
-    add_data(split, folder=False)
-    tags = parser.add_argument_group("for YouTube-8M")
-    tags.add_argument("--top", type=positive_integer, default=20, help="classes a video (default: %(default)s)")
-    tags.add_argument(
-        "--sample-frames",
-        action="store_true",
-        help="for a saved model of frames: spread its frames over the whole video; a run's folder knows this itself",
-    )
-    return parser

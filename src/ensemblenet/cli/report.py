@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ensemblenet.cli.options import add_data, add_device, add_split, add_trained_models, check_new, command_parser
+from ensemblenet.cli.parsers import read
 from ensemblenet.evaluation.scoring import chosen_data
 from ensemblenet.reports.networks import write_report
 from ensemblenet.storage.restore import restore
@@ -29,21 +29,9 @@ def report(arguments: Sequence[str]) -> Path:
         LoadError: there is no model, no data, or the networks do not belong on one page.
         FileExistsError: the file to write exists.
     """
-    parser = command_parser(
-        "report",
-        "Evaluate trained networks and write one self-contained HTML page: scores of the whole, of single heads and "
-        "of the first heads; training curves, calibration, classes, how heads differ, and on what.",
-        allow_abbrev=False,
-    )
-    add_trained_models(parser, several=True)
-    add_split(parser)
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="a new file (default: %(default)s)")
-    add_data(parser)
-    add_device(parser)
-    options, changes = parser.parse_with_data(arguments)
-    check_new(options.output)
+    options, changes = read("report", arguments)
     quiet_lightning()
-    networks = [restore(folder, trust=options.trust) for folder in options.runs]
+    networks = [restore(folder, trust=options.trust) for folder in options.models]
     data = [chosen_data(restored, options.config, changes, options.class_path) for restored in networks]
     write_report(options.output, networks, data, options.split, options.device)
     Console().print(f"Report: {options.output}", highlight=False, soft_wrap=True)

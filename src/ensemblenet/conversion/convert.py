@@ -13,6 +13,7 @@ from torch import fx, nn
 from ensemblenet.conversion.build import HeadDesign, build_head, build_trunk, check_head, design_head
 from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.classifier import with_classes
+from ensemblenet.conversion.family import family_of
 from ensemblenet.conversion.importance import Inheritance, batches_of
 from ensemblenet.conversion.initialise import Initialiser
 from ensemblenet.conversion.measuring import time_share
@@ -440,6 +441,7 @@ def _assemble(
     inheritance: Inheritance | None = None,
 ) -> EnsembleNet:
     """Build the trunk and the heads; `lost` takes up which frozen parameters do not keep the base's values."""
+    family = family_of(design.trace, recipe, {node.name for node in design.cut.head})
     generator = torch.Generator().manual_seed(recipe.seed)
     of_trunk = Initialiser(recipe.init, generator)
     of_heads = [Initialiser(recipe.init, generator, inheritance, k) for k in range(recipe.num_heads)]
@@ -458,6 +460,7 @@ def _assemble(
         head_cost=design.cost(recipe.head),
         base_cost=base_cost,
         output_shapes=_output_shapes(design.trace),
+        family=family,
     )
     return model if recipe.freeze is None else model.freeze_trunk()
 

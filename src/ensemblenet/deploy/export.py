@@ -17,7 +17,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from ensemblenet.deploy.formats import Format, Predict, Wanted, onnx_runtime, write
+from ensemblenet.deploy import Format
+from ensemblenet.deploy.formats import Predict, Wanted, onnx_runtime, write
 from ensemblenet.deploy.network_inputs import NetworkInputs, Places, shapes_of
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError, LoadError

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Graph, GraphModule
 from torch.fx.node import Argument
 
+from ensemblenet.deploy import Format
 from ensemblenet.deploy.network_inputs import ALL_ANSWERS, NetworkInputs, Places
 from ensemblenet.deploy.quantise import quantise
 from ensemblenet.ensemble import EnsembleNet
@@ -26,9 +27,8 @@ from ensemblenet.inputs import Tree, call, tensors_in
 from ensemblenet.storage.checkpoint import load, write_model
 from ensemblenet.storage.descriptions import DESCRIPTION
 
-__all__ = ["Format", "Predict", "Wanted", "onnx_runtime", "read_onnx", "write"]
+__all__ = ["Predict", "Wanted", "onnx_runtime", "read_onnx", "write"]
 
-Format = Literal["onnx", "torch", "aot", "executorch", "safetensors"]
 Predict = Callable[[Tree], Any]
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ensemblenet.conversion.classifier import with_classes_of
 from ensemblenet.conversion.convert import rebuild
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import LoadError
+from ensemblenet.families import Timm
 from ensemblenet.storage.checkpoint import load
 from ensemblenet.storage.descriptions import read_description
 from ensemblenet.storage.hub import local_folder
@@ -33,8 +35,9 @@ def register_timm(
     What it returns is an [`ensemblenet.EnsembleNet`][]: in evaluation (N, C), as timm's models; in training (K, N, C),
     which wants [`ensemblenet.CoDistillationLoss`][]. `timm.data.resolve_model_data_config` finds the preprocessing that
     was saved with it, and `timm.list_models` the name. With `pretrained=False` it is the same model with the weights
-    that it began with. Its classes and channels are fixed: `num_classes` and `in_chans` may only repeat them, and
-    `forward_features`, `reset_classifier` and the like do not exist.
+    that it began with. Where the base is one of timm's, it has what [`ensemblenet.families.FamilyModel`][] lists, and
+    another `num_classes` gives it fresh classifiers; else its classes are fixed. Its channels always are: `in_chans`
+    may only repeat them.
 
     Args:
         name: one that timm does not have.
@@ -59,16 +62,23 @@ def register_timm(
     if not name.isidentifier() or timm.is_model(name) or hasattr(module, name):
         raise LoadError(f"A model needs a name of its own, made of letters, digits and _; got {name!r}.")
     folder = local_folder(directory)
-    config = _pretrained_config(load(folder, base, trust=trust), read_description(folder), str(folder))
+    saved = load(folder, base, trust=trust)
+    config = _pretrained_config(saved, read_description(folder), str(folder))
+    can_reset = isinstance(saved.family, Timm)
 
     def make(pretrained: bool = False, **options: Any) -> EnsembleNet:
-        _check_options(name, options, config)
+        _check_options(name, options, config, can_reset)
         model = load(folder, base, trust=trust)
         if not pretrained:
             assert model.recipe is not None
             made = base or model.recipe.base.build(trust)  # pyright: ignore[reportOptionalMemberAccess]
             model = rebuild(with_classes_of(model.recipe, made), model.recipe)
         known = config | {"architecture": name}
+        if isinstance(model.family, Timm):
+            model.family = replace(model.family, cfg={**model.family.cfg, **known})
+            if (classes := options.get("num_classes")) not in (None, config["num_classes"]):
+                model.reset_classifier(classes)
+            return model.train()
         attributes = {"pretrained_cfg": known, "default_cfg": known, "num_classes": config["num_classes"]}
         for attribute, value in attributes.items():
             setattr(model, attribute, value)  # where timm's own models have them
@@ -98,9 +108,9 @@ def _pretrained_config(model: EnsembleNet, description: Mapping[str, Any], folde
     }
 
 
-def _check_options(name: str, options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Refuse what would change the model; timm passes its own options along."""
-    own = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+def _check_options(name: str, options: Mapping[str, Any], config: Mapping[str, Any], can_reset: bool) -> None:
+    """Refuse what would change more of the model than its classifier; timm passes its own options along."""
+    own = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", *(["num_classes"] if can_reset else [])}
     fixed = {"num_classes": config["num_classes"], "in_chans": config["input_size"][0], "drop_rate": 0.0}
     for key, value in options.items():
         if key not in own and (key not in fixed or value != fixed[key]):

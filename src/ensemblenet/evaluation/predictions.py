@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,25 +20,13 @@ from ensemblenet.evaluation.scoring import Split
 from ensemblenet.functional import Combine, Task, combine_heads, head_spread
 from ensemblenet.metrics.diversity import disagreement
 from ensemblenet.storage.atomic import atomic_path
+from ensemblenet.storage.cells import as_cell
 from ensemblenet.storage.restore import Restored
 
-__all__ = ["Names", "PredictionFile", "as_cell"]
+__all__ = ["Names", "PredictionFile"]
 
-_FORMULA = re.compile(r"\s*[=+@＝＋＠]|[\t\r\n]|\s*-(?![\w./ -]*$)")
 
 __getattr__ = renamed(__name__, {"predict": "ensemblenet.cli.predict.predict"})
-
-
-def as_cell(text: str) -> str:
-    """A text that spreadsheets take as a text: one that they would run as a formula gets a quote in front.
-
-    Names of files and videos may begin with a minus; they stay as they are.
-
-    Example:
-        >>> print(as_cell("=HYPERLINK()"), as_cell("-2+3"), as_cell("-Ab_1/c.mp4"), as_cell("a=b"))
-        '=HYPERLINK() '-2+3 -Ab_1/c.mp4 a=b
-    """
-    return f"'{text}" if _FORMULA.match(text) else text
 
 
 @runtime_checkable

@@ -174,7 +174,9 @@ class Scores:
         ]
 
 
-def score(restored: Restored, data: LightningDataModule, split: Split, device: str = "auto") -> list[dict[str, Any]]:
+def score(
+    restored: Restored, data: LightningDataModule, split: Split, device: str = "auto", also: Saw | None = None
+) -> list[dict[str, Any]]:
     """Score a network, its heads and its first heads on a split of some data.
 
     Args:
@@ -182,6 +184,7 @@ def score(restored: Restored, data: LightningDataModule, split: Split, device: s
         data: its examples.
         split: "val" or "test".
         device: to run it on, such as "cuda:1"; "auto" takes a GPU if there is one.
+        also: called for each batch, too.
 
     Returns:
         A row for each [`View`][ensemblenet.evaluation.scoring.View]: `method`, `num_heads`, `parameters`, `macs`, and
@@ -192,7 +195,13 @@ def score(restored: Restored, data: LightningDataModule, split: Split, device: s
         LoadError: the data does not fit the network.
     """
     scores = Scores(restored)
-    observe(restored, data, split, lambda seen: scores.update(seen.outputs, seen.targets), device)
+
+    def saw(seen: Seen) -> None:
+        scores.update(seen.outputs, seen.targets)
+        if also is not None:
+            also(seen)
+
+    observe(restored, data, split, saw, device)
     return scores.rows()
 
 

@@ -16,8 +16,8 @@ from ensemblenet.data.records import RecordLoader, Share
 from ensemblenet.data.tfrecord import find_shards, index_shards
 from ensemblenet.data.youtube8m_levels import FrameLevel, VideoBatch, VideoLevel, make_level
 from ensemblenet.errors import LoadError
-from ensemblenet.evaluation.predictions import as_cell
 from ensemblenet.storage.atomic import atomic_path
+from ensemblenet.storage.cells import as_cell
 from ensemblenet.storage.restore import Restored
 
 __all__ = ["submission_rows", "write_submission"]

@@ -16,7 +16,7 @@ from ensemblenet.errors import EnsembleNetError
 from ensemblenet.functional import Task, combine_heads
 from ensemblenet.inputs import Tree, call, num_examples
 
-__all__ = ["Anytime", "AnytimeError", "StopRule", "confident", "heads_agree", "predict_anytime"]
+__all__ = ["Anytime", "AnytimeError", "StopRule", "confident", "heads_agree", "predict_anytime", "settled"]
 
 StopRule = Callable[[Tensor], Tensor]
 
@@ -80,6 +80,41 @@ def confident(threshold: float) -> StopRule:
     return rule
 
 
+def settled(window: int = 1, tolerance: float = 0.05) -> StopRule:
+    """A stop rule: the last heads have changed little, whether the prediction is confident or not.
+
+    Over the last `window` heads, at every position, the most likely class of the mean of the logits so far stayed the
+    same, and its probability within a range of `tolerance`.
+
+    Args:
+        window: how many heads must have changed little, at least 1; so `window + 1` heads run at least.
+        tolerance: the range, in [0, 1].
+
+    Raises:
+        AnytimeError: a window or a tolerance that cannot be.
+
+    Example:
+        >>> z = torch.tensor([[[2.0, 0.0], [2.0, 0.0]], [[2.1, 0.0], [9.0, 0.0]]])
+        >>> settled()(z), settled()(z[:1])
+        (tensor([ True, False]), tensor([False, False]))
+    """
+    if window < 1 or not 0 <= tolerance <= 1:
+        raise AnytimeError(
+            f"settled needs a window of at least 1 head and a tolerance in [0, 1], got {window}, {tolerance:g}."
+        )
+
+    def rule(head_outputs: Tensor) -> Tensor:
+        k = len(head_outputs)
+        if k <= window:
+            return torch.zeros(head_outputs.shape[1], dtype=torch.bool, device=head_outputs.device)
+        means = torch.stack([head_outputs[:count].float().mean(0) for count in range(k - window, k + 1)])
+        best, classes = means.softmax(2).max(2, keepdim=True)
+        stays = (classes == classes[-1]).all(0) & (best.amax(0) - best.amin(0) <= tolerance)
+        return stays.flatten(1).all(1)
+
+    return rule
+
+
 @torch.no_grad()
 def predict_anytime(model: EnsembleNet, x: Tree, stop: StopRule | None = None) -> Anytime:
     """Run the trunk once, then the heads in their order, for each example until a rule says stop.
@@ -92,7 +127,7 @@ def predict_anytime(model: EnsembleNet, x: Tree, stop: StopRule | None = None) -
         x: inputs, shape (N, *), or a tuple or a dictionary of tensors.
         stop: from the outputs of the heads so far, (k, n, C, *), to booleans of shape (n,); None takes
             [`ensemblenet.heads.anytime.heads_agree`][] for the model's task.
-            [`ensemblenet.heads.anytime.confident`][] is another.
+            [`ensemblenet.heads.anytime.confident`][] and [`ensemblenet.heads.anytime.settled`][] are others.
 
     Raises:
         AnytimeError: the model is in training mode, its trunk does not give one row for each example, or the rule

@@ -11,11 +11,12 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from ensemblenet.functional import Task
+    from ensemblenet.functional import Task
 
 __all__ = [
     "IN_PERCENT",
@@ -139,7 +140,7 @@ def current_name(key: str) -> str:
     return re.sub(r"(?<![a-z])agreement(?![a-z])", "divergence", key)
 
 
-class Values(dict[str, Tensor]):
+class Values(dict[str, "Tensor"]):
     """The values of metrics by name, which are found by the names of version 0.1 too, with a warning.
 
     Example:

@@ -23,11 +23,11 @@ from ensemblenet.storage.atomic import atomic_folder, read_text
 from ensemblenet.storage.descriptions import write_description
 from ensemblenet.storage.hub import local_folder
 from ensemblenet.storage.limits import ACTIVATIONS, build_within, check_base, check_heads, check_inputs
+from ensemblenet.storage.runs import RECIPE, check_saved
 from ensemblenet.weights import Header, digest, read_header, read_weights, write_weights
 
 __all__ = ["how_to_load", "load", "read_model", "save", "write_model"]
 
-_RECIPE = "recipe.json"
 _WEIGHTS = "model.safetensors"
 _BASE_SEAL, _RECIPE_SEAL = "base", "recipe"  # checksums in the header of the weights
 
@@ -97,7 +97,7 @@ def write_model(model: EnsembleNet, target: Path, description: Mapping[str, Any]
     if model.base_cost is not None:
         notes[ACTIVATIONS] = str(round(model.base_cost.activations))
     with atomic_folder(target) as unfinished:
-        (unfinished / _RECIPE).write_text(recipe)
+        (unfinished / RECIPE).write_text(recipe)
         write_weights(model, unfinished / _WEIGHTS, notes)
         if description is not None:
             write_description(unfinished, description)
@@ -184,11 +184,8 @@ def _source(recipe: Recipe, folder: Path) -> BaseSource:
 
 
 def _read_recipe(folder: Path) -> str:
-    path = folder / _RECIPE
-    if not path.is_file():
-        why = f"{_RECIPE} is missing" if folder.is_dir() else "there is no such folder"
-        raise LoadError(f"{folder} holds no saved model: {why}.")
-    return read_text(path)
+    check_saved(folder)
+    return read_text(folder / RECIPE)
 
 
 def _seals(recipe: str) -> dict[str, str]:
@@ -203,7 +200,7 @@ def _check_seals(recipe: str, header: Header, with_base: bool) -> None:
     for name, found in _seals(recipe).items():
         if header.notes.get(name, found) != found and (with_base or name != _BASE_SEAL):
             raise LoadError(
-                f"{header.path.with_name(_RECIPE)} is damaged, or of another model: its checksum is not the one that "
+                f"{header.path.with_name(RECIPE)} is damaged, or of another model: its checksum is not the one that "
                 f"was saved in {_WEIGHTS}. Copy the directory again."
             )
 

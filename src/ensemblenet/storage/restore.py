@@ -25,7 +25,7 @@ from ensemblenet.storage.checkpoint import load, read_model, write_model
 from ensemblenet.storage.descriptions import DESCRIPTION, check_classes, read_description, write_description
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.limits import ACTIVATIONS, build_within, check_inputs, written
-from ensemblenet.storage.runs import CONFIG
+from ensemblenet.storage.runs import CONFIG, MODEL, check_trained
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.storage.trust import read_config
 from ensemblenet.weights import read_header, read_weights, write_weights
@@ -41,7 +41,6 @@ __all__ = [
     "stored_classes",
 ]
 
-_MODEL = "model"
 _WEIGHTS = "model.safetensors"
 
 
@@ -109,13 +108,13 @@ def store(
         description: what [`Describes`][ensemblenet.storage.restore.Describes] gives of its data; empty where unknown.
         folder: the run's.
     """
-    shutil.rmtree(folder / _MODEL, ignore_errors=True)
+    shutil.rmtree(folder / MODEL, ignore_errors=True)
     network.eval()
     description = {"task": task, "input_shape": list(inputs.shape), "input_dtype": inputs.dtype, **description}
     if isinstance(network, EnsembleNet):
-        write_model(network, folder / _MODEL, description)
+        write_model(network, folder / MODEL, description)
         return
-    with atomic_folder(folder / _MODEL) as unfinished:
+    with atomic_folder(folder / MODEL) as unfinished:
         write_description(unfinished, description)
         count = written(network, inputs)
         write_weights(network, unfinished / _WEIGHTS, {ACTIVATIONS: str(count)} if count else {})
@@ -142,8 +141,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *,
         assert network.recipe is not None
         return _restored(network, {"task": network.task} | read_description(folder), None, folder, address)
     config = read_config(folder / CONFIG, trust)
-    if not (folder / _MODEL).is_dir():
-        raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
+    check_trained(folder)
     match config:
         case {"model": {"base": {"class_path": str()} as spec} as model, "data": {"class_path": str()} as data} if all(
             isinstance(part.get("init_args") or {}, dict) for part in (spec, data)
@@ -152,16 +150,16 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *,
         case _:
             raise LoadError(f"{folder / CONFIG} does not say by class_path what model.base and data are.")
     if model.get("conversion") is not None:
-        network = read_model(folder / _MODEL, make, trust)
+        network = read_model(folder / MODEL, make, trust)
     else:
-        header = read_header(folder / _MODEL / _WEIGHTS)
+        header = read_header(folder / MODEL / _WEIGHTS)
         header.check_seal()
         network = make() if trust else build_within(make, header)
         read_weights(network, header.path)
-        inputs = _inputs(read_description(folder / _MODEL))
+        inputs = _inputs(read_description(folder / MODEL))
         if inputs is not None and not trust:
             check_inputs(network, header, inputs)
-    return _restored(network, read_description(folder / _MODEL), config, folder, address)
+    return _restored(network, read_description(folder / MODEL), config, folder, address)
 
 
 def data_module(restored: Restored, changes: Mapping[str, Any] | None = None) -> LightningDataModule:

@@ -19,17 +19,20 @@ from datetime import datetime
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ensemblenet._moved import renamed
-from ensemblenet.cost import Cost
-from ensemblenet.errors import BusyError
+from ensemblenet.errors import BusyError, LoadError, TrainingError
 from ensemblenet.storage import atomic
 from ensemblenet.storage.atomic import atomic_path
 
+if TYPE_CHECKING:
+    from ensemblenet.cost import Cost
+
 __all__ = [
+    "check_resumable",
+    "check_saved",
+    "check_trained",
     "create_run_folder",
     "environment",
     "keep_config",
@@ -54,6 +57,8 @@ __getattr__ = renamed(
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 ENVIRONMENT = "environment.json"
+MODEL = "model"
+RECIPE = "recipe.json"  # of a saved model
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 
 
@@ -72,12 +77,12 @@ def create_run_folder(runs: Path, name: str) -> Path:
 
 
 @contextmanager
-def resumable(folder: Path, command: str, begun: Callable[[], bool], new: bool = True) -> Iterator[None]:
+def resumable(folder: Path, command: str | None, begun: Callable[[], bool], new: bool = True) -> Iterator[None]:
     """What ends a run early says how to go on; where there is nothing to go on from, a new run's folder is removed.
 
     Args:
         folder: the run's.
-        command: that goes on with it, such as "fit".
+        command: that goes on with it, such as "fit"; None where nothing can.
         begun: whether something of the run is worth keeping.
         new: whether this process made the folder.
 
@@ -97,7 +102,7 @@ def resumable(folder: Path, command: str, begun: Callable[[], bool], new: bool =
     except BaseException as error:
         if new and not begun():
             shutil.rmtree(folder, ignore_errors=True)
-        elif not isinstance(error, BusyError):
+        elif command is not None and not isinstance(error, BusyError):
             error.add_note(f"Go on with `ensemblenet {command} --resume {shlex.quote(str(folder))}`.")
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(folder)  # a logger of another library does not say what it could not write
@@ -164,11 +169,58 @@ def unfinished_runs(runs: Path, name: str) -> list[Path]:
     return sorted(begun, key=lambda path: (made[path][1], int(made[path][2] or 1)), reverse=True)
 
 
+def check_trained(folder: Path) -> None:
+    """See that there is a trained model in a folder, of a run or as `save` writes it.
+
+    Raises:
+        LoadError: there is none; what is there instead.
+
+    Example:
+        >>> check_trained(Path("nowhere"))
+        Traceback (most recent call last):
+        ...
+        ensemblenet.errors.LoadError: nowhere holds no saved model: there is no such folder.
+    """
+    if (folder / CONFIG).is_file():
+        if not (folder / MODEL).is_dir():
+            raise LoadError(f"{folder} has no trained model yet; end its run with `ensemblenet fit --resume {folder}`.")
+    else:
+        check_saved(folder)
+
+
+def check_saved(folder: Path) -> None:
+    """See that there is a saved model in a folder.
+
+    Raises:
+        LoadError: there is none; what is there instead.
+    """
+    if not (folder / RECIPE).is_file():
+        why = f"{RECIPE} is missing" if folder.is_dir() else "there is no such folder"
+        raise LoadError(f"{folder} holds no saved model: {why}.")
+
+
+def check_resumable(folder: Path, *other: str) -> None:
+    """See that a run or a study was begun in a folder.
+
+    Args:
+        folder: that `--resume` names.
+        other: what it takes that is no folder.
+
+    Raises:
+        TrainingError: none was.
+    """
+    if not (folder / CONFIG).is_file():
+        asked = " or ".join(["a folder under runs/", *other])
+        raise TrainingError(f"{folder} has no {CONFIG}, so nothing there can go on: give --resume {asked}.")
+
+
 def environment() -> dict[str, Any]:
     """What a result may depend on: versions, machine, command.
 
     It stands on pages that are shared, so it names no people and no hosts, and of an absolute path the last part alone.
     """
+    import torch
+
     packages = ("ensemblenet", "torch", "lightning", "timm", "numpy")
     return {
         "python": platform.python_version(),
@@ -223,6 +275,7 @@ def result_row(
         Plain data; the spread is the standard deviation of a seed, 0 where there is one seed only.
 
     Example:
+        >>> from ensemblenet.cost import Cost
         >>> row = result_row("base", Cost(10, 20.0), [2.0, 4.0], [2.0, 4.0])
         >>> row["error_mean"], round(row["error_std"], 3), row["seeds"]
         (3.0, 1.414, 2)
@@ -234,6 +287,7 @@ def scores_row(method: str, cost: Cost, scores: Mapping[str, Sequence[float]], *
     """One row of `results.json` with any scores: for each name the mean, the spread and the value of each seed.
 
     Example:
+        >>> from ensemblenet.cost import Cost
         >>> row = scores_row("base", Cost(10, 20.0), {"gap": [61.0, 63.0]})
         >>> row["gap_mean"], row["gaps"], row["seeds"]
         (62.0, [61.0, 63.0], 2)

@@ -22,7 +22,7 @@ from ensemblenet._moved import MOVED
 from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.models.sources import TIMM_WORDS, is_known
 from ensemblenet.storage.atomic import read_text
-from ensemblenet.storage.runs import CONFIG
+from ensemblenet.storage.runs import CONFIG, check_resumable
 
 __all__ = ["config_option", "read_config", "resumed"]
 
@@ -105,11 +105,9 @@ def resumed(arguments: Sequence[str], *other: str) -> list[str]:
     complete = [*others, "--resume", found.resume]
     if found.resume in other:
         return complete
-    file = Path(found.resume, CONFIG)
-    if not file.is_file():
-        asked = " or ".join(["a folder under runs/", *other])
-        raise TrainingError(f"{found.resume} has no {CONFIG}, so nothing there can go on: give --resume {asked}.")
-    return [*config_option(file, found.trust), *complete]
+    folder = Path(found.resume)
+    check_resumable(folder, *other)
+    return [*config_option(folder / CONFIG, found.trust), *complete]
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:

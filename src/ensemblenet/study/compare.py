@@ -21,6 +21,7 @@ from ensemblenet.inputs import inputs_and_targets, one_example, to_device
 from ensemblenet.metrics.scores import SCORES, in_row
 from ensemblenet.reports.comparison import PAGE, summary, write_comparison
 from ensemblenet.storage.atomic import atomic_path, write_json
+from ensemblenet.storage.cells import as_cell
 from ensemblenet.storage.runs import RESULTS, environment, keep_environment, result_row
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.study.journal import Journal
@@ -293,7 +294,14 @@ def _spreads(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
     """The rows' plain values, one line a method."""
-    flat = [{key: value for key, value in row.items() if not isinstance(value, (dict, list))} for row in rows]
+    flat = [
+        {
+            key: as_cell(value) if isinstance(value, str) else value
+            for key, value in row.items()
+            if not isinstance(value, (dict, list))
+        }
+        for row in rows
+    ]
     with atomic_path(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
         writer.writeheader()
