@@ -35,10 +35,10 @@ def network() -> Design:
 
 def main() -> None:
     """Draw both."""
-    design, rows = network(), json.loads(STUDY.read_text())["rows"]
+    design, rows, costs = network(), json.loads(STUDY.read_text())["rows"], {"macs": "MACs", "time": "estimated time"}
     for figure in (
         Figure("network", "", lambda: draw_design(design, BLUE)),
-        Figure("error-against-cost", "", lambda: draw_against_cost(rows, "test error, %", lower_is_better=True)),
+        Figure("error-against-cost", "", lambda: draw_against_cost(rows, costs, "test error, %", lower_is_better=True)),
     ):
         for theme in THEMES:
             with atomic_path(ROOT / "docs" / "images" / f"{figure.name}-{theme}.svg") as unfinished:

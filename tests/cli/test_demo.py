@@ -60,8 +60,8 @@ def test_no_trial_tunes(folder: Path) -> None:
 
 def test_the_page_is_self_contained_and_shows_every_figure(folder: Path) -> None:
     page = (folder / PAGE).read_text()
-    assert page.count("<figure>") == 7
-    assert page.count("data:image/png;base64,") == 14  # each for light and dark
+    assert page.count("<figure>") == 8
+    assert page.count("data:image/png;base64,") == 16  # each for light and dark
     assert not re.search(r"(src|href|srcset)=\"(?!data:)|https?://|url\(", page)
     assert "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
@@ -86,7 +86,18 @@ def test_the_command_prints_the_table_and_the_page(
     assert str(folder / PAGE) in printed
     # its first sentence too
     assert re.search(
-        r"2 heads at 0\.\d\d of the base&#39;s parameters, 0\.\d\d of its MACs and ", (folder / PAGE).read_text()
+        r"2 heads at 0\.\d\d of the base&#39;s parameters and 0\.\d\d of its MACs, with ", (folder / PAGE).read_text()
+    )
+
+
+def test_the_headline_tells_what_both_times_are() -> None:
+    shared = {"error_std": 0.1, "seeds": 2, "num_heads": 2}
+    base = shared | {"parameters": 100, "macs": 50.0, "milliseconds": 4.0, "cpu_seconds_mean": 10, "error_mean": 4.0}
+    ours = shared | {"parameters": 90, "macs": 45.0, "milliseconds": 5.0, "cpu_seconds_mean": 12, "error_mean": 3.0}
+    assert module._headline([base, ours]) == (
+        "2 heads at 0.90 of the base's parameters and 0.90 of its MACs, with 1.25 of its time for a prediction and "
+        "1.20 for training, both on this machine's processor: test error 3.00 ± 0.10 % instead of 4.00 ± 0.10 % "
+        "(-25%), 2 seeds each."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,18 +16,19 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 from sklearn.metrics import average_precision_score, confusion_matrix
 
 import ensemblenet
 from ensemblenet.cli.main import main
 from ensemblenet.cli.report import report
 from ensemblenet.errors import LoadError
-from ensemblenet.evaluation.findings import Findings, agreeing, early_stopping, reliability, stopping
+from ensemblenet.evaluation.findings import Findings, agreeing, early_stopping, paired_difference, reliability, stopping
 from ensemblenet.functional import combine_heads, divergence
 from ensemblenet.heads.anytime import confident, heads_agree, predict_anytime
 from ensemblenet.metrics.diversity import same_class
-from ensemblenet.reports.class_names import readable_names
 from ensemblenet.reports.curves import read_curves
+from ensemblenet.reports.names import readable_names
 from ensemblenet.reports.network_figures import choose_looks
 from ensemblenet.reports.networks import write_report
 from ensemblenet.reports.thumbnails import glimpse, thumbnail
@@ -221,7 +223,7 @@ def test_a_page_of_two_runs(runs: tuple[Path, Path], tmp_path: Path, capsys: pyt
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     text = " ".join(page.text)
     assert "http" not in path.read_text()
-    for heading in ("Network and training", "Calibration and classes", "Heads", "Where heads disagree most"):
+    for heading in ("Training, calibration and classes", "Heads", "Where heads disagree most"):
         assert heading in text
     assert page.count["tr"] == 1 + 1 + 1 + 3 + 1  # heading, base, ensemble, heads, first 2
     assert page.count["source"] == page.count["img"] == 7 + 12  # figures, and examples: signals, drawn for each theme
@@ -236,6 +238,61 @@ def test_a_page_of_a_base_alone_on_validation_data(runs: tuple[Path, Path], tmp_
     text = " ".join(Page(path.read_text()).text)
     assert "40 examples of the val split" in text
     assert "Where heads disagree" not in text
+
+
+def test_the_first_sentences_name_the_winner_and_say_whether_it_is_noise(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    right = {}
+    for run in runs:
+        restored = restore(run)
+        data = data_module(restored)
+        data.prepare_data()
+        data.setup("test")
+        with torch.no_grad():
+            batches = [restored.network(x).argmax(1) == y for x, y in data.test_dataloader()]
+        right[run.name.split("-")[0]] = torch.cat(batches).numpy().astype(float)
+    best, worse = sorted(right, key=lambda name: -right[name].sum())
+    apart = right[best] - right[worse]
+    one_side, other_side = int((apart > 0).sum()), int((apart < 0).sum())
+    both = one_side + other_side
+    p = min(1, 2 * sum(math.comb(both, k) for k in range(min(one_side, other_side) + 1)) / 2**both)
+    noise = "is more than noise (p" if p < 0.05 else f"may be noise (p = {p:.3f})"
+    points = f"{100 * apart.mean():.2f} ± {100 * apart.std(ddof=1) / len(apart) ** 0.5:.2f} points behind"
+    report([*map(str, runs), "--output", str(tmp_path / "page.html")])
+    assert (
+        f"{best} is best, with {100 - 100 * right[best].mean():.2f} % error. "
+        f"{worse} has {100 - 100 * right[worse].mean():.2f} %: {points}, which {noise}"
+    ) in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(("won", "lost", "noise"), [(4, 0, True), (6, 0, False), (30, 20, True), (40, 20, False)])
+def test_a_difference_of_pairs(won: int, lost: int, noise: bool) -> None:
+    hits = torch.tensor([True] * won + [False] * lost + [True] * 50 + [False] * 50)
+    other = torch.tensor([False] * won + [True] * lost + [True] * 50 + [False] * 50)
+    found = paired_difference(hits, other)
+    apart = hits.numpy().astype(float) - other.numpy()
+    assert found.mean == pytest.approx(apart.mean())
+    assert found.error == pytest.approx(stats.sem(apart))
+    assert (found.p > 0.05) == noise
+    assert paired_difference(hits, hits) == (0, 0, 1)
+    assert paired_difference(other, hits).p == pytest.approx(found.p)
+
+
+def test_other_examples_are_no_pairs() -> None:
+    assert findings_of(Z, Y).same_examples(findings_of(Z[:1], Y, batches=3))
+    assert not findings_of(Z, Y).same_examples(findings_of(Z, Y.flip(0)))
+    assert not findings_of(Z, TAGS, task="multilabel").same_examples(findings_of(Z, 1 - TAGS, task="multilabel"))
+
+
+def test_a_page_of_one_run_says_what_it_can(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    report([str(runs[1]), "--output", str(tmp_path / "page.html")])
+    text = " ".join(Page((tmp_path / "page.html").read_text()).text)
+    assert re.search(r"several has [\d.]+ % error \(± [\d.]+ by the choice of examples\)\. A page that shows", text)
+    assert re.search(
+        r"It has .* parameters and .* MACs \([\d.]+ of its base's, [\d.]+ of its estimated time\); one", text
+    )
+    assert "noise" not in text
 
 
 def test_stopping_goes_from_one_head_to_all() -> None:
@@ -259,8 +316,8 @@ def test_the_figure_of_stopping_gets_the_scores_of_the_table(
         "ensemblenet.reports.networks.draw_stopping", lambda lines, label: drawn.extend(lines) or Figure()
     )
     report([str(runs[1]), "--output", str(tmp_path / "page.html")])
-    cells = re.findall("<tr[^>]*><td>(.*?)</td>(.*?)</tr>", (tmp_path / "page.html").read_text())
-    top1 = {name: float(re.findall("<td>(.*?)</td>", rest)[4]) for name, rest in cells}  # behind four costs
+    rows = re.findall('<th scope="row">(.*?)</th>(.*?)</tr>', (tmp_path / "page.html").read_text(), re.DOTALL)
+    top1 = {name: float(re.findall('<td data-label="error">(.*?)</td>', rest)[0]) for name, rest in rows}
     _, by_confidence, _, whole = drawn[0]
     assert by_confidence[0][1] == pytest.approx(top1["head 0"], abs=0.005)
     assert whole[1] == pytest.approx(top1[next(iter(top1))], abs=0.005)
@@ -297,7 +354,9 @@ def test_names_and_colours_tell_runs_apart(runs: tuple[Path, Path]) -> None:
 
 def test_a_page_names_runs_without_the_time(runs: tuple[Path, Path], tmp_path: Path) -> None:
     report([str(runs[0]), "--output", str(tmp_path / "page.html")])
-    assert Page((tmp_path / "page.html").read_text()).text.count("plain: test examples") == 2  # title and heading
+    assert (
+        Page((tmp_path / "page.html").read_text()).text.count("plain on MNIST-1D: test examples") == 2
+    )  # title and heading
 
 
 def test_runs_of_other_classes_do_not_go_on_one_page(runs: tuple[Path, Path], tmp_path: Path) -> None:

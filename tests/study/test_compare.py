@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
 import re
@@ -171,7 +172,7 @@ def test_failed_trials_are_kept_and_shown_as_failed(tmp_path: Path, monkeypatch:
     assert [(item["method"], item["phase"]) for item in failed] == [("DML", "tune")] * 2 + [("ONE", "test")]
     assert all("The loss became" in item["reason"] for item in failed)
     page = (tmp_path / PAGE).read_text()
-    assert re.search(r'<tr class="failed"><td>DML</td><td>failed</td>', page)
+    assert re.search(r'<tr class="failed">\s*<th scope="row">DML</th>\s*<td data-label="error, %">failed</td>', page)
     assert "2 (1 failed)" in page
     assert "Failed: ONE, test, seed 1" in page
 
@@ -199,14 +200,22 @@ def test_a_base_that_fails_is_an_error_and_the_others_are_kept(tmp_path: Path, m
 
 def test_the_page_is_self_contained_and_names_the_winner(folder: Path, results: dict[str, Any]) -> None:
     page = (folder / PAGE).read_text()
-    assert page.count("<figure>") == 6
-    assert page.count("data:image/png;base64,") == 12
+    assert page.count("<figure>") == 7
+    assert page.count("data:image/png;base64,") == 14
     assert not re.search(r"(src|href|srcset)=\"(?!data:)|https?://|url\(", page)
     for name in NAMES:
-        assert f"<td>{name}</td>" in page
-    for name in ("errors", "error_against_cost", "heads", "diversity", "calibration", "effort"):
+        assert page.count(f'<th scope="row">{name}</th>') == 2
+    for name in (
+        "errors",
+        "error_against_cost",
+        "error_against_parameters",
+        "heads",
+        "diversity",
+        "calibration",
+        "effort",
+    ):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert summary(results["rows"]).split(".")[0] in page
+    assert summary(results["rows"]).split(".")[0] in html.unescape(page)
 
 
 def test_the_csv_has_a_line_a_method(folder: Path, results: dict[str, Any]) -> None:

@@ -77,11 +77,13 @@ def demo_study(seeds: int = 5, epochs: int = DEMO_EPOCHS) -> Study:
 def _headline(rows: Sequence[Mapping[str, Any]], task: str = "multiclass") -> str:
     """The demo's result in one sentence."""
     base, ours = rows[:2]
-    parameters, macs, seconds = (ours[key] / base[key] for key in ("parameters", "macs", "cpu_seconds_mean"))
+    costs = ("parameters", "macs", "milliseconds", "cpu_seconds_mean")
+    parameters, macs, prediction, training = (ours[key] / base[key] for key in costs)
     change = ours["error_mean"] / base["error_mean"] - 1
     seeds = f"{ours['seeds']} seed{'s' * (ours['seeds'] > 1)} each"
     return (
-        f"{ours['num_heads']} heads at {parameters:.2f} of the base's parameters, {macs:.2f} of its MACs and "
-        f"{seconds:.2f} of its training time: test error {with_spread(ours, 'error')} % instead of "
+        f"{ours['num_heads']} heads at {parameters:.2f} of the base's parameters and {macs:.2f} of its MACs, with "
+        f"{prediction:.2f} of its time for a prediction and {training:.2f} for training, both on this machine's "
+        f"processor: test error {with_spread(ours, 'error')} % instead of "
         f"{with_spread(base, 'error')} % ({change:+.0%}), {seeds}."
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from ensemblenet._moved import renamed
@@ -17,7 +18,19 @@ from ensemblenet.functional import Combine, Task, combine_heads
 from ensemblenet.metrics.diversity import divergence_from_ensemble
 from ensemblenet.metrics.tagging import TOP, average_precision_of_classes
 
-__all__ = ["FEWEST", "Best", "Bins", "Example", "Findings", "agreeing", "early_stopping", "reliability", "stopping"]
+__all__ = [
+    "FEWEST",
+    "Best",
+    "Bins",
+    "Difference",
+    "Example",
+    "Findings",
+    "agreeing",
+    "early_stopping",
+    "paired_difference",
+    "reliability",
+    "stopping",
+]
 
 __getattr__ = renamed(__name__, {"pairs": "ensemblenet.metrics.diversity.same_class"})
 
@@ -108,9 +121,8 @@ class Findings:
         heads, together = self._best(z, target), self._best(firsts, target)
         self._heads.append(heads)
         self._firsts.append(together)
-        if self.task == "multiclass":
-            self._targets.append(target)
-        else:
+        self._targets.append(target if self.task == "multiclass" else (target > 0).sum(1))
+        if self.task == "multilabel":
             self._add_lists(firsts[-1], target)
         if len(z) > 1:
             places = places or range(self.count, self.count + len(target))
@@ -126,6 +138,10 @@ class Findings:
     def firsts(self) -> Best:
         """Of the first 1, 2, ... K heads together; the last is the ensemble."""
         return Best(*(torch.cat(parts, 1) for parts in zip(*self._firsts, strict=True)))
+
+    def same_examples(self, other: Findings) -> bool:
+        """Whether these are of the same examples in the same order, by their labels or how many they have."""
+        return torch.equal(torch.cat(self._targets), torch.cat(other._targets))
 
     def class_scores(self, num_classes: int) -> tuple[Tensor, Tensor]:
         """How good the ensemble is at each class, (C,), and how many examples each has, (C,).
@@ -167,6 +183,40 @@ class Findings:
 
 
 # -- what follows from them
+
+
+class Difference(NamedTuple):
+    """How two predictions of the same examples differ.
+
+    Attributes:
+        mean: the share of right ones of the first, less that of the second.
+        error: its standard error.
+        p: of McNemar's exact test: the chance of a difference as large if, of the examples that only one gets right,
+            each were as likely the one's as the other's.
+    """
+
+    mean: float
+    error: float
+    p: float
+
+
+def paired_difference(hits: Tensor, other: Tensor) -> Difference:
+    """How much more often one prediction is right than another, of the same examples.
+
+    Args:
+        hits: which examples the first gets right, (N,), of at least two.
+        other: the same of the second.
+
+    Example:
+        >>> hits, other = torch.tensor([[True, True, False, True], [True, False, False, False]])
+        >>> difference = paired_difference(hits, other)
+        >>> difference.mean, round(difference.error, 3), difference.p
+        (0.5, 0.289, 0.5)
+    """
+    apart = hits.double() - other.double()
+    won, lost = int((apart > 0).sum()), int((apart < 0).sum())
+    p = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return Difference(float(apart.mean()), float(apart.std()) / len(apart) ** 0.5, p)
 
 
 class Bins(NamedTuple):

@@ -6,15 +6,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
 from ensemblenet.cost import Budget
 from ensemblenet.functional import Task
 from ensemblenet.metrics.scores import SCORES, TASKS, meanings, row_as_shown
-from ensemblenet.reports.comparison_figures import draw_against_cost, draw_heads, draw_measures, draw_weights
+from ensemblenet.reports.comparison_figures import (
+    against_cost_height,
+    draw_against_cost,
+    draw_heads,
+    draw_measures,
+    draw_weights,
+)
 from ensemblenet.reports.figures import Figure, draw_pairs
-from ensemblenet.reports.page import write_page
-from ensemblenet.reports.tables import Column, results_table, time_columns, with_spread
+from ensemblenet.reports.names import data_name, network_name
+from ensemblenet.reports.page import Table, write_page
+from ensemblenet.reports.tables import (
+    COST_NOTE,
+    SURE,
+    Column,
+    p_text,
+    results_table,
+    time_columns,
+    with_spread,
+)
 
 __all__ = ["PAGE", "comparison_table", "ranked", "summary", "tested_on", "write_comparison"]
 
@@ -37,7 +52,7 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
     return [rows[0], *sorted(rows[1:], key=lambda row: row["error_mean"])]
 
 
-def comparison_table(rows: Sequence[Row], title: str | None = None, task: Task = "multiclass") -> Table:
+def comparison_table(rows: Sequence[Row], title: str | None = None, task: Task = "multiclass") -> TerminalTable:
     """The rows for a terminal of 80 characters, ranked."""
     shown = _as_shown(rows, task)
     columns = _columns(shown, task)[:_TERMINAL_COLUMNS]
@@ -51,7 +66,7 @@ def _as_shown(rows: Sequence[Row], task: Task) -> list[Row]:
 
 
 def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
-    """Who wins, and by how much, in two sentences.
+    """Who wins, by how much, and whether that is noise.
 
     Args:
         rows: the rows of a study's `results.json`, the base first.
@@ -62,22 +77,39 @@ def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
         'The base has test error 2.00 %; nothing of at most its cost was compared with it.'
     """
     base, *others = _as_shown([rows[0], *(row for row in rows[1:] if row["kind"] != "larger")], task)
-    start = f"The base has {TASKS[task].title} {with_spread(base, 'error')} %"
+    title, score = TASKS[task].title, with_spread(base, "error")
     if not others:
-        return f"{start}; nothing of at most its cost was compared with it."
+        return f"The base has {title} {score} %; nothing of at most its cost was compared with it."
     best, *rest = others
+    found = f"{best['method']} with {title} {with_spread(best, 'error')} % instead of {score} %"
+    verdict = f"Best at no more than the base's cost is {found} ({_more_or_less(best, base, task)})"
+    if (best["error_mean"] < base["error_mean"]) != _lower(task):
+        verdict = f"Nothing at no more than the base's cost beats it. Closest is {found}"
+    text = f"{verdict}; {_noise(best, base)}."
+    if not rest:
+        return text
     wins = [row for row in others if row["difference"] is not None and row["difference"] < 0]
-    sure = [row for row in wins if row["p"] is not None and row["p"] < 0.05]
-    verdict = "Best" if (best["error_mean"] < base["error_mean"]) == _lower(task) else "No method beats it; closest"
-    relation = f"< {p[1:]}" if (p := _p(best)).startswith("<") else f"= {p}"
-    next_best = f", before {rest[0]['method']} with {with_spread(rest[0], 'error')} %" if rest else ""
+    sure = [row for row in wins if row["p"] is not None and row["p"] < SURE]
+    are = "is" if len(wins) == 1 else "are"
     return (
-        f"{start}. {verdict} at no more than its cost: {best['method']} with {with_spread(best, 'error')} % "
-        f"({_change(best, base, task)}{'' if _lower(task) else ' points'} against the base, p {relation}){next_best}. "
-        f"{len(wins)} of {len(others)} methods at no more than the base's cost have a "
-        f"{'lower mean error' if _lower(task) else f'higher mean {TASKS[task].title}'}, "
-        f"{len(sure)} of them with p < 0.05."
+        f"{text} Next is {rest[0]['method']} with {with_spread(rest[0], 'error')} %. Of {len(others)} methods at that "
+        f"cost {len(wins)} {are} better on average than the base, {len(sure)} by more than noise."
     )
+
+
+def _more_or_less(row: Row, base: Row, task: Task) -> str:
+    change = _change(row, base, task)
+    word = ("less" if _lower(task) else "fewer") if change.startswith("−") else "more"
+    return f"{change[1:]}{'' if _lower(task) else ' points'} {word}"
+
+
+def _noise(row: Row, base: Row) -> str:
+    """Whether a method's difference from the base is noise, in words."""
+    seeds = min(row["seeds"], base["seeds"])
+    if row["p"] is None:
+        return "one seed, so nobody knows whether that is noise" if seeds < 2 else "whether that is noise is not known"
+    says = "that is more than noise" if row["p"] < SURE else "that may be noise"
+    return f"{says} ({seeds} seeds, {p_text(row['p'], 'p ')})"
 
 
 def write_comparison(
@@ -94,28 +126,26 @@ def write_comparison(
     study, rows = results["study"], results["rows"]
     task: Task = study["task"]
     shown = _as_shown(rows, task)
-    effort = "every method, the same effort" if all(row["trials"] for row in rows) else "methods compared"
     finished = {row["method"] for row in rows}
     unfinished = dict.fromkeys(trial["method"] for trial in results["failed"] if trial["method"] not in finished)
     failures = [{"method": name, "kind": "failed"} for name in unfinished]
-    error = f"{TASKS[task].title}, %"
-    lead = Figure(
-        "errors",
-        f"{error[0].upper()}{error[1:]}, mean and standard deviation of a seed. Orange: the base; blue: "
-        "co-distillation; hollow: larger than the base.",
-        lambda: draw_measures(shown, [("error", error)]),
-    )
+    base, data = network_name(study["base"]), _data(study["data"])
+    effort = ", the same effort for each" if all(row["trials"] for row in rows) else ""
+    number = f"{len(rows)} methods compared" if len(rows) > 1 else "one method"
     halved = f", {tested_on(results)}" if results.get("halves") else ""
+    error = f"{TASKS[task].title}, %"
     write_page(
         path,
-        f"{_short(study['base'])} on {_short(study['data'])}: {effort}{halved}",
+        f"{base[0].upper()}{base[1:]} on {data}: {number}{effort}{halved}",
         " ".join(filter(None, [headline or summary(rows, task), _halves(results)])),
-        [*shown, *failures],
-        {"Figures": _figures(shown, error, _lower(task))},
+        _lead(shown, error, _lower(task)),
+        {
+            "Results": [Table([*shown, *failures], _columns(shown, task), COST_NOTE)],
+            "Figures": _figures(shown, error, _lower(task)),
+            "What training takes": [Table(shown, _training_columns(shown))],
+        },
         _notes(results),
         environment,
-        _columns(shown, task),
-        lead,
     )
 
 
@@ -139,6 +169,24 @@ def _halves(results: Mapping[str, Any]) -> str | None:
     )
 
 
+def _lead(rows: Sequence[Row], error: str, lower_is_better: bool) -> list[Figure]:
+    """What is to be seen first: who is how good, and at what cost."""
+    costs = {"macs": "MACs"} | ({"time": "estimated time"} if all(row.get("time") for row in rows) else {})
+    return [
+        Figure(
+            "errors",
+            f"{error[0].upper()}{error[1:]}, mean and standard deviation of a seed. Orange: the base; blue: "
+            "co-distillation; hollow: larger than the base.",
+            lambda: draw_measures(rows, [("error", error)], against_cost_height(rows, len(costs))),
+        ),
+        Figure(
+            "error_against_cost",
+            "The same against what a prediction costs. Dashed: the base's; shaded: better at no more than its cost.",
+            lambda: draw_against_cost(rows, costs, error, lower_is_better),
+        ),
+    ]
+
+
 def _figures(rows: Sequence[Row], error: str, lower_is_better: bool) -> list[Figure]:
     """The figures below the table.
 
@@ -153,10 +201,9 @@ def _figures(rows: Sequence[Row], error: str, lower_is_better: bool) -> list[Fig
     calibration = [(name, SCORES[name].label) for name in ("nll", "ece") if f"{name}_mean" in rows[0]]
     figures = [
         Figure(
-            "error_against_cost",
-            f"{title} against cost, with the base as a line. Methods on the same conversion share their cost; of "
-            "those that cost about the same the best is named.",
-            lambda: draw_against_cost(rows, error, lower_is_better),
+            "error_against_parameters",
+            f"{title} against the number of parameters. Methods on the same conversion have the same.",
+            lambda: draw_against_cost(rows, {"parameters": "parameters"}, error, lower_is_better),
         ),
     ]
     if len(swept := _swept(rows)) > 2:
@@ -236,24 +283,31 @@ def _columns(rows: Sequence[Row], task: Task) -> list[Column]:
         return of(SCORES[name].label, lambda row: "" if alone and row["num_heads"] == 1 else with_spread(row, name))
 
     measured = [name for name in SCORES if name not in ("error", "head_error")]
-    timed = [row["milliseconds"] for row in rows if "milliseconds" in row]
     return [
         Column("method", lambda row: row["method"]),
         of(main, lambda row: with_spread(row, "error")),
         of("vs base", lambda row: "" if row["kind"] == "base" else _change(row, base, task)),
-        of("p", lambda row: "" if row["kind"] == "base" else _p(row)),
+        of("p", lambda row: "" if row["kind"] == "base" else _p(row, base)),
         of("params", lambda row: f"{row['parameters'] / base['parameters']:.2f}"),
         of("MACs", lambda row: f"{row['macs'] / base['macs']:.2f}"),
         *(of(column.heading, column.cell) for column in time_columns(rows)),
         of("one head, %", lambda row: with_spread(row, "head_error") if row["num_heads"] > 1 else ""),
         of("runs", lambda row: str(row["seeds"]) + (f" ({n} failed)" if (n := len(row["failed_seeds"])) else "")),
         *(score(name) for name in measured if any(f"{name}_mean" in row for row in rows)),
-        of("lr", lambda row: f"{row['lr']:.2g}"),
-        of("weight decay", lambda row: f"{row['weight_decay']:.2g}"),
-        of("parameters", lambda row: f"{row['parameters']:,}"),
-        *([of("ms", lambda row: f"{row['milliseconds']:.2f}")] if timed else []),
-        of("CPU s", lambda row: f"{row['cpu_seconds_mean']:.1f}"),
-        of("MB", lambda row: f"{row['memory_bytes'] / 1e6:.1f}"),
+    ]
+
+
+def _training_columns(rows: Sequence[Row]) -> list[Column]:
+    """What a method's training was given, and what it took."""
+    timed = any("milliseconds" in row for row in rows)
+    return [
+        Column("method", lambda row: row["method"]),
+        Column("learning rate", lambda row: f"{row['lr']:.2g}"),
+        Column("weight decay", lambda row: f"{row['weight_decay']:.2g}"),
+        Column("parameters", lambda row: f"{row['parameters']:,}"),
+        *([Column("ms", lambda row: f"{row['milliseconds']:.2f}")] if timed else []),
+        Column("CPU s", lambda row: f"{row['cpu_seconds_mean']:.1f}"),
+        Column("MB", lambda row: f"{row['memory_bytes'] / 1e6:.1f}"),
     ]
 
 
@@ -268,10 +322,10 @@ def _change(row: Row, base: Row, task: Task) -> str:
     return f"{row['error_mean'] - base['error_mean']:+.2f}".replace("-", "−")
 
 
-def _p(row: Row) -> str:
+def _p(row: Row, base: Row) -> str:
     if row["p"] is None:
-        return "?"
-    return "<0.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
+        return "one seed" if min(row["seeds"], base["seeds"]) < 2 else "unknown"
+    return p_text(row["p"])
 
 
 def _notes(results: Mapping[str, Any]) -> list[str]:
@@ -291,7 +345,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
             f"Learning rate ({tuning['lr'][0]:g} to {tuning['lr'][1]:g}) and weight decay "
             f"({tuning['weight_decay'][0]:g} to {tuning['weight_decay'][1]:g}) are each method's best of the same "
             f"{tuning['trials']} pairs, by the {main.heading} on validation examples after one run of "
-            f"{tuning['epochs'] or study['epochs']} epochs each. All else of a method is "
+            f"{tuning.get('epochs') or study['epochs']} epochs each. All else of a method is "
             "as its paper has it."
         )
     if fixed:
@@ -300,7 +354,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     settings = study["data"].get("init_args", {}).items()
     numbers = [f"{name} {value:,}" for name, value in settings if type(value) in (int, float)]
     return [
-        f"Data: {', '.join([_short(study['data']), *numbers])}.",
+        f"Data: {', '.join([_data(study['data']), *numbers])}.",
         *notes,
         f"{main.heading[0].upper()}{main.heading[1:]}: {main.meaning}{_read_once(results)}. p: two-sided paired "
         f"t-test against the base over seeds, not corrected for {len(rows) - 1} comparisons. One head: mean over "
@@ -328,5 +382,5 @@ def _read_once(results: Mapping[str, Any]) -> str:
     return ", on test examples that were read once"
 
 
-def _short(spec: Mapping[str, Any]) -> str:
-    return spec["class_path"].rpartition(".")[2]
+def _data(spec: Mapping[str, Any]) -> str:
+    return data_name(spec["class_path"].rpartition(".")[2], spec.get("init_args", {}).get("folder"))

@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from ensemblenet.cost import Cost
 from ensemblenet.ensemble import EnsembleNet, as_tuple
 from ensemblenet.errors import LoadError
-from ensemblenet.evaluation.findings import FEWEST, Example, Findings, early_stopping, reliability
+from ensemblenet.evaluation.findings import (
+    FEWEST,
+    Example,
+    Findings,
+    early_stopping,
+    paired_difference,
+    reliability,
+)
 from ensemblenet.evaluation.scoring import Scores, Seen, Split, in_words, observe
 from ensemblenet.inputs import call
 from ensemblenet.metrics.diversity import same_class
 from ensemblenet.metrics.scores import SCORES, TASKS, meanings
-from ensemblenet.reports.class_names import readable_names
 from ensemblenet.reports.curves import Curve, read_curves
 from ensemblenet.reports.figures import Figure, draw_pairs
+from ensemblenet.reports.names import data_name, readable_names
 from ensemblenet.reports.network_figures import (
     Design,
     Looks,
@@ -35,8 +42,8 @@ from ensemblenet.reports.network_figures import (
     draw_score_against_macs,
     draw_stopping,
 )
-from ensemblenet.reports.page import Card, Cards, write_page
-from ensemblenet.reports.tables import scores_columns, short_number
+from ensemblenet.reports.page import Card, Cards, Section, Table, write_page
+from ensemblenet.reports.tables import COST_NOTE, SURE, p_text, scores_columns, short_number
 from ensemblenet.reports.thumbnails import glimpse, thumbnail
 from ensemblenet.storage.restore import Restored
 from ensemblenet.storage.runs import environment
@@ -75,7 +82,8 @@ def write_report(
     looks = choose_looks([restored.name for restored in networks], converted)
     runs = [_examine(*run, split, device) for run in zip(looks, networks, data, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, runs, partial(in_words, split, data[0]))
+    of = data_name(type(data[0]).__name__, getattr(data[0], "folder", None))
+    _write(path, runs, of, partial(in_words, split, data[0]))
 
 
 # -- what is found out about a network
@@ -113,7 +121,7 @@ def _examine(looks: Looks, restored: Restored, data: LightningDataModule, split:
 # -- the page
 
 
-def _write(path: Path, runs: Sequence[_Run], said: Callable[[str], str]) -> None:
+def _write(path: Path, runs: Sequence[_Run], data: str, said: Callable[[str], str]) -> None:
     main = TASKS[runs[0].restored.task].main
     score = SCORES[main]
     lead = Figure(
@@ -122,22 +130,22 @@ def _write(path: Path, runs: Sequence[_Run], said: Callable[[str], str]) -> None
         "together; squares: single heads.",
         lambda: draw_score_against_macs([(run.looks, run.rows) for run in runs], main),
     )
-    sections = {
-        "Network and training": [*_designs(runs), *_curves(runs)],
-        "Calibration and classes": [_reliability(runs), _classes(runs)],
+    rows = [row for run in runs for row in _table_rows(run)]
+    first_design, more_designs = (designs := _designs(runs))[:1], designs[1:]
+    sections: dict[str, Section] = {
+        "Results": [Table(rows, scores_columns(rows), COST_NOTE)],
+        "Training, calibration and classes": [*more_designs, *_curves(runs), _reliability(runs), _classes(runs)],
         "Heads": [*_pairs(runs), _stopping(runs)],
         "Where heads disagree most": _examples(runs),
     }
     write_page(
         path,
-        f"{' and '.join(run.looks.name for run in runs)}: {said('examples')}",
-        " ".join(_summary(run) for run in runs),
-        [row for run in runs for row in _table_rows(run)],
+        f"{' and '.join(run.looks.name for run in runs)} on {data}: {said('examples')}",
+        " ".join([_verdict(runs), *(_cost(run, run.looks.name if len(runs) > 1 else "It") for run in runs)]),
+        [lead, *first_design],
         {heading: shown for heading, shown in sections.items() if shown},
         _notes(runs, said),
         environment(),
-        scores_columns(runs[-1].rows),
-        lead,
         figure_files=False,
     )
 
@@ -149,21 +157,51 @@ def _table_rows(run: _Run) -> list[dict[str, Any]]:
     return [whole | {"method": run.looks.name, "kind": kind}, *others]
 
 
-def _summary(run: _Run) -> str:
+def _verdict(runs: Sequence[_Run]) -> str:
+    """Which run is best, by how much, and whether that is noise."""
+    score, by = (SCORES[name] for name in (TASKS[runs[0].restored.task].main, TASKS[runs[0].restored.task].best))
+
+    def value(run: _Run) -> float:
+        return run.rows[0][TASKS[run.restored.task].main]
+
+    best, *others = sorted(runs, key=value, reverse=True)  # a share of what is right
+    hits = best.findings.firsts.hits[-1]
+    shown = f"{score.text(value(best))} % {score.heading}"
+    if not others:
+        error = 100 * float(hits.double().std()) / len(hits) ** 0.5
+        by_chance = f" (± {error:.2f} by the choice of examples)" if score is by else ""
+        return f"{best.looks.name} has {shown}{by_chance}. A page that shows its base's run too says what it gains."
+    sentences = [f"{best.looks.name} is best, with {shown}."]
+    for other in others:
+        text = f"{other.looks.name} has {score.text(value(other))} %"
+        if not best.findings.same_examples(other.findings):
+            sentences.append(f"{text}, but of other examples: compare them with care.")
+            continue
+        found = paired_difference(hits, other.findings.firsts.hits[-1])
+        how = "" if score is by else f"by {by.heading} "
+        side = "behind" if found.mean >= 0 else "ahead"
+        noise = "is more than noise" if found.p < SURE else "may be noise"
+        points = f"{100 * abs(found.mean):.2f} ± {100 * found.error:.2f} points"
+        sentences.append(f"{text}: {how}{points} {side}, which {noise} ({p_text(found.p, 'p ')}).")
+    return " ".join(sentences)
+
+
+def _cost(run: _Run, name: str) -> str:
+    """What a run's network costs, and what its heads gain by being several."""
     main = TASKS[run.restored.task].main
     whole, *others = run.rows
-    score = SCORES[main]
-    text = f"{run.looks.name}: {score.text(whole[main])} % {score.heading}, {short_number(whole['macs'])} MACs"
+    text = f"{name} has {short_number(whole['parameters'])} parameters and {short_number(whole['macs'])} MACs"
     base = getattr(run.network, "base_cost", None)
     if base is not None and base.macs:
-        text += f" ({whole['macs'] / base.macs:.2f} of its base's)"
+        time = f", {whole['time'] / base.time:.2f} of its estimated time" if base.time and whole.get("time") else ""
+        text += f" ({whole['macs'] / base.macs:.2f} of its base's{time})"
     heads = [row[main] for row in others if row["method"].startswith("head")]
     if heads:
-        text += f"; {len(heads)} heads, one alone {score.text(sum(heads) / len(heads))} % on average"
+        text += f"; one of its {len(heads)} heads alone has {SCORES[main].text(sum(heads) / len(heads))} % on average"
     return f"{text}."
 
 
-def _designs(runs: Sequence[_Run]) -> list[Figure | Cards]:
+def _designs(runs: Sequence[_Run]) -> list[Figure]:
     return [
         Figure(
             f"design_{number}",
@@ -195,7 +233,7 @@ def _size(cost: Cost) -> str:
     return f"{short_number(cost.parameters)} params\n{short_number(cost.macs)} MACs"
 
 
-def _curves(runs: Sequence[_Run]) -> list[Figure | Cards]:
+def _curves(runs: Sequence[_Run]) -> list[Figure]:
     main = TASKS[runs[0].restored.task].main
     panels = [
         Panel("training loss", "train/loss"),
@@ -247,7 +285,7 @@ def _classes(runs: Sequence[_Run]) -> Figure:
     return Figure("classes", caption, lambda: draw_classes(names, scores, score.label))
 
 
-def _pairs(runs: Sequence[_Run]) -> list[Figure | Cards]:
+def _pairs(runs: Sequence[_Run]) -> list[Figure]:
     return [
         Figure(
             f"agreement_{number}",
@@ -275,7 +313,7 @@ def _stopping(runs: Sequence[_Run]) -> Figure:
     )
 
 
-def _examples(runs: Sequence[_Run]) -> list[Figure | Cards]:
+def _examples(runs: Sequence[_Run]) -> list[Cards]:
     return [
         Cards(
             f"{run.looks.name}: the examples whose heads are farthest from the ensemble, by mean KL divergence. "
@@ -309,6 +347,11 @@ def _notes(runs: Sequence[_Run], said: Callable[[str], str]) -> list[str]:
         f"All scores are of the {counts} examples of the {said('split')}, in evaluation mode and float32. Shares are "
         f"in percent, NLL is in nats. {meanings(runs[0].rows[0].keys())}",
     ]
-    if len({run.findings.count for run in runs}) > 1:
-        notes.append("The runs were scored on different numbers of examples: compare them with care.")
+    if len(runs) > 1:
+        by = SCORES[TASKS[runs[0].restored.task].best].heading
+        notes.append(
+            f"Differences in {by} are of pairs: both networks on the same example. ± is the standard error, p that of "
+            "McNemar's exact test. They say what other examples would change, not what other seeds would: "
+            "`ensemblenet compare` trains several."
+        )
     return notes

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: a table, figures for light and dark screens, and notes."""
+"""One self-contained HTML page: figures for light and dark screens, tables, and notes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from ensemblenet.reports.figures import DPI, NARROW, THEMES, Figure
-from ensemblenet.reports.tables import COST_NOTE, Column, results_columns
+from ensemblenet.reports.figures import DPI, THEMES, Figure
+from ensemblenet.reports.tables import Column
 from ensemblenet.storage.atomic import atomic_path
 
-__all__ = ["Card", "Cards", "write_page"]
+__all__ = ["Card", "Cards", "Section", "Table", "write_page"]
 
 Row = Mapping[str, Any]
 
@@ -48,16 +48,32 @@ class Cards:
     cards: Sequence[Card]
 
 
+@dataclass(frozen=True)
+class Table:
+    """A table; a narrow screen shows each of its rows as a card, with nothing left out.
+
+    Args:
+        rows: a row's `kind` chooses its colour.
+        columns: the first names the rows.
+        note: a sentence below it.
+    """
+
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+    note: str = ""
+
+
+Section = Sequence[Figure | Cards | Table]
+
+
 def write_page(
     path: Path,
     title: str,
     summary: str,
-    rows: Sequence[Row],
-    sections: Mapping[str, Sequence[Figure | Cards]],
+    lead: Sequence[Figure],
+    sections: Mapping[str, Section],
     notes: Sequence[str],
     environment: Mapping[str, Any],
-    columns: Sequence[Column] = (),
-    lead: Figure | None = None,
     figure_files: bool = True,
 ) -> None:
     """Write one self-contained HTML page, and each figure beside it as a PNG file.
@@ -66,40 +82,37 @@ def write_page(
         path: the page's file.
         title: its heading.
         summary: the result in a sentence or two.
-        rows: the rows of the table; a row's `kind` chooses its colour.
-        sections: figures by heading, drawn for light and dark screens; the files beside the page are the light ones.
+        lead: figures that stand side by side before all else.
+        sections: tables and figures by heading.
         notes: paragraphs on how it was measured.
         environment: versions and machine.
-        columns: the columns of the table; if empty, [`ensemblenet.reports.tables.results_columns`][].
-        lead: a figure to stand before the table.
-        figure_files: False writes the page alone, without the files beside it.
+        figure_files: False writes the page alone, without the files beside it, which are for light screens.
 
     Example:
         >>> import tempfile
+        >>> from operator import itemgetter
         >>> path = Path(tempfile.mkdtemp(), "page.html")
-        >>> rows = [{"method": "a < b"}]
-        >>> write_page(path, "Title", "Summary.", rows, {}, [], {}, [Column("method", lambda row: row["method"])])
-        >>> "<td>a &lt; b</td>" in path.read_text()
-        True
+        >>> columns = [Column(name, itemgetter(name)) for name in ("method", "error")]
+        >>> table = Table([{"method": "a < b", "error": "2.0"}], columns)
+        >>> write_page(path, "Title", "Summary.", [], {"Results": [table]}, [], {})
+        >>> '<th scope="row">a &lt; b</th>' in path.read_text(), '<td data-label="error">2.0</td>' in path.read_text()
+        (True, True)
     """
 
-    def shown(item: Figure | Cards) -> Cards | dict[str, Any]:
-        if isinstance(item, Cards):
+    def shown(item: Figure | Cards | Table) -> Cards | Table | dict[str, Any]:
+        if not isinstance(item, Figure):
             return item
         images = {theme: item.png(theme) for theme in THEMES}
         if figure_files:
             with atomic_path(path.with_name(f"{item.name}.png")) as unfinished:
                 unfinished.write_bytes(images["light"])
         width = int.from_bytes(images["light"][16:20]) * 96 // DPI  # in CSS pixels; a PNG begins with its size
-        return {"caption": item.caption, "images": images, "width": width, "wide": width > 1.1 * NARROW * 96}
+        return {"caption": item.caption, "images": images, "width": width}
 
     page = _template().render(
         title=title,
         summary=summary,
-        lead=None if lead is None else shown(lead),
-        columns=columns or results_columns(rows),
-        rows=rows,
-        macs_note=COST_NOTE,
+        lead=[shown(figure) for figure in lead],
         sections={heading: [shown(item) for item in items] for heading, items in sections.items()},
         notes=notes,
         environment={key: value for key, value in environment.items() if value != []},

@@ -14,7 +14,9 @@ from ensemblenet.metrics.scores import IN_PERCENT, SCORES, row_score
 
 __all__ = [
     "COST_NOTE",
+    "SURE",
     "Column",
+    "p_text",
     "results_columns",
     "results_table",
     "scores_columns",
@@ -28,6 +30,8 @@ COST_NOTE = (
     f"{_MACS_NOTE} Activations (act.) are the elements that operators write for it; time is an estimate for an "
     "accelerator."
 )
+
+SURE = 0.05  # a p below it is more than noise
 
 Row = Mapping[str, Any]
 
@@ -98,7 +102,7 @@ def results_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def scores_columns(rows: Sequence[Row]) -> list[Column]:
-    """For rows of [`ensemblenet.evaluation.scoring.score`][]: cost, and the scores that they have.
+    """For rows of [`ensemblenet.evaluation.scoring.score`][]: cost, and the scores that any of them has.
 
     Example:
         >>> [column.heading for column in scores_columns([{"accuracy": 0.9, "nll": 0.3}])]
@@ -106,14 +110,19 @@ def scores_columns(rows: Sequence[Row]) -> list[Column]:
     """
 
     def text(row: Row, name: str) -> str:
-        return "" if SCORES[name].of_several and row["num_heads"] == 1 else SCORES[name].text(row[name])
+        alone = SCORES[name].of_several and row["num_heads"] == 1
+        return "" if alone or name not in row else SCORES[name].text(row[name])
 
     return [
         Column("", lambda row: row["method"]),
         Column("params", lambda row: short_number(row["parameters"])),
         Column("MACs", lambda row: short_number(row["macs"])),
         *time_columns(rows),
-        *(Column(score.heading, partial(text, name=name)) for name, score in SCORES.items() if name in rows[0]),
+        *(
+            Column(score.heading, partial(text, name=name))
+            for name, score in SCORES.items()
+            if any(name in row for row in rows)
+        ),
     ]
 
 
@@ -158,3 +167,14 @@ def short_number(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.4g}{name}"
     return f"{number:.0f}"
+
+
+def p_text(p: float, name: str = "") -> str:
+    """A test's p in three digits, in a sentence behind its name.
+
+    Example:
+        >>> p_text(0.0466), p_text(1e-7), p_text(0.0466, "p "), p_text(1e-7, "p ")
+        ('0.047', '<0.001', 'p = 0.047', 'p < 0.001')
+    """
+    relation, number = ("<", "0.001") if p < 0.001 else ("=", f"{p:.3f}")
+    return f"{name}{relation} {number}" if name else f"{relation.strip('=')}{number}"
