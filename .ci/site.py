@@ -31,6 +31,8 @@ def lay_out() -> None:
         shutil.copytree(study.parent, SITE / "results" / study.parent.name)
     for source, page in PAGES.items():
         write(page, LINK.sub(lambda link: on_site(link, source, page), text_of(source)))  # noqa: B023
+    home = SITE / "index.md"  # its picture, for light and dark, is HTML
+    home.write_text(re.sub(r'((?:src|srcset)=")docs/', r"\1", home.read_text()))
 
 
 def text_of(source: Path) -> str:
