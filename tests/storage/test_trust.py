@@ -330,6 +330,7 @@ def test_a_text_is_refused_or_names_nothing_that_is_run(evil: Path, run: Path) -
             data_module(restore(run))
     assert accepted == {
         *("name", "runs", "resume", "plan", "base_run", "log_to", "model.task", "model.heads", "model.loss"),
+        "model.teacher",
         *("trainer.precision", "trainer.max_time", "trainer.val_check_interval", "trainer.gradient_clip_algorithm"),
         *("trainer.deterministic", "trainer.default_root_dir", "model.optimization.optimizer"),
     }
