@@ -42,7 +42,7 @@ def test_the_command_runs_and_goes_on_with_other_settings(
     [folder] = runs.iterdir()
     printed = capsys.readouterr().out
     assert folder.name.startswith("tiny-")
-    assert "The base has test error" in printed
+    assert "at no more than the base's cost" in printed
     assert "--resume" in printed
     assert len(lines(folder)) == 2 * (1 + 2)
     assert json.loads((folder / "environment.json").read_text())["cpus"]

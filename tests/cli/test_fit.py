@@ -89,7 +89,7 @@ def test_the_help_has_the_settings_that_matter_and_all_the_rest_on_demand(capsys
             main(["fit", "--help", *more])
         assert exit_.value.code == 0
     short, whole = capsys.readouterr().out.split("usage: ")[1:]
-    assert short.count("\n") < 70
+    assert short.count("\n") < 80  # a screenful or so, of over a thousand lines
     for option in ("--num-heads", "--budget", "--data FOLDER", "--weight", "--help all"):
         assert option in short
     assert "--trainer.limit_test_batches" not in short
