@@ -1,6 +1,6 @@
 """From a trained base: how fast heads that inherit become as good as it, and what they should inherit.
 
-    python benchmarks/finetune_study.py run --data FOLDER --seconds N   # after `plan_study.py run`, whose bases it takes
+    python benchmarks/finetune_study.py run --data FOLDER --seconds N   # after plan_study.py, whose bases it takes
     python benchmarks/finetune_study.py table
 
 The bases are those of plan_study.py whose training overfits: a ResNet of three blocks a stage, a deeper perceptron, a
