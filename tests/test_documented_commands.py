@@ -21,12 +21,19 @@ from ensemblenet.training.settings import FitCLI, complete_arguments
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 # What stands for something of the reader's, where a parser wants more than any text.
-EXAMPLES = {"S": "1", "FORMAT": "onnx", "NAME": "mnist1d/base", "...": "imagenette/ensemblenet"}
+EXAMPLES = {
+    "S": "1",
+    "FORMAT": "onnx",
+    "FILE": "mnist1d/ensemblenet",
+    "NAME": "mnist1d/base",
+    "...": "imagenette/ensemblenet",
+}
 RESUMED = {"fit": "mnist1d/base", "compare": "compare/mnist1d"}  # what the folder of a run holds
 
 
 def commands(text: str) -> list[str]:
     """The commands of a page: lines of its blocks, and what stands between backticks with an argument."""
+    text = text.replace("\\\n", " ")  # a command that goes on in the next line
     blocks = re.findall(r"^```(?:sh|console)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     start = r"(?:[A-Z_]+=\S+ |torchrun \S+ \S+ -m )*ensemblenet (?=[a-z]+(?: |$))"
     lines = [line for block in blocks for line in re.findall(rf"^{start}((?:'[^']*'|[^'\n])+)", block, re.MULTILINE)]

@@ -18,6 +18,7 @@ mean_k l(z_k, y) - l(zbar, y) = mean_k A(z_k) - A(zbar) = mean_k KL(pbar || p_k)
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -42,6 +43,12 @@ Task = Literal["multiclass", "multilabel", "regression"]
 ClassifierTask = Literal["multiclass", "multilabel"]
 Combine = Literal["logits", "probabilities"]
 Reduction = Literal["mean", "sum", "none"]
+
+# by the names that autograd gives the steps of a backward pass
+_SQUASHED = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid", "LogSigmoidBackward0": "logsigmoid"}
+_RESHAPED = re.compile(
+    r"(View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Transpose|Permute|T|Select|Slice|ToCopy|Clone|Alias)Backward\d$"
+)
 
 # Named here because torch.compile does not trace get_args.
 _TASKS, _COMBINES, _REDUCTIONS = get_args(Task), get_args(Combine), get_args(Reduction)
@@ -410,18 +417,39 @@ def _holds_indices(target: Tensor, task: Task) -> bool:
     return task == "multiclass" and not target.is_floating_point()
 
 
-def are_probabilities(outputs: Tensor) -> bool:
-    """Whether outputs (N, C) are those of a softmax, where the losses here take logits.
+def no_logits(outputs: Tensor) -> str | None:
+    """What to say of a network whose outputs are probabilities, where the losses here take logits.
+
+    A softmax or a sigmoid at the end is told by the graph of gradients, in whatever form it was called; a softmax made
+    by hand by its values, (N, C). A log_softmax is welcome where classes exclude each other: it takes one number from
+    all logits of an example. Each A(z_k) falls by head k's number, as its logits do, and A of the heads' mean by the
+    mean of these numbers: the cross-entropies and their divergence stay what they were.
+
+    Args:
+        outputs: of the network, worked out with gradients.
 
     Example:
-        >>> z = torch.tensor([[1.0, 2.0, 0.5]])
-        >>> are_probabilities(z), are_probabilities(z.softmax(1))
-        (False, True)
+        >>> z = torch.tensor([[1.0, 2.0, 0.5]], requires_grad=True)
+        >>> no_logits(z), no_logits(z.log_softmax(1))
+        (None, None)
+        >>> no_logits(z.softmax(1)).partition(",")[0]
+        'The base ends in a softmax'
     """
-    if outputs.ndim != 2 or outputs.shape[1] < 2 or not outputs.is_floating_point():
-        return False
-    sums = outputs.float().sum(1)
-    return bool((outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), atol=1e-2))
+    step = outputs.grad_fn
+    while step is not None and _RESHAPED.match(step.name()):
+        step = step.next_functions[0][0]
+    found = None if step is None else _SQUASHED.get(step.name())
+    if found is None and outputs.ndim == 2 and outputs.shape[1] > 1 and outputs.is_floating_point():
+        sums = outputs.float().sum(1)
+        rounding = max(1e-5, 2 * torch.finfo(outputs.dtype).eps)
+        if (outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=rounding):
+            found = "softmax"
+    if found is None:
+        return None
+    return (
+        f"The base ends in a {found}, and the loss takes logits: leave the {found} out of the base. It belongs behind "
+        "the prediction, where the commands have it."
+    )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

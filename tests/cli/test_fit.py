@@ -128,6 +128,13 @@ class Soft(nn.Module):
         return self.layers(x).softmax(-1)
 
 
+class Tags(Soft):
+    """A base that ends in a sigmoid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).sigmoid()
+
+
 class OneNumber(Soft):
     """A base of regression."""
 
@@ -137,7 +144,12 @@ class OneNumber(Soft):
 
 @pytest.mark.parametrize("heads", [[], ["--num-heads", "2"]])
 @pytest.mark.parametrize(
-    ("base", "message"), [("Soft", "leave the softmax out of the base"), ("OneNumber", "one number an example, (N,)")]
+    ("base", "message"),
+    [
+        ("Soft", "leave the softmax out of the base"),
+        ("Tags", "leave the sigmoid out of the base"),
+        ("OneNumber", "one number an example, (N,)"),
+    ],
 )
 def test_outputs_that_are_no_logits_are_refused_with_what_to_do(
     base: str, message: str, heads: list[str], config: Path, capsys: pytest.CaptureFixture[str]

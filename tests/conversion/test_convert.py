@@ -1,5 +1,6 @@
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,55 @@ def test_fresh_weights_are_the_bases_initialisation_rescaled_by_fan_in() -> None
     narrow = layers[1].in_features
     assert layers[1].weight.std().item() == pytest.approx(0.02 * (512 / narrow) ** 0.5, rel=0.03)
     assert all((layer.bias == 0.25).all() for layer in layers)
+
+
+class Ends(nn.Module):
+    """A base with something behind its last layer."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers = make()
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.layers(x))
+
+
+PROBABILITIES: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    ("softmax", nn.Softmax(1)),
+    ("softmax", lambda z: F.softmax(z, -1)[:, None].squeeze(1)),
+    ("softmax", lambda z: z.exp() / z.exp().sum(1, keepdim=True)),
+    ("sigmoid", nn.Sigmoid()),
+    ("sigmoid", torch.sigmoid_),
+    ("logsigmoid", F.logsigmoid),
+]
+
+
+@pytest.mark.parametrize(("name", "end"), PROBABILITIES)
+def test_a_base_that_gives_probabilities_is_warned_about_once(name: str, end: Callable[[Tensor], Tensor]) -> None:
+    for call in (convert, plans):
+        with pytest.warns(UserWarning, match=f"leave the {name} out of the base") as caught:
+            call(Ends(end), X)
+        assert [warning.filename for warning in caught] == [__file__]  # one, of whoever called
+
+
+@pytest.mark.parametrize("end", [nn.LogSoftmax(1), F.relu, lambda z: z * z.sigmoid(), lambda z: 0 * z + 0.5])
+def test_other_ends_of_a_base_are_not_warned_about(end: Callable[[Tensor], Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(Ends(end), X)
+
+
+def test_a_base_of_regression_may_end_in_a_sigmoid() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(Ends(torch.sigmoid), X, task="regression")
+
+
+def test_log_softmax_changes_no_loss() -> None:
+    z, y = torch.randn(3, 4, 5), torch.randint(5, (4,))
+    criterion = ensemblenet.CoDistillationLoss()
+    torch.testing.assert_close(criterion(z.log_softmax(2), y), criterion(z, y))
 
 
 def test_auxiliary_outputs_are_dropped_with_a_warning() -> None:

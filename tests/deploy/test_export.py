@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,12 @@ import timm
 import torch
 from networks import Graph, Text, TwoAnswers, Volume, graph_batch, text_batch
 from torch import nn
+from torch._inductor.exc import InductorError
 
 import ensemblenet
 from ensemblenet import EnsembleNet, ExportError, convert, export, fuse
 from ensemblenet.cli import main
+from ensemblenet.cli.failures import explain
 from ensemblenet.deploy import formats
 from ensemblenet.models import MLPTagger, MNIST1DNet, MoETagger
 
@@ -251,6 +255,33 @@ def test_an_aot_package_takes_named_inputs(tmp_path):
     package = torch._inductor.aoti_load_package(str(export(model, tmp_path / "m.pt2", "aot").path))
     batch = text_batch(5, 9)
     torch.testing.assert_close(package(**batch), model(**batch).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("format", "compiles", "said"),
+    [
+        ("torch", True, "No space left on device; free some space."),
+        ("aot", True, "No space left on device; free some space."),
+        ("aot", False, "No space left on device in /inductor, where it is compiled; free some space."),
+    ],
+)
+def test_a_full_disk_is_named_with_what_to_do(model, tmp_path, monkeypatch, format, compiles, said):
+    """Inductor wraps what it meets in a folder of its own in an error of the compiler."""
+
+    def write(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def compile_it(*_args, **_kwargs):
+        if not compiles:
+            raise InductorError(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None)
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/inductor")
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_it)
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(OSError, match="No space") as caught:
+        export(model, tmp_path / "m.pt2", format)
+    assert explain(caught.value) == (2, f"{tmp_path / 'm.pt2'}: {said}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_outputs_have_the_names_of_the_conversion(tmp_path):

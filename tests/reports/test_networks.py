@@ -288,7 +288,7 @@ def test_other_examples_are_no_pairs() -> None:
 def test_a_page_of_one_run_says_what_it_can(runs: tuple[Path, Path], tmp_path: Path) -> None:
     report([str(runs[1]), "--output", str(tmp_path / "page.html")])
     text = " ".join(Page((tmp_path / "page.html").read_text()).text)
-    assert re.search(r"several has [\d.]+ % error \(± [\d.]+ by the choice of examples\)\. A page that shows", text)
+    assert re.search(r"several has [\d.]+ % error \(± [\d.]+ by the choice of examples\)\. A page of several", text)
     assert re.search(
         r"It has .* parameters and .* MACs \([\d.]+ of its base's, [\d.]+ of its estimated time\); one", text
     )

@@ -36,10 +36,16 @@ class Small(nn.Module):
         return self.fc(self.body(self.stem(x)).mean((2, 3)))
 
 
-class Dies(Callback):
+class Killed(Callback):
+    rank = 1
+
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_rank == 1 and trainer.global_step == 3:
-            os._exit(1)
+        if trainer.global_rank == self.rank and trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FirstKilled(Killed):
+    rank = 0
 
 
 class Stops(Callback):
@@ -166,17 +172,21 @@ def test_two_processes_train_as_one_does(tmp_path, launch, options):
     assert (14 * rows[1]["test"]["accuracy"]) % 1 == pytest.approx(0, abs=1e-4)  # of 14 images, none twice
 
 
-@pytest.mark.parametrize("callback", ["Dies", "Fails"])
+@pytest.mark.parametrize("callback", ["Killed", "FirstKilled", "Fails"])
 def test_a_process_that_dies_ends_the_run(tmp_path, callback):
     # a run that hangs meets the time limit of `start`
     done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, "--trainer.callbacks", f"own.{callback}"])
     assert done.returncode != 0
-    assert callback == "Dies" or "the first process fails" in done.stderr
-    if callback == "Dies":  # whether its connection or Lightning's launcher notices first
+    assert callback != "Fails" or "the first process fails" in done.stderr
+    [folder] = (tmp_path / "runs").iterdir()
+    if callback == "Killed":  # whether its connection or Lightning's launcher notices first
         line = done.stderr.strip().splitlines()[-1]
         mended = done.returncode == 2 and "ensemblenet fit: Another process of the run has ended" in line
-        assert mended or (done.returncode == -signal.SIGKILL and "terminated with code 1" in line), done.stderr
-    [folder] = (tmp_path / "runs").iterdir()
+        mended = mended and line.endswith(f"Go on with `ensemblenet fit --resume {folder}`.")
+        assert mended or (done.returncode == -signal.SIGKILL and "terminated with code -9" in line), done.stderr
+    if callback == "FirstKilled":  # the other one says it
+        assert done.returncode == -signal.SIGKILL
+        assert "ensemblenet fit: Another process of the run has ended" in done.stderr
     assert not (folder / "results.json").exists()
 
 

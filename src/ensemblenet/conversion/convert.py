@@ -23,9 +23,9 @@ from ensemblenet.conversion.split import Cut, SplitPoint, find_cuts, named_cut
 from ensemblenet.conversion.trace import BY_HAND, Output, Trace, differs, keeping_state, trace
 from ensemblenet.conversion.trained import looks_trained
 from ensemblenet.cost import Budget, Cost, count_parameters
-from ensemblenet.ensemble import EnsembleNet, combining_cost
+from ensemblenet.ensemble import EnsembleNet, as_tuple, combining_cost
 from ensemblenet.errors import BudgetError, ConversionError
-from ensemblenet.functional import Combine, Task
+from ensemblenet.functional import Combine, Task, no_logits
 from ensemblenet.inputs import Inputs, Tree, call, tensors_in
 from ensemblenet.models.finding import find_source
 from ensemblenet.recipe import Conversion, Freeze, HeadShape, Importance, Init, Recipe, Shape
@@ -76,7 +76,8 @@ def convert(
             channels, see `importance`. Frozen parameters (`requires_grad` is False) stay frozen: those that would be
             drawn anew or narrowed are refused.
         combine: how evaluation turns K outputs into one, see [`ensemblenet.functional.combine_heads`][].
-        task: what the outputs mean; only `combine="probabilities"` depends on it.
+        task: what the outputs mean. `combine="probabilities"` depends on it, and unless it is "regression" a warning
+            says where the base ends in a softmax or a sigmoid.
         min_width: the least share of its channels that a head may keep, so that no more of the base is given up than
             you think it can spare; "auto" passes over split points where heads would be narrower. None is 0.1 for
             "auto", and no limit at a split point that you name.
@@ -198,6 +199,8 @@ def convert_as(
         )
     if capacity is not None and not capacity.is_spare:
         traced.notes.append(str(capacity))
+    if task != "regression":
+        traced.notes += _says_no_logits(traced)
     for note in traced.notes:
         warnings.warn(note, stacklevel=4)  # of whoever called `convert`
     return model.train(base.training)
@@ -355,6 +358,8 @@ def plans_as(wanted: Conversion, base: nn.Module, example_inputs: Tree) -> list[
             break
         planner.pass_over(best)
         found[best.split.name] = replace(best, rank=rank)
+    for note in _says_no_logits(traced):
+        warnings.warn(note, stacklevel=5)  # of whoever called `plans`
     return list(found.values())
 
 
@@ -382,6 +387,12 @@ def _with_classes(wanted: Conversion, base: nn.Module, example_inputs: Tree) -> 
     if wanted.num_classes is None:
         return base, set()
     return with_classes(base, example_inputs, wanted.num_classes, wanted.output, wanted.seed or 0)
+
+
+def _says_no_logits(traced: Trace) -> list[str]:
+    with torch.enable_grad(), keeping_state(traced.module, traced.tensors[0]):
+        outputs = as_tuple(fx.GraphModule(traced.module.eval(), traced.graph)(*traced.arguments))
+    return [said for said in map(no_logits, outputs) if said][:1]
 
 
 def _base_cost(base: nn.Module, traced: Trace) -> Cost:

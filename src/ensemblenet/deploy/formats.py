@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +34,7 @@ __all__ = ["Predict", "Wanted", "onnx_runtime", "read_onnx", "write"]
 
 Predict = Callable[[Tree], Any]
 
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -276,7 +280,11 @@ def _write_aot(program: ExportedProgram, path: Path, description: Mapping[str, A
         )
     except OSError:
         raise
-    except Exception as error:  # no compiler, or one that fails
+    except Exception as error:  # no compiler, or one that fails, in Inductor's words
+        reason = next((number for number in _FULL_DISK if os.strerror(number) in str(error)), None)
+        if reason is not None:
+            where = os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())  # PyTorch sets it when it begins
+            raise OSError(reason, f"{os.strerror(reason)} in {where}, where it is compiled", str(path)) from error
         raise ExportError(
             f"AOTInductor cannot compile the model; it needs a C++ compiler such as g++: {first_line(error)}"
         ) from error

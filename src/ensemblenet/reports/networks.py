@@ -170,7 +170,7 @@ def _verdict(runs: Sequence[_Run]) -> str:
     if not others:
         error = 100 * float(hits.double().std()) / len(hits) ** 0.5
         by_chance = f" (± {error:.2f} by the choice of examples)" if score is by else ""
-        return f"{best.looks.name} has {shown}{by_chance}. A page that shows its base's run too says what it gains."
+        return f"{best.looks.name} has {shown}{by_chance}. A page of several runs says which of them is better."
     sentences = [f"{best.looks.name} is best, with {shown}."]
     for other in others:
         text = f"{other.looks.name} has {score.text(value(other))} %"

@@ -18,7 +18,7 @@ from ensemblenet.conversion.convert import convert_as
 from ensemblenet.conversion.trace import pick
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
-from ensemblenet.functional import ClassifierTask, are_probabilities, divergence
+from ensemblenet.functional import ClassifierTask, divergence, no_logits
 from ensemblenet.heads import Choice, HeadsMode, choose, current_mode, fuse, unfuse
 from ensemblenet.inputs import Tree, call, inputs_and_targets, one_example, tensors_in, to_device
 from ensemblenet.losses import CoDistillationLoss
@@ -228,7 +228,7 @@ class Classifier(LightningModule):
 
     def _check_outputs(self, example: Tree) -> None:
         """Refuse a network that does not give logits."""
-        with torch.no_grad():
+        with torch.enable_grad():
             outputs = head_outputs(self.network.eval(), example)
         self.network.train()
         if outputs.ndim < 3:
@@ -236,11 +236,8 @@ class Classifier(LightningModule):
                 "The base gives one number an example, (N,); fit trains classifiers and taggers, which give (N, C). "
                 "Regression needs a loop in Python, with outputs (K, N, 1): docs/guide.md shows one."
             )
-        if are_probabilities(outputs[0]) and self.task == "multiclass":
-            raise TrainingError(
-                "The base ends in a softmax: its outputs sum to 1. The loss takes logits: leave the softmax out of the "
-                "base; predictions have it anyway."
-            )
+        if said := no_logits(outputs[0]):
+            raise TrainingError(said)
 
     def _with_chosen_heads(self, network: EnsembleNet, inputs: Tree) -> EnsembleNet:
         """The network with its heads run as asked, or as is faster on the device that will train it."""
