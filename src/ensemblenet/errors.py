@@ -18,7 +18,16 @@ __all__ = [
 
 
 class EnsembleNetError(Exception):
-    """Base of every error that a user can mend; commands print its message and exit with code 2."""
+    """Base of every error that a user can mend; commands print its message and exit with code 2.
+
+    Example:
+        >>> print(EnsembleNetError("a name with\\na line break"))
+        a name with\\na line break
+    """
+
+    def __str__(self) -> str:
+        """The message in one line: names that a damaged or hostile file gives may hold anything."""
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in super().__str__())
 
 
 class ConversionError(EnsembleNetError, ValueError):

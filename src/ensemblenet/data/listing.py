@@ -55,9 +55,9 @@ def find_in(folder: Path, suffixes: Sequence[str], outside: Iterable[Path] = ())
             continue
         entered.add(identity)
         for entry in _entries(place):
-            if entry.is_dir():
+            if _is_folder(entry):
                 (links if entry.is_symlink() else places).append(place / entry.name)
-            elif PurePath(entry.name).suffix.lower() in suffixes and (entry.is_file() or entry.is_symlink()):
+            elif PurePath(entry.name).suffix.lower() in suffixes and (entry.is_symlink() or entry.is_file()):
                 found.append(place / entry.name)
     return sorted(found)
 
@@ -82,7 +82,7 @@ def class_folders(split: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
     found: dict[str, list[Path]] = {}
     for entry in _entries(split):
         place = split / entry.name
-        if not entry.is_dir():
+        if not _is_folder(entry):
             if place.suffix.lower() in suffixes:
                 found.setdefault("", []).append(place)
         elif _identity(place) not in around:
@@ -96,6 +96,13 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror}.") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _identity(folder: Path) -> tuple[int, int]:

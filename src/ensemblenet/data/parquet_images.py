@@ -271,8 +271,8 @@ def _open(path: Path) -> pq.ParquetFile:
         raise DataError(f"{path} does not exist; the data folder must hold train.parquet and test.parquet.")
     try:
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable Parquet file: {error}") from error
+    except Exception as error:  # of damaged bytes Arrow raises nearly any
+        raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -289,8 +289,8 @@ def _read_table(path: Path) -> pa.Table:
         )
     try:
         table = file.read(["image", "label"])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from error
+    except Exception as error:
+        raise DataError(f"{path} is damaged: {first_line(error)}") from error
     if table.num_rows == 0 or table["label"].null_count:
         raise DataError(f"{path} must hold at least one row, and a label in each.")
     return table

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from ensemblenet.data.listing import is_hidden
 from ensemblenet.errors import DataError, first_line
 
 __all__ = ["TarFile", "files_of_tar"]
+
+_LONGEST_END = 2**20  # bytes of zeros behind the files that are looked at; most programs write up to 10 KiB
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ def files_of_tar(path: Path, suffixes: Sequence[str]) -> list[TarFile]:
 
 def _files(path: Path, file: IO[bytes], suffixes: Sequence[str], folder: str = "", first: int = 0) -> Iterator[TarFile]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        members = tar.getmembers()
+        members = list(_members(path, tar, file))
         by_name = {member.name: member for member in members}
         for member in members:
             name = PurePosixPath(member.name)
@@ -87,6 +91,20 @@ def _files(path: Path, file: IO[bytes], suffixes: Sequence[str], folder: str = "
                 yield from _files(path, inner, suffixes, f"{name.with_suffix('')}/", target.offset_data)
             elif name.suffix.lower() in suffixes:
                 yield TarFile(path, f"{folder}{name}", first + target.offset_data, target.size)
+
+
+def _members(path: Path, tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """What a tar holds; tarfile itself would go back to where a negative size leads, and end at a damaged header."""
+    while (member := tar.next()) is not None:
+        if member.size < 0 or tar.offset <= member.offset:
+            raise DataError(f"{path} is damaged: {member.name} has a negative size.")
+        yield member
+    file.seek(tar.offset)
+    behind = file.read(_LONGEST_END)
+    if behind.strip(b"\0"):
+        raise DataError(f"{path} is damaged: neither a file nor zeros alone follow byte {tar.offset:,}.")
+    if not behind:
+        rank_zero_warn(f"{path} has no end mark: it may have been cut.")
 
 
 def _target(member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
 import unicodedata
 from collections import defaultdict
@@ -29,7 +30,7 @@ _SUFFIXES = "|".join(re.escape(suffix) for suffix in VIDEO_SUFFIXES)
 _LINES = [
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        rf'"?(?P<path>.+(?:{_SUFFIXES}))"?\s*(?P<between>[\s,;])\s*(?P<label>[^\s,;].*)',
+        rf'"?(?P<path>.+(?:{_SUFFIXES}))"?(?:\s*(?=[\t,;]))?(?P<between>[\s,;])\s*(?P<label>[^\s,;].*)',
         r"(?P<path>[^\t]+)(?P<between>\t)\s*(?P<label>.+)",
         r"(?P<path>.+)(?P<between>[,;])(?P<label>.+)",
         r"(?P<path>.+)(?P<between> )(?P<label>.+)",
@@ -206,7 +207,7 @@ def _of_list(place: Path, text: str) -> LabelledVideos:
         path = place.parent / found["path"].strip()
         # names with accents have two spellings, of which a copy from another system may have the other
         spellings = [path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))]
-        if there := [path for path in spellings if path.is_file()]:
+        if there := [path for path in spellings if os.path.isfile(path)]:
             paths.append(there[0])
             labels.append(_class_name(label))
         else:

@@ -185,6 +185,8 @@ class SegmentLevel(FrameLevel):
         if "segment_start_times" not in fields:
             raise record.error("has no segments; they are in the validation shards of 2019 only.")
         starts = _decoded(record, "segment_start_times", integers_of, fields["segment_start_times"])
+        if not starts:
+            raise record.error("has no segments.")
         labels = _labels(record, fields, "segment_labels", self.num_classes, needed=True)
         scores = _decoded(record, "segment_scores", floats_of, fields.get("segment_scores", (0, 0)))
         if not len(starts) == len(labels) == len(scores):
