@@ -277,7 +277,7 @@ def test_what_predict_cannot_load(tmp_path: Path) -> None:
     with pytest.raises(
         ensemblenet.LoadError, match=r"no trained model yet; end its run with .ensemblenet fit --resume"
     ):
-        predict([str(folder), "--data", "x", "--output", str(tmp_path / "x.csv")])
+        predict([str(folder), "--data", str(tmp_path), "--output", str(tmp_path / "x.csv")])
 
 
 def first_loss(folder):

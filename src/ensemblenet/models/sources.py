@@ -99,6 +99,8 @@ def _take_weights(network: nn.Module, path: Path, name: str, num_classes: int | 
     try:
         state = read_state(path, network)
     except LoadError as error:
+        if path.suffix == ".safetensors":  # which holds nothing but tensors: it is damaged
+            raise
         raise ModelNameError(
             f"{path} is not a state dict of tensors alone: {error} Save the state_dict() of its network as safetensors."
         ) from error
