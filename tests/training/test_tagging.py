@@ -271,7 +271,7 @@ def test_a_network_of_another_number_of_classes_is_refused(tmp_path: Path, capfd
 
 def test_what_predict_cannot_load(tmp_path: Path) -> None:
     with pytest.raises(ensemblenet.LoadError, match="nowhere"):
-        predict([str(tmp_path / "nowhere"), "--data", "x", "--output", str(tmp_path / "x.csv")])
+        predict([str(tmp_path / "nowhere"), "--data", str(tmp_path), "--output", str(tmp_path / "x.csv")])
     folder = fit([*make(tmp_path), "--trainer.max_epochs", "1", "--model.conversion", "null"])
     shutil.rmtree(folder / "model")
     with pytest.raises(
