@@ -253,9 +253,9 @@ def _output_names(given: NetworkInputs, several: int) -> list[str]:
 def _write_executorch(program: ExportedProgram, path: Path, description: Mapping[str, Any]) -> Predict:
     """A file for devices, by XNNPACK where that can; the description is a method of it that gives JSON."""
     try:
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
-        from executorch.runtime import Runtime
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner  # pyright: ignore[reportMissingImports]  # an extra
+        from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]  # an extra
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise ExportError(f"ExecuTorch needs more packages: pip install 'ensemblenet[executorch]' ({error})") from error
     try:
