@@ -9,6 +9,7 @@ import pytest
 
 from ensemblenet.cli import main
 from ensemblenet.cli.options import config_file, configs, with_config
+from ensemblenet.cli.settings import check_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,3 +60,9 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     tried = "tried() { COMPREPLY=(); _shtab_ensemblenet; echo ${COMPREPLY[*]}; }"
     done = subprocess.run(["bash", "-c", f"source {script}\n{tried}\n{asked}"], capture_output=True, text=True)
     assert done.stdout == "compare completion\n--num-heads\n--tuning.trials\n", done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(configs()))
+def test_what_is_shipped_passes_the_early_checks(name: str, tmp_path: Path) -> None:
+    command = "compare" if name.startswith("compare/") else "fit"
+    check_settings(command, [name, "--runs", str(tmp_path / "runs")] if command == "fit" else ["--config", name])

@@ -151,7 +151,7 @@ def _check_values(given: Mapping[str, Any], place: str) -> None:
     """Refuse numbers that are none, and conversions that cannot be: their settings stand at `place`."""
     for keys, kind, what in ((_COUNTS, int, "an integer"), (_NUMBERS, float, "a number")):
         for key in keys:
-            if (value := given.get(key)) is not None:
+            if (value := given.get(key)) not in (None, "auto"):  # where a number may not be so, the parser says it
                 try:
                     kind(value)
                 except (TypeError, ValueError) as error:
