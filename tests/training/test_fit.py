@@ -234,8 +234,11 @@ def test_what_a_run_says(config, capfd):
         (["--data", "nowhere"], "Option 'folder' is not accepted"),
         (["--data=nowhere"], "data: ensemblenet.data.MNIST1D cannot be made: Option 'folder' is not accepted"),
         (["--resume"], "--resume: expected one argument"),
-        (["--model.conversion.num_hedas", "3"], "Option 'num_hedas' is not accepted"),
-        (["--model.conversion.num_heads", "x"], "Expected one of int, 'auto'. Got value: x"),
+        (
+            ["--model.conversion.num_hedas", "3"],
+            "no setting model.conversion.num_hedas. Did you mean model.conversion.num_heads?",
+        ),
+        (["--model.conversion.num_heads", "x"], 'num_heads must be an integer of at least 1, or "auto", got'),
         (["--trainer.devices", "0"], "devices='0'"),
     ],
 )
@@ -248,7 +251,7 @@ def test_a_wrong_option_is_one_short_line(config, capsys, more, message):
 
 def test_fit_without_a_file(capsys):
     assert main(["fit"]) == 2
-    assert "required: model.base" in capsys.readouterr().err
+    assert "A configuration is needed: a YAML file, or a name in" in capsys.readouterr().err
 
 
 def test_the_environment_names_no_folders(monkeypatch):

@@ -186,7 +186,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         (["--optimizer", "Lamb", "--optimizer.eps", "1"], "lamb --model.optimization.options '{\"eps\": 1}'."),
         (["--optimizer", "LBFGS"], "There is no optimizer 'lbfgs'"),
         (["--optimizer.x", "["], "`optimizer` is no setting of fit"),
-        (["--optim", "Adam"], "use --model.optimization.optimizer adam."),
+        (["--optim", "Adam"], "There is no setting optim. Did you mean optimizer?"),
         (["--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "3"], "use --model.optimization.lr LR --model."),
         (["--lr_scheduler=OneCycleLR", "--lr_scheduler.pct_start=0.3"], "use --model.optimization.warmup 0.3."),
     ],

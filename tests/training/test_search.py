@@ -305,7 +305,7 @@ def test_a_run_that_is_taken_over_leaves_nothing_of_what_was_there(tmp_path: Pat
         ([], ["--plan", "given", "--model.conversion", "null"], "--base_run is for a conversion, and"),
         (["--model.conversion", "{num_heads: 2}"], [], "was made with model.conversion.num_heads 2, not null"),
         (["unfinished"], [], "is not finished: end it with `ensemblenet fit --resume "),
-        (["removed"], [], "has no config.yaml: give the folder of a finished run of the base"),
+        (["removed"], [], "No such file or directory"),
     ],
 )
 def test_another_run_than_the_bases_is_refused(
