@@ -13,7 +13,6 @@ that of 30 % for 100 %. All else is measured on test examples. Finished runs are
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -25,15 +24,16 @@ from typing import Any
 
 import plan_study
 import torch
-from capacity import RESULTS, measure, read
+from capacity import RESULTS, measure
 from inherit_start import choosing
 from plan_study import BASE, BUDGET, SETTINGS, in_layout, prepared, trained_base
-from torch import Tensor, nn
+from torch import nn
 
 from ensemblenet import Budget, EnsembleNet, convert
 from ensemblenet.errors import BudgetError, EnsembleNetError
 from ensemblenet.recipe import Importance, Shape
-from ensemblenet.study.task import TrainingTask, codistilled
+from ensemblenet.study.methods.teacher import Taught
+from ensemblenet.study.task import Setup, codistilled
 from ensemblenet.study.trials import train
 from ensemblenet.training.optimization import Optimization
 
@@ -88,20 +88,11 @@ class Run:
     teacher: float = 0.0  # the weight of the base as teacher
 
 
-class Results:
+class Results(plan_study.Results):
     """The finished runs, and the file that keeps them."""
 
     def __init__(self) -> None:
-        self.rows = list(read(FILE))
-
-    def add(self, run: Run, outcome: dict[str, Any]) -> None:
-        self.rows.append({"run": asdict(run), **outcome})
-        with FILE.open("a") as file:
-            file.write(json.dumps(self.rows[-1], ensure_ascii=False) + "\n")
-
-    def of(self, **wanted: Any) -> list[dict[str, Any]]:
-        """Rows whose runs have these values."""
-        return [row for row in self.rows if wanted.items() <= row["run"].items()]
+        super().__init__(FILE)
 
     def best_rate(self, **wanted: Any) -> float:
         """The share of the learning rate with the lowest validation error, of runs with seed 0."""
@@ -122,28 +113,6 @@ def runs(names: list[str], results: Results) -> Iterator[Run]:
                         yield from (replace(run, rate=rate) for rate in tried)
 
 
-class Taught(TrainingTask):
-    """A network that learns from its trained base, too."""
-
-    def __init__(self, task: TrainingTask, base: nn.Module, weight: float, kind: str) -> None:
-        super().__init__(task.network, task.objective)
-        self.kind, self.weight = kind, weight
-        self.base = [base.eval().requires_grad_(False)]  # a list: it is no part of what is trained
-
-    def loss(self, x: Any, target: Tensor, progress: float) -> Tensor:
-        """The loss without the base, and the mean over heads of the cross-entropy against the base's output."""
-        outputs, _ = self(x)
-        with torch.no_grad():
-            taught = self.base[0](x).float()
-        if self.kind == "multilabel":
-            of_base = nn.functional.binary_cross_entropy_with_logits(
-                outputs.float(), taught.sigmoid().expand_as(outputs), reduction="none"
-            ).sum(-1)
-        else:
-            of_base = -(taught.softmax(-1) * outputs.float().log_softmax(-1)).sum(-1)
-        return self.objective(outputs, target, progress) + self.weight * of_base.mean()
-
-
 def finish(run: Run, results: Results, folder: Path, kept: Path) -> dict[str, Any]:
     """Convert, measure, train on and measure again."""
     setting, data = SETTINGS[run.setting], prepared(run.setting, folder)
@@ -157,11 +126,11 @@ def finish(run: Run, results: Results, folder: Path, kept: Path) -> dict[str, An
     if run.start != BASE:
         network = converted(base, batches, run)
         found = plan_study.described(network)
-    task = in_layout(codistilled(network, WEIGHT, setting.task), batches[0][0])
+    task = codistilled(network, WEIGHT, setting.task)
     if run.teacher:
-        taught = trained_base(of_base, data, kept).network
-        task = Taught(task, in_layout(codistilled(taught, 1.0, setting.task), batches[0][0]).network, run.teacher,
-                      setting.task)  # fmt: skip
+        setup = Setup(weight=WEIGHT, task=setting.task, teacher_weight=run.teacher)
+        task = Taught(network, trained_base(of_base, data, kept).network, setup)
+    task = in_layout(task, batches[0][0])
     found["before"] = measure(task, data.test_dataloader(), setting.task)
     epochs = max(1, round(run.length * setting.epochs))
     optimization = Optimization("adamw", lr=run.rate * lr, weight_decay=decay)

@@ -192,12 +192,14 @@ class Run:
 class Results:
     """The finished runs, and the file that keeps them."""
 
-    def __init__(self) -> None:
-        self.rows = list(read(FILE))
+    def __init__(self, path: Path = FILE) -> None:
+        self.path = path
+        self.rows = list(read(path))
 
-    def add(self, run: Run, outcome: dict[str, Any]) -> None:
+    def add(self, run: Any, outcome: dict[str, Any]) -> None:
+        """Keep what a run, a dataclass, has found."""
         self.rows.append({"run": asdict(run), **outcome})
-        with FILE.open("a") as file:
+        with self.path.open("a") as file:
             file.write(json.dumps(self.rows[-1], ensure_ascii=False) + "\n")
 
     def of(self, **wanted: Any) -> list[dict[str, Any]]:

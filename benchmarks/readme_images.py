@@ -10,10 +10,11 @@ import timm
 import torch
 
 from ensemblenet import convert
+from ensemblenet.inputs import Inputs
 from ensemblenet.reports.comparison_figures import draw_against_cost
 from ensemblenet.reports.figures import BLUE, THEMES, Figure
 from ensemblenet.reports.network_figures import Design, draw_design
-from ensemblenet.reports.tables import short_number
+from ensemblenet.reports.networks import design_of
 from ensemblenet.storage.atomic import atomic_path
 
 ROOT = Path(__file__).parents[1]
@@ -24,13 +25,7 @@ def network() -> Design:
     """ResNet-50 as `convert` plans it."""
     x = torch.randn(2, 3, 224, 224)
     model = convert(timm.create_model("resnet50"), x, num_heads=2, budget=0.95)
-    assert model.recipe is not None
-    assert model.base_cost is not None
-    costs = [cost for cost in (model.trunk_cost, model.head_cost) if cost is not None]
-    trunk, head = (f"{short_number(cost.parameters)} params\n{short_number(cost.macs)} MACs" for cost in costs)
-    with torch.inference_mode():
-        features = tuple(model.trunk(x).shape[1:])
-    return Design({"image": (3, 224, 224)}, features, (1000,), model.recipe.split_at, 2, trunk, head, "mean of\nlogits")
+    return design_of(model.eval(), Inputs.of(x), num_classes=1000)
 
 
 def main() -> None:

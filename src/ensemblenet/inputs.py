@@ -6,7 +6,7 @@ Shapes: N examples, * any further dimensions.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "InputSpec",
     "Inputs",
     "call",
+    "first_batches",
     "inputs_and_targets",
     "map_tensors",
     "num_examples",
@@ -269,6 +270,23 @@ def num_examples(inputs: Tree) -> int:
         4
     """
     return next(len(tensor) for tensor in tensors_in(inputs) if tensor.ndim)
+
+
+def first_batches(loader: Iterable[Any], examples: int) -> Iterator[Any]:
+    """Batches of a loader until they hold so many examples; one that is None, as all of it was damaged, is left out.
+
+    Example:
+        >>> loader = [None, *((torch.zeros(4, 8), torch.zeros(4)) for _ in range(5))]
+        >>> len(list(first_batches(loader, examples=10)))
+        3
+    """
+    count = 0
+    for batch in loader:
+        if batch is not None:
+            yield batch
+            count += num_examples(inputs_and_targets(batch)[0])
+        if count >= examples:
+            return
 
 
 def one_example(inputs: Tree) -> Tree:

@@ -84,7 +84,7 @@ def test_a_trial_reads_the_base_that_was_kept(
         file.write_bytes(file.read_bytes()[: -len(damage) or None] + damage)
         again = run_trial(taught, tmp_path)
         assert {**again, "seconds": 0, "cpu_seconds": 0} == {**first, "seconds": 0, "cpu_seconds": 0}
-    assert trained == ["_Taught", "TrainingTask", "_Taught"]  # a damaged base is trained again
+    assert trained == ["Taught", "TrainingTask", "Taught"]  # a damaged base is trained again
 
 
 def test_a_base_that_fails_teaches_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def _convert() -> CommandParser:
     inherit.add_argument(
         "--importance",
         metavar="WAY",
-        help="which channels and blocks heads inherit: magnitude, scale, taylor or random (default: taylor with "
+        help="which channels and blocks heads inherit: magnitude, scale, taylor, loss or random (default: taylor with "
         "--calibrate, else magnitude)",
     )
     inherit.add_argument("--freeze", metavar="trunk", help="train the heads alone, behind a trunk that stays")

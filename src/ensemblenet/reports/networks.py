@@ -24,7 +24,7 @@ from ensemblenet.evaluation.findings import (
     reliability,
 )
 from ensemblenet.evaluation.scoring import Scores, Seen, Split, in_words, observe
-from ensemblenet.inputs import call
+from ensemblenet.inputs import Inputs, call
 from ensemblenet.metrics.diversity import same_class
 from ensemblenet.metrics.scores import SCORES, TASKS, meanings
 from ensemblenet.reports.curves import Curve, read_curves
@@ -48,7 +48,7 @@ from ensemblenet.reports.thumbnails import glimpse, thumbnail
 from ensemblenet.storage.restore import Restored
 from ensemblenet.storage.runs import environment
 
-__all__ = ["write_report"]
+__all__ = ["design_of", "write_report"]
 
 _MOST_CLASSES = 24
 
@@ -206,21 +206,32 @@ def _designs(runs: Sequence[_Run]) -> list[Figure]:
         Figure(
             f"design_{number}",
             f"{run.looks.name}: what is shared and what is not; parameters and MACs of the trunk and of one head.",
-            partial(draw_design, _design(run.network, run.restored), run.looks.colour),
+            partial(
+                draw_design,
+                design_of(run.network, run.restored.inputs, run.restored.num_classes()),
+                run.looks.colour,
+            ),
         )
         for number, run in enumerate(runs)
         if isinstance(run.network, EnsembleNet)
     ]
 
 
-def _design(network: EnsembleNet, restored: Restored) -> Design:
+def design_of(network: EnsembleNet, inputs: Inputs, num_classes: int) -> Design:
+    """What the picture of a model shows.
+
+    Args:
+        network: in evaluation mode.
+        inputs: what it takes.
+        num_classes: C.
+    """
     with torch.inference_mode():
-        features, *_ = as_tuple(call(network.trunk, restored.inputs.zeros()))
-    trunk, head, inputs = network.trunk_cost, network.head_cost, restored.inputs
+        features, *_ = as_tuple(call(network.trunk, inputs.zeros()))
+    trunk, head = network.trunk_cost, network.head_cost
     return Design(
         {name: spec.shape for name, spec in zip(inputs.names(network), inputs.tensors, strict=True)},
         tuple(features.shape[1:]),
-        (restored.num_classes(),),
+        (num_classes,),
         network.recipe.split_at if network.recipe else "",
         network.num_heads,
         None if trunk is None or (trunk.parameters, trunk.macs) == (0, 0) else _size(trunk),

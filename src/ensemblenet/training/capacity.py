@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ensemblenet.conversion.capacity import Capacity, spare_capacity
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ConversionError
-from ensemblenet.inputs import inputs_and_targets, num_examples
+from ensemblenet.inputs import first_batches
 from ensemblenet.storage.restore import Restored, data_module
 
 __all__ = ["CAPACITY", "capacity_of"]
@@ -33,15 +32,7 @@ def capacity_of(restored: Restored) -> Capacity:
     data: Any = data_module(restored)
     data.prepare_data()
     data.setup("fit")
-    train, validation = (_some(loader) for loader in (data.train_dataloader(), data.val_dataloader()))
+    train, validation = (
+        first_batches(loader, _EXAMPLES) for loader in (data.train_dataloader(), data.val_dataloader())
+    )
     return spare_capacity(restored.network, train, validation, restored.task)
-
-
-def _some(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches until there are examples enough for a mean loss."""
-    left = _EXAMPLES
-    for batch in batches:
-        if left <= 0:
-            return
-        yield batch
-        left -= num_examples(inputs_and_targets(batch)[0])

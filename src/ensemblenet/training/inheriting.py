@@ -5,7 +5,7 @@ Shapes: K heads, N examples, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.inputs import inputs_and_targets, num_examples
+from ensemblenet.inputs import first_batches, inputs_and_targets, num_examples
 
 __all__ = ["calibration_batches", "scores_in_words"]
 
@@ -22,7 +22,7 @@ _MOST_BATCHES, _ENOUGH = 8, 1000  # examples
 
 def calibration_batches(loader: Iterable[Any]) -> list[Any]:
     """A few batches of a loader: enough for statistics, and few enough for memory."""
-    return list(islice(_some(loader), _MOST_BATCHES))
+    return list(islice(first_batches(loader, _ENOUGH), _MOST_BATCHES))
 
 
 def scores_in_words(
@@ -46,7 +46,7 @@ def scores_in_words(
     """
     metrics: dict[str, Any] = {}
     count = 0
-    for batch in _some(() if loader is None else loader):
+    for batch in first_batches(() if loader is None else loader, _ENOUGH):
         x, y = inputs_and_targets(batch)
         count += num_examples(x)
         for name, network in networks.items():
@@ -61,14 +61,3 @@ def scores_in_words(
                 metrics[part].update(own, y.to(own.device))
     values = [f"{part} {100 * float(metric.compute()[score]):.2f}" for part, metric in metrics.items()]
     return f"Before training, {score} in % on {count:,} validation examples: {', '.join(values)}." if values else None
-
-
-def _some(loader: Iterable[Any]) -> Iterator[Any]:
-    """Batches until there are examples enough."""
-    count = 0
-    for batch in loader:
-        if batch is not None:  # all of it was damaged
-            yield batch
-            count += num_examples(inputs_and_targets(batch)[0])
-        if count >= _ENOUGH:
-            return

@@ -171,7 +171,7 @@ class Classifier(LightningModule):
         self.num_classes = num_classes
         self.mix = None if self.mixing is None else self.mixing.mixer(num_classes)
         if self.teacher is not None:
-            self.teacher.network = self.teacher.network.eval().to(memory_format=self._memory_format)
+            self.teacher.network = self.teacher.network.to(memory_format=self._memory_format)
             mixes = self.mix is not None
             self.teacher.prepare(self.example_inputs, self.network, num_classes, mixes, self._laid_out, self.trainer)
         for split in ("val", "test"):
@@ -203,7 +203,7 @@ class Classifier(LightningModule):
                 lambda heads: _METRICS[self.task](classes, heads, combine=self.criterion.combine),
                 TASKS[self.task].main,
             )
-        base.to(here).train()
+        base.to(here)  # in evaluation mode, as it may be the teacher from now on
         return model
 
     def _find_teacher(self) -> Teacher:
