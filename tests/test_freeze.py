@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import ensemblenet
 from ensemblenet import EnsembleNet
 from ensemblenet.errors import ConversionError
 from ensemblenet.models import CifarResNet
+from ensemblenet.training.module import plan_in_words
 
 IMAGES = torch.randn(4, 3, 8, 8)
 
@@ -92,6 +94,12 @@ def test_a_step_saves_the_trunks_share_of_the_backward_pass() -> None:
     assert model.cost is not None
     # the first layer of what is trained needs no gradient of its input, on either side
     assert 1 - macs[0] / macs[1] == pytest.approx(model.trunk_cost.macs / model.cost.macs, abs=0.05)
+    said = plan_in_words(model.freeze_trunk())
+    told = re.search(r"saves about (\d+)% of the backward pass's MACs", said)
+    assert told is not None
+    assert int(told[1]) == pytest.approx(100 * (1 - macs[0] / macs[1]), abs=5.5)
+    trained = sum(own.numel() for own in model.heads.parameters())
+    assert f"{trained:,} of {sum(own.numel() for own in model.parameters()):,} parameters are trained" in said
 
 
 def test_what_cannot_be_frozen_is_refused_in_one_line() -> None:
