@@ -11,8 +11,8 @@ from rich.console import Console
 
 from ensemblenet.cli.compare import progress
 from ensemblenet.cli.parsers import DEMO_EPOCHS, read
-from ensemblenet.reports.comparison import PAGE
-from ensemblenet.reports.tables import results_table, with_spread
+from ensemblenet.reports.comparison import PAGE, comparison_table
+from ensemblenet.reports.tables import with_spread
 from ensemblenet.storage.runs import create_run_folder, resumable
 from ensemblenet.study.compare import JOURNAL, run_study
 from ensemblenet.study.settings import Study, Variant
@@ -35,7 +35,7 @@ def demo(arguments: Sequence[str]) -> Path:
         study = demo_study(options.seeds, options.epochs)
         rows = run_study(folder, study, options.workers, headline=_headline, watch=watch)
     console = Console()
-    console.print(results_table(rows, title="MNIST-1D: a base and its conversions"))
+    console.print(comparison_table(rows, "MNIST-1D: a base and its conversions"))
     console.print(_headline(rows), highlight=False, soft_wrap=True)
     console.print(f"Page, figures and results.json: {folder / PAGE}", highlight=False, soft_wrap=True)
     return folder
