@@ -157,9 +157,7 @@ async def ask(address: str, x: list[Tensor]) -> list[Any]:
     return [response.raise_for_status().json() for response in responses]
 
 
-def test_a_server_answers_by_all_heads_when_idle_and_by_one_when_busy(
-    address: str, served: Path
-) -> None:
+def test_a_server_answers_by_all_heads_when_idle_and_by_one_when_busy(address: str, served: Path) -> None:
     x = 3 * torch.randn(40, 40)
     by_file = {}
     for name, heads in (("all", 3), ("one", 1)):
