@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock
@@ -235,8 +235,8 @@ class RemoteFile:
         """The last part of its address."""
         return PurePosixPath(self.url).name
 
-    def open(self, mode: str = "rb") -> BinaryIO:
-        """Open it for reading; it is fetched first, if it is not here (any more).
+    def open(self, mode: Literal["rb"] = "rb", buffering: int = -1) -> BinaryIO:
+        """Open it for reading, as `Path.open` does; it is fetched first, if it is not here (any more).
 
         Raises:
             FetchError: the server does not give it.
@@ -244,7 +244,7 @@ class RemoteFile:
         while True:
             place = self.fetch()
             with suppress(FileNotFoundError):  # another process made room
-                file = place.open("rb")
+                file = place.open(mode, buffering)
                 os.utime(place)  # read just now
                 return file
 
