@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from ensemblenet.errors import DataError, first_line
+from ensemblenet.errors import DataError, FetchError, first_line
 
 __all__ = ["IMAGE_SUFFIXES", "decode_image"]
 
@@ -75,6 +75,8 @@ def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str,
             if pixels.mode in ("P", "PA"):
                 pixels = pixels.convert("RGBA")
             return pixels if pixels.mode == mode else pixels.convert(mode)  # which would copy it
+    except FetchError:
+        raise
     except Exception as error:  # no list of them is complete: decoders of damaged files raise nearly any
         raise DataError(f"{what} cannot be decoded: {first_line(error)}") from error
 
