@@ -4,6 +4,7 @@ import copy
 import importlib
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -402,3 +403,16 @@ def test_small_bases_without_blocks_are_split_early() -> None:
     base = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(96, 128), nn.Tanh(), nn.Linear(128, 3))
     [chosen] = [plan for plan in ensemblenet.plans(base, ROWS) if plan.rank == 0]
     assert chosen.split.macs_share < 0.1
+
+
+@pytest.mark.parametrize("num_heads", [2, 3, 4])
+@pytest.mark.parametrize(("sizes", "multiple"), [((64, 768, 512, 1280, 640), 32), ((64, 768, 768, 768), 16)])
+def test_wide_layers_have_channels_that_fill_tiles(sizes: tuple[int, ...], multiple: int, num_heads: int) -> None:
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.Tanh())]
+    base = nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
+    model = ensemblenet.convert(base, torch.randn(2, 64), num_heads, split_at="input", shape="narrow")
+    found = [layer.out_features for layer in model.heads[0].modules() if isinstance(layer, nn.Linear)]
+    assert [size % multiple for size in found[:-1]] == [0] * len(layers[::2])
+    assert model.cost is not None
+    assert model.base_cost is not None
+    assert max(model.cost.share_of(model.base_cost)) >= 0.95

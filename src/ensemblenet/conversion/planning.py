@@ -26,7 +26,8 @@ LATE = 0.75
 _NEAR = 0.05
 # Heads narrower than this are bottlenecks rather than networks.
 _LEAST_WIDTH = 0.1
-_MULTIPLES = (8, 4, 2, 1)
+# What kernels like best comes first: a tile of 32 channels or more that is filled in part takes as long as a whole one.
+_MULTIPLES = (32, 16, 8, 4, 2, 1)
 _MOST_WIDTH = 4.0
 _MOST_GROWTH = 1.5  # of short heads, that nobody asked to be wider
 # Short heads keep their width, or nearly; what they would leave of the budget lets them keep one block more.
@@ -98,8 +99,9 @@ def plan_at(
 ) -> Plan:
     """The widest heads of a depth at one split point that the limit allows.
 
-    Channels are rounded to multiples of 8; where that would leave more than a tenth of the budget unused, to
-    smaller ones, and where that is so again, attention heads and groups become narrower rather than fewer.
+    Channels are rounded to multiples of 32 or 16 where no more than a twentieth of the budget is left unused, else to
+    multiples of 8; where that would leave more than a tenth, to smaller ones, and where that is so again, attention
+    heads and groups become narrower rather than fewer.
 
     Args:
         design: of the heads, which are of the depth already.
@@ -129,7 +131,7 @@ def plan_at(
         used = max(one.cost.shares_of(limit))
         if best is None or used > max(best.cost.shares_of(limit)):
             best = one
-        if found == most or used >= _BUDGET_USED:
+        if found == most or used >= (_BUDGET_USED if multiple <= HeadShape.multiple else _WELL_USED):
             break
     lowest = plan(replace(whole, width=least, multiple=1))
     return best or replace(lowest, head=None, keepers=tuple(design.keepers()))
