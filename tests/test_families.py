@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ import torch
 import torchvision
 from networks import Text, text_batch
 from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
@@ -108,6 +110,45 @@ def test_another_classifier_and_none(known: SimpleNamespace, tmp_path: Path) -> 
     assert model.first(1)(x).shape == (3, model.num_features // 2)
     with pytest.raises(ensemblenet.LoadError, match="has no recipe"):
         save(model, tmp_path / "none")
+    features = known.model.forward_features(x)
+    model.reset_classifier(0, "")
+    torch.testing.assert_close(model(x), features)
+    pool_size = timm.get_pretrained_cfg_value(known.name, "pool_size")
+    made = timm.create_model(known.name, num_classes=0, global_pool="").eval()
+    assert made(x).shape == features.shape
+    if features.ndim == 4:
+        assert features.shape[2:] == pool_size == made.default_cfg["pool_size"]
+    assert timm.get_pretrained_cfg_value(known.name, "fixed_input_size") == known.base.default_cfg["fixed_input_size"]
+
+
+def test_gradient_checkpointing_changes_no_output_and_no_gradient(known: SimpleNamespace) -> None:
+    x, gradients = images(known.size), {}
+    for enable in (False, True):
+        model = copy.deepcopy(known.model).train()
+        model.set_grad_checkpointing(enable)
+        assert model.checkpoint_activations is enable
+        outputs = model(x)
+        outputs.square().mean().backward()
+        gradients[enable] = [outputs, *(own.grad for own in model.parameters())]
+    torch.testing.assert_close(gradients[True], gradients[False])
+
+
+def test_weight_decay_spares_what_it_spares_in_the_base() -> None:
+    base = timm.create_model("test_vit", num_classes=5)
+    model = convert(base, images(160), split_at="input")
+    spared, decayed = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1).param_groups
+    assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.1)
+    names = {id(own): name for name, own in model.named_parameters()}
+    by_name = {names[id(own)] for own in spared["params"] if own.ndim > 1}
+    assert by_name == {f"heads.{k}.{name}" for k in (0, 1) for name in ("pos_embed", "cls_token")}
+
+
+@pytest.mark.parametrize(
+    "options", [{"features_only": True}, {"global_pool": "max"}, {"num_classes": 3, "global_pool": ""}, {"in_chans": 1}]
+)
+def test_what_a_name_cannot_give_is_refused(known: SimpleNamespace, options: dict[str, Any]) -> None:
+    with pytest.raises(EnsembleNetError, match=rf"{known.name} is a saved model: |keeps its base's pooling"):
+        timm.create_model(known.name, **options)
 
 
 def test_what_a_classifier_cannot_be() -> None:
@@ -155,6 +196,9 @@ def test_a_training_task_learns_averages_and_evaluates() -> None:
         evaluator.update(task.get_eval_model(ema=averaged).eval()(x), y)
         scores[averaged] = evaluator.compute()["top1"]
     assert min(scores.values()) > 80
+    clipped = {id(own) for own in task.get_clip_parameters(exclude_head=True)}
+    excluded = {name for name, own in model.named_parameters() if id(own) not in clipped}
+    assert excluded == {f"heads.{k}.fc.{name}" for k in (0, 1) for name in ("weight", "bias")}
     state = task.get_checkpoint_state()["state_dict"]
     assert state.keys() == model.state_dict().keys()  # ensemblenet's own names
     task.compile(backend="eager")

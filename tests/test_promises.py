@@ -218,6 +218,24 @@ def test_a_process_that_loads_test_data_and_dies_is_one_line(config: Path, capsy
         (["fit", "tiny.yaml", "--ema", "much"], "ema must be a number, got 'much'."),
         (["fit", "tiny.yaml", "--model.conversion.width", "9"], "width must be a share of the base's channels"),
         (["fit", "tiny.yaml", "--resume", "nowhere"], "nowhere has no config.yaml"),
+        (
+            ["fit", "tiny.yaml", "--data.init_args.num_trian", "3"],
+            "data.init_args.num_trian: ensemblenet.data.MNIST1D takes no num_trian. Did you mean num_train?",
+        ),
+        (
+            ["fit", "argument.yaml"],
+            "argument.yaml: model.base.init_args.widht: ensemblenet.models.MNIST1DNet takes no widht. Did you mean",
+        ),
+        (["fit", "tiny.yaml", "--model.base", "ensemblenet.models.MNIST2DNet"], "Did you mean MNIST1DNet?"),
+        (["fit", "network.yaml"], "timm has no model 'resnett50'. Did you mean resnet50,"),
+        (["fit", "--resume", "begun", "--data.init_args.num_trian", "3"], "Did you mean num_train?"),
+        (["compare", "compare/mnist1d", "--data.init_args.num_tets", "3"], "Did you mean num_test?"),
+        (["info", "resnett50"], "timm has no model 'resnett50'. Did you mean resnet50,"),
+        (
+            ["info", "torchvision:resnett50"],
+            "torchvision has no classification model 'resnett50'. Did you mean resnet50,",
+        ),
+        (["convert", "resnet50", "--output", "new", "--weights", "no.pth"], "no.pth: No such file"),
         (["compare", "--runs=file/runs"], "/file: Not a directory"),
         (["compare", "tiny.yaml", "--seed", "3"], "no setting seed. Did you mean seeds?"),
         (["compare", "tiny.yaml", "--budget", "95"], "did you mean 0.95?"),
@@ -244,6 +262,12 @@ def test_plain_mistakes_are_told_before_anything_slow_is_imported(
     Path("unfinished", "config.yaml").touch()
     Path("list.yaml").write_text("[1, 2]")
     Path("misspelt.yaml").write_text("model: {optimisation: {lr: 1}}")
+    base = {"class_path": "ensemblenet.models.MNIST1DNet", "init_args": {"widht": 3}}
+    Path("argument.yaml").write_text(yaml.safe_dump({"model": {"base": base}}))
+    network = {"base": {"class_path": "ensemblenet.models.create", "init_args": {"name": "resnett50"}}}
+    Path("network.yaml").write_text(yaml.safe_dump({"model": network}))
+    Path("begun").mkdir()
+    Path("begun", "config.yaml").write_text(config.read_text())
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # also for an administrator
     assert main(arguments) == 2

@@ -158,8 +158,8 @@ class EnsembleNet(FamilyModel):
 
     def prediction(self, head_outputs: Tensor) -> Tensor:
         """What heads say together, (N, C, *), of what each says, (K, N, C, *); features of heads stand side by side."""
-        if self.family is not None and self.family.gives_features:
-            return torch.cat(list(head_outputs), -1)
+        if self.family is not None and self.family.joined_at is not None:
+            return torch.cat(list(head_outputs), self.family.joined_at)
         return combine_heads(head_outputs, self.combine, self.task)
 
     def _run_heads(self, *given: Any) -> Any:

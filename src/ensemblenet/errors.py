@@ -12,6 +12,7 @@ __all__ = [
     "InputError",
     "LoadError",
     "MissingExtraError",
+    "ModelNameError",
     "TrainingError",
     "first_line",
 ]
@@ -60,6 +61,10 @@ class InputError(EnsembleNetError, ValueError):
 
 class LoadError(EnsembleNetError, ValueError):
     """A saved directory that is damaged, foreign, or does not fit the base."""
+
+
+class ModelNameError(EnsembleNetError, ValueError):
+    """A name that no network, or no argument of one, goes by; or weights that do not fit the network."""
 
 
 class TrainingError(EnsembleNetError, RuntimeError):

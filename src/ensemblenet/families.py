@@ -6,6 +6,7 @@ Shapes: N examples, K heads, C classes, F features of one head, * further dimens
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,10 +34,10 @@ class Family:
     """What is known of a model's base beyond its layers; a method is what models get under its name.
 
     Attributes:
-        gives_features: whether the model has lost its classifiers, so that heads are put side by side, not averaged.
+        joined_at: of a model that has lost its classifiers the dimension at which heads are put side by side.
     """
 
-    gives_features: bool = field(default=False, kw_only=True)
+    joined_at: int | None = field(default=None, kw_only=True)
 
     def answers(self, options: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments by name is for [`answer`][ensemblenet.families.Family.answer]."""
@@ -60,6 +61,7 @@ class Timm(Family):
         inputs: what it takes.
         features: the node of a head's graph that its `forward_features` gives, where there is one.
         dim: the dimension of the features' channels.
+        undecayed: the names that the base's `no_weight_decay` gives.
     """
 
     cfg: Mapping[str, Any]
@@ -67,6 +69,7 @@ class Timm(Family):
     inputs: Inputs
     features: str | None
     dim: int
+    undecayed: frozenset[str] = frozenset()
 
     def num_classes(self, model: EnsembleNet) -> int:
         """C; 0 without classifiers."""
@@ -104,21 +107,29 @@ class Timm(Family):
     def reset_classifier(self, model: EnsembleNet, num_classes: int, global_pool: str | None = None) -> None:
         """Give each head fresh classifiers of so many classes, or none with 0.
 
-        Without classifiers the model gives features, those of all heads side by side, (N, K * F), in evaluation; it
-        can then not be saved. The costs of heads are not known until the model is saved and loaded.
+        Without classifiers the model gives features, those of all heads side by side, (N, K * F), in evaluation, and
+        with `global_pool=""` the unpooled ones of `forward_features`; it can then not be saved. The costs of heads are
+        not known until the model is saved and loaded.
         """
         if hasattr(model, "fusion"):
             raise EnsembleNetError("reset_classifier changes heads one by one: call it before ensemblenet.fuse(model).")
-        if global_pool is not None:
+        unpooled = global_pool == "" and num_classes == 0
+        if global_pool is not None and not unpooled:
             raise EnsembleNetError(
                 "A converted model keeps its base's pooling: give the base another one, and convert it."
             )
-        if self.gives_features:
+        if self.joined_at is not None and not unpooled:
             raise EnsembleNetError("The model has lost its classifiers: convert the base, or load the model, again.")
+        end = self._node(model) if unpooled else None
+        head: Any
         for head in model.heads:
             for name in self.classifiers:
                 head.set_submodule(name, _fresh(head.get_submodule(name), num_classes))
-        model.family = replace(self, gives_features=num_classes == 0)
+            if end is not None:
+                [output] = head.graph.find_nodes(op="output")
+                output.args = tuple(node for node in head.graph.nodes if node.name == end)
+                head.recompile()
+        model.family = replace(self, joined_at=None if num_classes else self.dim if unpooled else -1)
         model.recipe = model.recipe.with_classes(num_classes) if model.recipe and num_classes else None
         model.head_cost, model.output_shapes = None, ((2, num_classes),) if num_classes else ()
 
@@ -139,6 +150,15 @@ class Timm(Family):
         if pre_logits:
             return torch.cat(outputs, -1)
         return torch.stack(outputs) if model.training else model.prediction(torch.stack(outputs))
+
+    def set_grad_checkpointing(self, model: EnsembleNet, enable: bool = True) -> None:
+        """Set `checkpoint_activations`, by the name that timm's training script calls."""
+        model.checkpoint_activations = enable
+
+    def no_weight_decay(self, model: EnsembleNet) -> set[str]:
+        """The parameters that timm's optimizers leave without weight decay, as the base says."""
+        names = (name for name, _ in model.named_parameters())
+        return {name for name in names if re.sub(r"^(trunk|heads\.\d+)\.", "", name) in self.undecayed}
 
     def _node(self, model: EnsembleNet) -> str:
         if self.features is None:
@@ -284,8 +304,9 @@ class FamilyModel(nn.Module):
     """A model that behaves like the family of its base.
 
     Of timm it has `num_classes`, `num_features`, `head_hidden_size`, `pretrained_cfg`, `default_cfg`, `get_classifier`,
-    `reset_classifier`, `forward_features` and `forward_head`; of torchvision `transforms`; of transformers `config`,
-    and calls with `labels` or `return_dict`. What a family lacks is no attribute.
+    `reset_classifier`, `forward_features`, `forward_head`, `set_grad_checkpointing` and `no_weight_decay`; of
+    torchvision `transforms`; of transformers `config`, and calls with `labels` or `return_dict`. What a family lacks
+    is no attribute.
 
     Attributes:
         family: of the base; None for one that is of none.
@@ -306,6 +327,7 @@ class FamilyModel(nn.Module):
     pretrained_cfg, default_cfg, config = _OfFamily(False), _OfFamily(False), _OfFamily(False)
     get_classifier, reset_classifier = _OfFamily(True), _OfFamily(True)
     forward_features, forward_head = _OfFamily(True), _OfFamily(True)
+    set_grad_checkpointing, no_weight_decay = _OfFamily(True), _OfFamily(True)
     transforms = _OfFamily(True)
 
     @classmethod

@@ -46,6 +46,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 # by the names that autograd gives the steps of a backward pass
 _SQUASHED = {"SoftmaxBackward0": "softmax", "SigmoidBackward0": "sigmoid", "LogSigmoidBackward0": "logsigmoid"}
+_LOGARITHMS = {"LogSoftmaxBackward0": "log_softmax"}
 _RESHAPED = re.compile(
     r"(View|UnsafeView|ReshapeAlias|Squeeze|Unsqueeze|Transpose|Permute|T|Select|Slice|ToCopy|Clone|Alias)Backward\d$"
 )
@@ -417,16 +418,18 @@ def _holds_indices(target: Tensor, task: Task) -> bool:
     return task == "multiclass" and not target.is_floating_point()
 
 
-def no_logits(outputs: Tensor) -> str | None:
-    """What to say of a network whose outputs are probabilities, where the losses here take logits.
+def no_logits(outputs: Tensor, task: Task = "multiclass") -> str | None:
+    """What to say of a network whose outputs are probabilities or their logarithms, where the losses take logits.
 
     A softmax or a sigmoid at the end is told by the graph of gradients, in whatever form it was called; a softmax made
     by hand by its values, (N, C). A log_softmax is welcome where classes exclude each other: it takes one number from
     all logits of an example. Each A(z_k) falls by head k's number, as its logits do, and A of the heads' mean by the
-    mean of these numbers: the cross-entropies and their divergence stay what they were.
+    mean of these numbers: the cross-entropies and their divergence stay what they were. Where each label has a sigmoid
+    of its own it is none: no output could be above 0, and no label likelier than not.
 
     Args:
         outputs: of the network, worked out with gradients.
+        task: what they are for.
 
     Example:
         >>> z = torch.tensor([[1.0, 2.0, 0.5]], requires_grad=True)
@@ -434,16 +437,21 @@ def no_logits(outputs: Tensor) -> str | None:
         (None, None)
         >>> no_logits(z.softmax(1)).partition(",")[0]
         'The base ends in a softmax'
+        >>> no_logits(z.log_softmax(1), "multilabel").partition(",")[0]
+        'The base ends in a log_softmax'
     """
+    squashed = _SQUASHED if task == "multiclass" else _SQUASHED | _LOGARITHMS
     step = outputs.grad_fn
     while step is not None and _RESHAPED.match(step.name()):
         step = step.next_functions[0][0]
-    found = None if step is None else _SQUASHED.get(step.name())
+    found = None if step is None else squashed.get(step.name())
     if found is None and outputs.ndim == 2 and outputs.shape[1] > 1 and outputs.is_floating_point():
-        sums = outputs.float().sum(1)
         rounding = max(1e-5, 2 * torch.finfo(outputs.dtype).eps)
-        if (outputs >= 0).all() and torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=rounding):
-            found = "softmax"
+        for name, shares in (("softmax", outputs), ("log_softmax", outputs.exp())):
+            sums = shares.float().sum(1)
+            adds_up = (shares >= 0).all() and torch.allclose(sums, torch.ones_like(sums), rtol=0, atol=rounding)
+            if adds_up and name in squashed.values():
+                found = name
     if found is None:
         return None
     return (

@@ -199,6 +199,12 @@ def test_a_base_that_gives_probabilities_is_warned_about_once(name: str, end: Ca
         assert [warning.filename for warning in caught] == [__file__]  # one, of whoever called
 
 
+@pytest.mark.parametrize("end", [nn.LogSoftmax(1), lambda z: z - z.exp().sum(1, keepdim=True).log()])
+def test_logarithms_of_shares_are_no_logits_of_labels_of_their_own(end: Callable[[Tensor], Tensor]) -> None:
+    with pytest.warns(UserWarning, match="leave the log_softmax out of the base"):
+        convert(Ends(end), X, task="multilabel")
+
+
 @pytest.mark.parametrize("end", [nn.LogSoftmax(1), F.relu, lambda z: z * z.sigmoid(), lambda z: 0 * z + 0.5])
 def test_other_ends_of_a_base_are_not_warned_about(end: Callable[[Tensor], Tensor]) -> None:
     with warnings.catch_warnings():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from commands import own_environment
 from torch import Tensor, nn
 
 import ensemblenet
@@ -103,6 +109,73 @@ def test_the_spread_of_labels_and_of_outputs(tmp_path: Path, task: Task, shape: 
 def test_dense_predictions_have_a_spread_at_each_position() -> None:
     z = torch.randn(3, 2, 5, 4, 4)
     torch.testing.assert_close(head_spread(z)[1, :, 2, 3], z[:, 1, :, 2, 3].softmax(1).std(0, correction=0))
+
+
+# -- a server
+
+_SERVER = """
+import sys
+sys.modules.update(dict.fromkeys(("ensemblenet", "torch")))  # neither can be imported
+import uvicorn
+uvicorn.run("serve_fastapi:app", port=0)
+"""
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, model: EnsembleNet) -> Path:
+    """The folder of the files that are served."""
+    folder = tmp_path_factory.mktemp("served")
+    for name, head in (("all", None), ("one", 0)):
+        export(model, folder / f"{name}.onnx", head=head, description={"classes": CLASSES})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(served: Path) -> Iterator[str]:
+    """Where the example serves them."""
+    environment = own_environment(EXAMPLES) | {"BUSY": "4", "DELAY": "0.3"}
+    command = [sys.executable, "-c", _SERVER]
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=served, env=environment, **streams) as server:
+        assert server.stderr is not None
+        lines: list[str] = []
+        for line in server.stderr:
+            lines.append(line)
+            if found := re.search(r"http://\S+:\d+", line):
+                yield found[0]
+                break
+        else:
+            raise AssertionError("".join(lines))
+        server.terminate()
+
+
+async def ask(address: str, x: list[Tensor]) -> list[Any]:
+    """What the server says to clients who ask at once."""
+    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+        responses = await asyncio.gather(*(client.post("/predict", json={"x": row.tolist()}) for row in x))
+    return [response.raise_for_status().json() for response in responses]
+
+
+def test_a_server_answers_by_all_heads_when_idle_and_by_one_when_busy(address: str, served: Path) -> None:
+    x = 3 * torch.randn(40, 40)
+    by_file = {}
+    for name, heads in (("all", 3), ("one", 1)):
+        [output] = onnxruntime.InferenceSession(served / f"{name}.onnx").run(["output"], {"input": x.numpy()})
+        by_file[heads] = [{"class": CLASSES[best], "heads": heads} for best in output.argmax(1)]
+    assert [said["class"] for said in by_file[1]] != [said["class"] for said in by_file[3]]
+    assert [asyncio.run(ask(address, [row]))[0] for row in x[:3]] == by_file[3][:3]
+    busy = asyncio.run(ask(address, list(x)))
+    assert busy == [by_file[said["heads"]][n] for n, said in enumerate(busy)]
+    assert sum(said["heads"] == 1 for said in busy) > 30
+
+
+def test_a_server_refuses_what_is_no_example(address: str) -> None:
+    for wrong in ([1.0, 2.0], [[0.0] * 40], ["a"] * 40, [[0.0], 1.0]):
+        response = httpx.post(f"{address}/predict", json={"x": wrong})
+        assert response.status_code == 422
+        assert response.json()["detail"] == "x must be nested lists of numbers, of the shape [40]."
+    assert httpx.post(f"{address}/predict", json={"x": [0.0] * 40}).json()["heads"] == 3
 
 
 # -- 8-bit integers

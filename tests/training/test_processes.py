@@ -20,6 +20,7 @@ from ensemblenet.models import CifarResNet
 OWN_CODE = """
 import os
 import signal
+import time
 import torch
 from lightning.pytorch import Callback
 from torch import nn
@@ -46,6 +47,14 @@ class Killed(Callback):
 
 class FirstKilled(Killed):
     rank = 0
+
+
+class Busy(Killed):
+    # as a GPU's: what the first process waits for says nothing
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        super().on_train_batch_start(trainer, module, batch, batch_idx)
+        if trainer.global_step == 3:
+            time.sleep(60)
 
 
 class Stops(Callback):
@@ -172,21 +181,30 @@ def test_two_processes_train_as_one_does(tmp_path, launch, options):
     assert (14 * rows[1]["test"]["accuracy"]) % 1 == pytest.approx(0, abs=1e-4)  # of 14 images, none twice
 
 
-@pytest.mark.parametrize("callback", ["Killed", "FirstKilled", "Fails"])
-def test_a_process_that_dies_ends_the_run(tmp_path, callback):
+@pytest.mark.parametrize(
+    ("callback", "which"),
+    [
+        ("Killed", "number 1 was killed by SIGKILL."),
+        ("Busy", "number 1 was killed by SIGKILL."),
+        ("FirstKilled", "the first one."),
+        ("Fails", None),
+    ],
+)
+def test_a_process_that_dies_ends_the_run(tmp_path, callback, which):
     # a run that hangs meets the time limit of `start`
-    done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, "--trainer.callbacks", f"own.{callback}"])
-    assert done.returncode != 0
-    assert callback != "Fails" or "the first process fails" in done.stderr
+    more = ["--checkpoint_steps", "1", "--trainer.callbacks", f"own.{callback}"]
+    done = start(tmp_path, [*make(tmp_path, batch_size=2), *TWO, *more])
+    assert done.returncode == {"FirstKilled": -signal.SIGKILL, "Fails": 1}.get(callback, 2), done.stderr
     [folder] = (tmp_path / "runs").iterdir()
-    if callback == "Killed":  # whether its connection or Lightning's launcher notices first
-        line = done.stderr.strip().splitlines()[-1]
-        mended = done.returncode == 2 and "ensemblenet fit: Another process of the run has ended" in line
-        mended = mended and line.endswith(f"Go on with `ensemblenet fit --resume {folder}`.")
-        assert mended or (done.returncode == -signal.SIGKILL and "terminated with code -9" in line), done.stderr
-    if callback == "FirstKilled":  # the other one says it
-        assert done.returncode == -signal.SIGKILL
-        assert "ensemblenet fit: Another process of the run has ended" in done.stderr
+    if which is None:
+        assert "the first process fails" in done.stderr
+    else:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ensemblenet fit: ")]
+        assert said == [
+            f"ensemblenet fit: Another process of the run has ended: {which} "
+            f"Go on with `ensemblenet fit --resume {folder}`."
+        ]
+        assert "Traceback" not in done.stderr
     assert not (folder / "results.json").exists()
 
 

@@ -22,7 +22,8 @@ import ensemblenet
 from ensemblenet.cli.main import main
 from ensemblenet.cli.predict import predict
 from ensemblenet.cli.test import test as run_test
-from ensemblenet.errors import DataError
+from ensemblenet.errors import DataError, TrainingError
+from ensemblenet.models import MLPTagger
 from ensemblenet.training.fit import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +97,20 @@ def test_a_run_of_each_level(tmp_path: Path, level: str) -> None:
     for column in ("train/loss", "train/divergence", "val/gap", "val/map", "val/hit1", "val/perr", "val/head_gap_1"):
         assert column in header.split(",")
     assert ensemblenet.load(folder / "model").task == "multilabel"
+
+
+class Shares(MLPTagger):
+    """Ends as a classifier does whose classes exclude each other."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs).log_softmax(1)
+
+
+def test_logarithms_of_shares_are_no_logits_of_tags(tmp_path: Path) -> None:
+    base = ["--model.base.class_path", f"{__name__}.Shares", "--model.conversion", "null"]
+    with pytest.raises(TrainingError, match="leave the log_softmax out of the base"):
+        fit([*make(tmp_path), *base])
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_two_processes_count_every_video_once_where_their_shares_differ(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from ensemblenet.cli.options import (
 from ensemblenet.deploy import Format
 from ensemblenet.errors import LoadError
 from ensemblenet.metrics.scores import meanings
+from ensemblenet.names import check_network
 from ensemblenet.reports.tables import COST_NOTE
 from ensemblenet.storage.runs import check_saved, check_trained
 
@@ -78,6 +79,10 @@ def read(command: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, li
     if "num_heads" in given:
         if ":" not in options.model and ("/" in options.model or Path(options.model).is_dir()):  # no network's name
             (check_trained if command == "info" else check_saved)(Path(options.model))
+        else:
+            check_network(options.model)
+        if given.get("weights") not in (None, "pretrained"):
+            check_there(options.weights)
         conversion_of(options)
     else:
         for model in (*given.get("models", ()), *_listed(given.get("model"))):

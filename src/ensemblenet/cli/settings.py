@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import yaml
 
 from ensemblenet.cli.fit import written_out
 from ensemblenet.cli.options import budget_share, check_place, check_there, underscored, with_config
-from ensemblenet.errors import TrainingError
-from ensemblenet.storage.runs import check_resumable
+from ensemblenet.errors import ModelNameError, TrainingError
+from ensemblenet.names import arguments_of, check_class, check_network
+from ensemblenet.storage.runs import CONFIG, check_resumable
 
 __all__ = ["check_settings"]
 
@@ -41,6 +40,8 @@ _CLASSES = {
 _COUNTS = ("data.init_args.batch_size", "trainer.max_epochs", "trainer.max_steps", "checkpoint_steps")
 _NUMBERS = ("model.codistillation_weight", "model.optimization.lr", "model.optimization.weight_decay", "ema")
 _OF_ANY_CLASS = {"help", "class_path", "init_args", "dict_kwargs"}  # as jsonargparse takes them
+_OF_CLASSES = ("data", "model.base", "base")
+_PARTS = {"model", "tuning", *_CLASSES["fit"], *_OF_CLASSES, *(f"{place}.init_args" for place in _OF_CLASSES)}
 
 
 def check_settings(command: str, arguments: Sequence[str]) -> None:
@@ -66,14 +67,16 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
     written = written_out(arguments) if command == "fit" else [underscored(each) for each in with_config(arguments)]
     if not written:
         raise TrainingError("A configuration is needed: a YAML file, or a name in `ensemblenet configs list`.")
-    given: dict[str, Any] = {}
+    given = _classes_of_resumed(written)
     for key, value in _options(written):
         if key == "config" and value is not None and Path(value).suffix in (".yaml", ".yml", ".json"):
             settings = _read(Path(value))
             of = "fit" if isinstance(settings.get("model"), Mapping) else command
-            given |= _checked(dict(_leaves(settings)), of, f"{value}: ")
+            found, where = _checked(dict(_leaves(settings)), of, f"{value}: "), f"{value}: "
         else:
-            given |= _checked({key: value}, command)
+            found, where = _checked({key: value}, command), ""
+        _check_classes(given, found, where)
+        given |= found
     if (resume := given.get("resume")) not in (None, "auto"):
         check_resumable(Path(resume), *(["auto"] if command == "fit" else []))
     check_place(Path(given.get("runs") or "runs").absolute())
@@ -81,6 +84,15 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
         if isinstance(path := given.get(key), str) and "/" in path and not path.startswith("{"):
             check_there(path)
     _check_values(given, "model.conversion." if command == "fit" else "")
+
+
+def _classes_of_resumed(arguments: Sequence[str]) -> dict[str, Any]:
+    """Which classes the run has that goes on."""
+    resume = dict(_options(arguments)).get("resume")
+    file = Path(resume or "", CONFIG)
+    if resume in (None, "auto") or not file.is_file():
+        return {}
+    return {key: value for key, value in _leaves(_read(file)) if key.endswith(".class_path")}
 
 
 def _options(arguments: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -110,7 +122,7 @@ def _leaves(settings: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str,
     """What stands in a configuration, by keys such as `trainer.max_epochs`."""
     for name, value in settings.items():
         key = f"{place}{name}"
-        if isinstance(value, Mapping) and value and key in ("model", "trainer", *_CLASSES["fit"], "tuning"):
+        if isinstance(value, Mapping) and value and key in _PARTS:
             yield from _leaves(value, f"{key}.")
         else:
             yield key, value
@@ -118,7 +130,7 @@ def _leaves(settings: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str,
 
 def _checked(settings: dict[str, Any], command: str, where: str = "") -> dict[str, Any]:
     """The settings, of which there is each."""
-    known = {place: _arguments_of(*source) for place, source in _CLASSES[command].items()}
+    known = {place: arguments_of(*source) or [] for place, source in _CLASSES[command].items()}
     known[""] = [*known.get("", []), *_OWN[command].split()]
     for key in settings:
         place = ""
@@ -133,18 +145,23 @@ def _checked(settings: dict[str, Any], command: str, where: str = "") -> dict[st
     return settings
 
 
-def _arguments_of(file: str, name: str) -> list[str]:
-    """The arguments of a class, read from its source."""
-    package, _, inner = file.partition("/")
-    found = find_spec(package)
-    assert found is not None
-    source = Path(found.submodule_search_locations[0], inner).read_text(encoding="utf-8")  # type: ignore[index]
-    [made] = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name]
-    for node in made.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            return [argument.arg for argument in (*node.args.args[1:], *node.args.kwonlyargs)]
-    fields = [node.target for node in made.body if isinstance(node, ast.AnnAssign)]
-    return [field.id for field in fields if isinstance(field, ast.Name)]
+def _check_classes(given: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
+    """Refuse arguments that a class of this package does not take, and networks that there are not."""
+    now = {**given, **settings}
+    for place in _OF_CLASSES:
+        kind = str(now.get(f"{place}.class_path"))
+        for key, value in settings.items():
+            name = key.removeprefix(f"{place}.").removeprefix("init_args.").partition(".")[0]
+            try:
+                if key in (place, f"{place}.class_path"):
+                    check_class(str(value))
+                if not key.startswith(f"{place}.") or name in _OF_ANY_CLASS:
+                    continue
+                check_class(kind, name)
+                if (kind, name) == ("ensemblenet.models.create", "name") and isinstance(value, str):
+                    check_network(value)
+            except ModelNameError as error:
+                raise ModelNameError(f"{where}{key}: {error}") from error
 
 
 def _check_values(given: Mapping[str, Any], place: str) -> None:
@@ -156,7 +173,7 @@ def _check_values(given: Mapping[str, Any], place: str) -> None:
                     kind(value)
                 except (TypeError, ValueError) as error:
                     raise TrainingError(f"{key} must be {what}, got {value!r}.") from error
-    names = {name: f"{place}{name}" for name in _arguments_of(*_CLASSES["fit"]["model.conversion"])}
+    names = {name: f"{place}{name}" for name in arguments_of(*_CLASSES["fit"]["model.conversion"]) or []}
     found = {name: given[key] for name, key in names.items() if given.get(key) is not None}
     if not found:
         return

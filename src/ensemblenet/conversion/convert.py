@@ -200,7 +200,7 @@ def convert_as(
     if capacity is not None and not capacity.is_spare:
         traced.notes.append(str(capacity))
     if task != "regression":
-        traced.notes += _says_no_logits(traced)
+        traced.notes += _says_no_logits(traced, task)
     for note in traced.notes:
         warnings.warn(note, stacklevel=4)  # of whoever called `convert`
     return model.train(base.training)
@@ -389,10 +389,10 @@ def _with_classes(wanted: Conversion, base: nn.Module, example_inputs: Tree) -> 
     return with_classes(base, example_inputs, wanted.num_classes, wanted.output, wanted.seed or 0)
 
 
-def _says_no_logits(traced: Trace) -> list[str]:
+def _says_no_logits(traced: Trace, task: Task = "multiclass") -> list[str]:
     with torch.enable_grad(), keeping_state(traced.module, traced.tensors[0]):
         outputs = as_tuple(fx.GraphModule(traced.module.eval(), traced.graph)(*traced.arguments))
-    return [said for said in map(no_logits, outputs) if said][:1]
+    return [said for each in outputs if (said := no_logits(each, task))][:1]
 
 
 def _base_cost(base: nn.Module, traced: Trace) -> Cost:

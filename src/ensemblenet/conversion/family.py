@@ -40,7 +40,8 @@ def family_of(trace: Trace, recipe: Recipe, in_head: set[str]) -> Family | None:
     if not names or not called.issuperset(names) or recipe.inputs.tree != 0:
         return None  # its classifier is elsewhere
     features, dim = _features(trace)
-    return Timm(base.pretrained_cfg, names, recipe.inputs, features if features in in_head else None, dim)
+    undecayed = frozenset(base.no_weight_decay()) if hasattr(base, "no_weight_decay") else frozenset()
+    return Timm(base.pretrained_cfg, names, recipe.inputs, features if features in in_head else None, dim, undecayed)
 
 
 def _features(trace: Trace) -> tuple[str | None, int]:

@@ -36,8 +36,8 @@ def register_timm(
     which wants [`ensemblenet.CoDistillationLoss`][]. `timm.data.resolve_model_data_config` finds the preprocessing that
     was saved with it, and `timm.list_models` the name. With `pretrained=False` it is the same model with the weights
     that it began with. Where the base is one of timm's, it has what [`ensemblenet.families.FamilyModel`][] lists, and
-    another `num_classes` gives it fresh classifiers; else its classes are fixed. Its channels always are: `in_chans`
-    may only repeat them.
+    another `num_classes` gives it fresh classifiers, and 0 none, with `global_pool=""` unpooled features; else its
+    classes are fixed. Its channels always are: `in_chans` may only repeat them.
 
     Args:
         name: one that timm does not have.
@@ -77,7 +77,7 @@ def register_timm(
         if isinstance(model.family, Timm):
             model.family = replace(model.family, cfg={**model.family.cfg, **known})
             if (classes := options.get("num_classes")) not in (None, config["num_classes"]):
-                model.reset_classifier(classes)
+                model.reset_classifier(classes, options.get("global_pool"))
             return model.train()
         attributes = {"pretrained_cfg": known, "default_cfg": known, "num_classes": config["num_classes"]}
         for attribute, value in attributes.items():
@@ -99,7 +99,13 @@ def _pretrained_config(model: EnsembleNet, description: Mapping[str, Any], folde
         raise LoadError(f"Models of timm give one output, and this one gives {len(outputs)}.")
     preprocessing = description.get("preprocessing") or {}
     known = {key: preprocessing[key] for key in _PREPROCESSING if preprocessing.get(key) is not None}
+    family = model.family
+    of_base = model.pretrained_cfg if isinstance(family, Timm) else {}
+    if isinstance(family, Timm) and family.features is not None:
+        features = model.forward_features(model.recipe.inputs.zeros())
+        of_base["pool_size"] = tuple(size for dim, size in enumerate(features.shape) if dim not in (0, family.dim))
     return {
+        **of_base,
         "file": folder,
         "input_size": shape,
         "num_classes": outputs.shape[1],
@@ -111,6 +117,8 @@ def _pretrained_config(model: EnsembleNet, description: Mapping[str, Any], folde
 def _check_options(name: str, options: Mapping[str, Any], config: Mapping[str, Any], can_reset: bool) -> None:
     """Refuse what would change more of the model than its classifier; timm passes its own options along."""
     own = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", *(["num_classes"] if can_reset else [])}
+    if can_reset and options.get("num_classes") == 0 and options.get("global_pool") == "":
+        own.add("global_pool")  # unpooled features
     fixed = {"num_classes": config["num_classes"], "in_chans": config["input_size"][0], "drop_rate": 0.0}
     for key, value in options.items():
         if key not in own and (key not in fixed or value != fixed[key]):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.extras import require
@@ -16,6 +16,7 @@ require("timm", "timm")
 
 try:
     from timm.task import ClassificationTask, MultiLabelClassificationEvaluator
+    from timm.utils import unwrap_model
 except ImportError as error:
     from ensemblenet.errors import MissingExtraError
 
@@ -27,8 +28,8 @@ __all__ = ["CoDistillationTask"]
 class CoDistillationTask(ClassificationTask):
     """A multi-headed model and its loss as one module, in place of timm's `ClassificationTask`.
 
-    In timm's training script, `train.py`, that line is `task = CoDistillationTask(model, device=device)`; `compile`,
-    `setup_ema`, `prepare_distributed`, checkpoints and evaluation stay timm's.
+    docs/loops.md has the two lines of timm's training script, `train.py`, that change; `compile`, `setup_ema`,
+    `prepare_distributed`, checkpoints and evaluation stay timm's.
 
     Args:
         model: a multi-headed one.
@@ -62,6 +63,13 @@ class CoDistillationTask(ClassificationTask):
         """The loss of a batch, and the prediction."""
         heads = self.trainable_module(input, per_head=True)
         return {"loss": self.criterion(heads, target), "output": combine_heads(heads, self.combine, self.task)}
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> Iterator[nn.Parameter]:
+        """Parameters for gradient clipping; `exclude_head` leaves out the classifiers of all heads, where known."""
+        model = unwrap_model(self.get_trainable_module())
+        classifiers = model.get_classifier() if exclude_head and hasattr(model, "get_classifier") else nn.ModuleList()
+        excluded = set(map(id, classifiers.parameters()))
+        return (own for own in model.parameters() if id(own) not in excluded)
 
     def create_evaluator(self, **options: Any) -> Any:
         """timm's evaluator for the model's task."""

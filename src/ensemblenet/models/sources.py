@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +16,9 @@ from urllib.error import URLError
 
 from torch import Tensor, nn
 
-from ensemblenet.errors import EnsembleNetError, LoadError, MissingExtraError
+from ensemblenet.errors import LoadError, MissingExtraError, ModelNameError
 from ensemblenet.extras import require
+from ensemblenet.names import no_such_network
 from ensemblenet.weights import read_state
 
 __all__ = [
@@ -45,10 +45,6 @@ TIMM_WORDS = ("act_layer", "norm_layer", "aa_layer", "global_pool", "pool_type",
 _LABELS = ("id2label", "label2id")
 _MOST = 1 << 24  # of an integer: a list of so many parts is still made in no time
 _FETCHING = ("auto_map", "backbone", "quantization_config", "use_pretrained_backbone")
-
-
-class ModelNameError(EnsembleNetError, ValueError):
-    """A name that no network goes by."""
 
 
 def create(
@@ -203,10 +199,7 @@ def _from_timm(name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Mod
     import timm  # slow to import, and only needed for its own names
 
     if not timm.is_model(name):
-        raise ModelNameError(
-            f"timm has no model {name!r}.{_suggest(name, timm.list_models())} Other networks are named "
-            "torchvision:NAME, transformers:NAME or module.path:callable."
-        )
+        raise no_such_network("timm", name, timm.list_models())
     try:
         return timm.create_model(name, pretrained=pretrained, **arguments)
     except TypeError as error:
@@ -245,7 +238,7 @@ def _in_one_line(error: Exception) -> str:
 def _from_torchvision(name: str, pretrained: bool = False) -> Callable[..., nn.Module]:
     known = _torchvision_names()
     if name not in known:
-        raise ModelNameError(f"torchvision has no classification model {name!r}.{_suggest(name, known)}")
+        raise no_such_network("torchvision", name, known)
     from torchvision import models
 
     weights = "DEFAULT" if pretrained else None
@@ -267,11 +260,6 @@ def _from_module(module: str, name: str) -> Callable[..., Any]:
     if not callable(factory):
         raise ModelNameError(f"{module} has no callable {name!r}.")
     return factory
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3)
-    return f" Did you mean {', '.join(near)}?" if near else ""
 
 
 # -- where a base came from

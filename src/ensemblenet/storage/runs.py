@@ -35,6 +35,7 @@ __all__ = [
     "check_trained",
     "create_run_folder",
     "environment",
+    "go_on",
     "keep_config",
     "keep_earlier",
     "keep_environment",
@@ -103,10 +104,20 @@ def resumable(folder: Path, command: str | None, begun: Callable[[], bool], new:
         if new and not begun():
             shutil.rmtree(folder, ignore_errors=True)
         elif command is not None and not isinstance(error, BusyError):
-            error.add_note(f"Go on with `ensemblenet {command} --resume {shlex.quote(str(folder))}`.")
+            error.add_note(go_on(command, folder))
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(folder)  # a logger of another library does not say what it could not write
         raise
+
+
+def go_on(command: str, folder: Path) -> str:
+    """The advice to go on with a run.
+
+    Example:
+        >>> go_on("fit", Path("runs/tiny"))
+        'Go on with `ensemblenet fit --resume runs/tiny`.'
+    """
+    return f"Go on with `ensemblenet {command} --resume {shlex.quote(str(folder))}`."
 
 
 def keep_earlier(path: Path) -> None:

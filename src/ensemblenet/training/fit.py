@@ -39,7 +39,7 @@ from ensemblenet.training.options import (
     check_replaced,
     replaced_options,
 )
-from ensemblenet.training.processes import end_processes, is_first_process
+from ensemblenet.training.processes import ending_together, is_first_process
 from ensemblenet.training.search import PLAN, SEARCH, candidates, check_base_run, choose, show, take_over, validate
 from ensemblenet.training.settings import FitCLI, complete_arguments
 
@@ -64,11 +64,8 @@ def fit(arguments: Sequence[str]) -> Path:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
     with ExitStack() as held:
         cli = _opened(arguments, held)
-        try:
+        with ending_together(cli.trainer.strategy.launcher, cli.advice):
             return _searched(cli) if cli.config["plan"] == "search" else _finished(cli)
-        except Exception:
-            end_processes(cli.trainer.strategy.launcher)
-            raise
 
 
 def _finished(cli: FitCLI) -> Path:

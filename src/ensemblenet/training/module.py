@@ -236,7 +236,7 @@ class Classifier(LightningModule):
                 "The base gives one number an example, (N,); fit trains classifiers and taggers, which give (N, C). "
                 "Regression needs a loop in Python, with outputs (K, N, 1): docs/guide.md shows one."
             )
-        if said := no_logits(outputs[0]):
+        if said := no_logits(outputs[0], self.task):
             raise TrainingError(said)
 
     def _with_chosen_heads(self, network: EnsembleNet, inputs: Tree) -> EnsembleNet:

@@ -1,14 +1,18 @@
-"""One run in several processes: all of them must know the folder that the first one makes."""
+"""One run in several processes: all must know the folder that the first one makes, and end when one of them dies."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
+from threading import Event, Thread
+from threading import enumerate as threads
 from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -19,11 +23,12 @@ from torch.distributed import DistStoreError, TCPStore  # pyright: ignore[report
 
 from ensemblenet.errors import EnsembleNetError, TrainingError
 
-__all__ = ["agreed_folder", "end_processes", "is_first_process"]
+__all__ = ["agreed_folder", "ending_together", "is_first_process"]
 
 _FOLDER = "ENSEMBLENET_RUN_FOLDER"
 _PATIENCE = timedelta(minutes=5)
-_LAST_WORDS = 5.0  # seconds
+_LOOKS, _LAST_WORDS = 1.0, 5.0  # seconds
+_LIGHTNINGS_WATCH = "child-process-observer"
 _stores: list[TCPStore] = []  # one must stay open until the last process has read it
 
 
@@ -69,18 +74,91 @@ def agreed_folder(choose: Callable[[], Path]) -> Path:
     return Path(answer["folder"])
 
 
-def end_processes(launcher: Any) -> None:
-    """End the processes that Lightning started for a run that failed; one that stands still would never end by itself.
+@contextmanager
+def ending_together(launcher: Any, advice: Callable[[], str | None]) -> Iterator[None]:
+    """End the processes of a run when one of them fails or dies, each in one line that says how to go on.
+
+    A process that waits for a dead one learns it from their connection. One that does not, or whose connection says
+    nothing, as NCCL's, is ended by a watch: of the first process over those that Lightning started, and of these over
+    the first one. Processes that torchrun or Slurm started are watched by them.
 
     Args:
         launcher: of the trainer's strategy.
+        advice: how to go on; None where nothing can.
     """
-    started = [process for process in getattr(launcher, "procs", []) if isinstance(process, Popen)]
-    for process in started:
-        try:
-            process.wait(_LAST_WORDS)  # it may have an error of its own to tell
-        except TimeoutExpired:
+    run = _Processes(launcher)
+    ended = Event()
+    Thread(target=run.watch, args=(advice, ended), daemon=True).start()
+    try:
+        yield
+    except Exception as error:
+        ended.set()
+        run.end()
+        said = run.lost(killed=True) if isinstance(error, RuntimeError) else None  # why it could not go on
+        raised = error if said is None else TrainingError(said)
+        if not is_first_process() and (more := advice()):
+            raised.add_note(more)
+        if raised is error:
+            raise
+        raise raised from error
+    finally:
+        ended.set()
+
+
+class _Processes:
+    """The other processes of a run that Lightning started: none where there is one, or where something else did."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+        self.parent = None if is_first_process() or _cluster() is not None else os.getppid()
+
+    def started(self) -> list[Popen[Any]]:
+        """Those that this process started."""
+        return [process for process in getattr(self.launcher, "procs", []) if isinstance(process, Popen)]
+
+    def lost(self, killed: bool = False) -> str | None:
+        """What to say of the first process found dead, or found killed; None where all live or are done."""
+        if self.parent is not None and os.getppid() != self.parent:
+            return "Another process of the run has ended: the first one."
+        for number, process in enumerate(self.started(), 1):
+            code = process.poll() or 0
+            if code < 0:
+                return (
+                    f"Another process of the run has ended: number {number} was killed by {signal.Signals(-code).name}."
+                )
+            if code and not killed:
+                return f"Another process of the run has ended: number {number}, with exit code {code}."
+        return None
+
+    def watch(self, advice: Callable[[], str | None], ended: Event) -> None:
+        """End this process, in one line, if another one died and it has not noticed."""
+        said = None
+        while said is None:
+            if ended.wait(_LOOKS):
+                return
+            self._take_over()
+            said = self.lost()
+        if ended.wait(_LAST_WORDS):  # what noticed it says more
+            return
+        print(f"ensemblenet fit: {said} {advice() or ''}".rstrip(), file=sys.stderr, flush=True)
+        for process in self.started():
             process.kill()
+        os._exit(2)  # the other threads may wait for ever
+
+    def end(self) -> None:
+        """End the processes that this one started; one that stands still would never end by itself."""
+        for process in self.started():
+            try:
+                process.wait(_LAST_WORDS)  # it may have an error of its own to tell
+            except TimeoutExpired:
+                process.kill()
+
+    def _take_over(self) -> None:
+        """Leave nothing to Lightning's own watch, which kills this process before it can say anything."""
+        watched = getattr(self.launcher, "procs", [])
+        if watched and any(thread.name == _LIGHTNINGS_WATCH for thread in threads()):
+            self.launcher.procs = list(watched)
+            watched.clear()
 
 
 def _tell(cluster: ClusterEnvironment, answer: dict[str, str]) -> None:

@@ -26,6 +26,7 @@ from ensemblenet.storage.runs import (
     RESULTS,
     create_run_folder,
     environment,
+    go_on,
     keep_config,
     keep_earlier,
     keep_environment,
@@ -256,6 +257,10 @@ class FitCLI(LightningCLI):
     def _resumable(self, folder: Path, new: bool = False) -> Path:
         self.held.enter_context(resumable(folder, "fit", partial(self._begun, folder), new))
         return folder
+
+    def advice(self) -> str | None:
+        """How to go on with the run, where something of it is kept."""
+        return go_on("fit", self.folder) if self._begun(self.folder) else None
 
     def _begun(self, folder: Path) -> bool:
         trainer = getattr(self, "trainer", None)
