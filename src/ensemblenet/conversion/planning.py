@@ -9,7 +9,7 @@ from itertools import groupby, product
 
 from torch import fx
 
-from ensemblenet.conversion.blocks import Depth, depths_behind, find_runs
+from ensemblenet.conversion.blocks import Depth, Run, depths_behind, find_runs
 from ensemblenet.conversion.build import HeadDesign, design_head
 from ensemblenet.conversion.split import Cut, SplitPoint, named_cut
 from ensemblenet.cost import ROOFLINE, Budget, Cost
@@ -184,7 +184,7 @@ class Planner:
         self._limit = budget.limit(base)
         self._fast = _FAST * max(1.0, budget.macs or 1.0)
         self._must_shorten = wanted.shape == "short" or (wanted.depth is not None and wanted.depth < 1)
-        self.runs = [] if wanted.shape == "narrow" else find_runs(cuts)
+        self.runs = _runs_to_shorten(cuts, wanted)
         work = [numbers for _, numbers in cuts[0].flow.trace.work]
         self._is_small = not self.runs and ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
         self._found: dict[str, tuple[HeadDesign, Plan]] = {}  # by split point
@@ -350,6 +350,20 @@ class Planner:
             f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use "
             f"fewer heads or a larger budget.{causes}"
         )
+
+
+def _runs_to_shorten(cuts: list[Cut], wanted: Conversion) -> list[Run]:
+    """The runs whose blocks heads may drop.
+
+    Without a block that replaces what it takes a trained network knows nothing, so heads that inherit drop such ones
+    only if they are told to: docs/procedure.md, "What heads inherit".
+    """
+    if wanted.shape == "narrow":
+        return []
+    runs = find_runs(cuts)
+    if wanted.init == "fresh" or wanted.shape == "short" or wanted.depth is not None:
+        return runs
+    return [run for run in runs if all(block.passes_on for block in run.blocks[1:])]
 
 
 def choose_num_heads(planner_of: Callable[[int], Planner]) -> Planner:
