@@ -6,7 +6,8 @@ Frame-level shards are made in the official format: 300 frames of 1024 and 128 b
 they lie in the page cache, and the two readers take turns. Rates are per second of one core's processor time, median
 over rounds with the lowest and the highest. Three kinds of work:
 
-- raw: the records' fields as they are stored (arrays of floats, or of bytes a frame), ids and labels;
+- raw: the records' fields as they are stored (arrays of floats, or of bytes a frame), ids and labels; of video-level
+  records one by one with the general parser, which batches need for few;
 - batches: tensors of 128 videos or 32 times 300 frames, dequantised and padded, with multi-hot labels. The package has
   no batches of this kind; what it gives is stacked by the plain NumPy code below.
 
@@ -255,7 +256,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_frames(Path(folder, "frames.tfrecord"), args.frames)
         frames = index_shards(find_shards(folder))
-        record["video"] = rates(videos[:10], "video", args.rounds)
+        record["video"] = rates(videos, "video", args.rounds)
         record["frame"] = rates(frames, "frame", args.rounds)
         record["memory"] = {
             "video": memory_over_an_epoch(videos, "video", 3),

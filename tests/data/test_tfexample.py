@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shards import example_pb2
 
-from ensemblenet.data.tfexample import bytes_of, floats_of, frames_of, integers_of, read_fields
+from ensemblenet.data.tfexample import bytes_of, floats_of, frames_of, integers_of, packed_integers, read_fields
 
 int64 = st.integers(-(2**63), 2**63 - 1)
 float32 = st.floats(width=32, allow_nan=False)
@@ -73,6 +73,23 @@ def test_unpacked_numbers_and_unknown_fields() -> None:
     for tag, numbers, expected in ((b"\x12", floats, [[], [1.5, -2.0], []]), (b"\x1a", integers, [[], [], [7, -1]])):
         data = unknown + tag + bytes([len(numbers)]) + numbers
         assert values(data, (0, len(data))) == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 2**28 - 1), max_size=5), max_size=6))
+def test_packed_integers_of_many_features(lists: list[list[int]]) -> None:
+    features = [example_pb2.Feature(int64_list={"value": numbers}).SerializeToString() for numbers in lists]
+    packed = [feature[4:] for feature in features]  # behind two tags and two lengths
+    found = packed_integers(packed)
+    assert found is not None
+    numbers, owners = found
+    assert [numbers[owners == index].tolist() for index in range(len(lists))] == lists
+
+
+@pytest.mark.parametrize(
+    "parts", [[b"\x80"], [b"\x80", b"\x01"], [b"\x01", b"\x81\x82\x83\x84\x01"], [b"\xff" * 9 + b"\x01"]]
+)
+def test_packed_integers_that_are_cut_or_long_are_left_to_the_general_parser(parts: list[bytes]) -> None:
+    assert packed_integers(parts) is None
 
 
 def test_frames_that_are_not_laid_out_at_equal_distances() -> None:

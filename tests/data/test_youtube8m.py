@@ -59,6 +59,87 @@ def test_videos() -> None:
     assert torch.equal(batch.targets, multi_hot(made))
 
 
+def alike(number, order=("id", "labels", "mean_rgb", "mean_audio")):
+    """Records whose features come in one order, as in a file of one writer; every third has more labels."""
+    made = []
+    for index, video in enumerate(videos(number)):
+        labels = [index % CLASSES, (index + 5) % CLASSES][: 1 + (index % 3 == 0)]
+        whole = example_pb2.Example.FromString(serialized(replace(video, labels=labels)))
+        entries = [
+            example_pb2.Example(features={"feature": {name: whole.features.feature[name]}}).features.SerializeToString()
+            for name in order
+        ]
+        body = b"".join(entries)
+        made.append(b"\x0a" + bytes([len(body) & 127 | 128, len(body) >> 7]) + body + b"\x12\x00")
+    return made
+
+
+def outcome(decode, *arguments):
+    """What decoding gives, to the bit, or the message of its error."""
+    try:
+        ids, inputs, targets = decode(*arguments)
+    except DataError as error:
+        return str(error)
+    return ids, inputs.dtype, inputs.shape, inputs.numpy().tobytes(), targets.dtype, targets.numpy().tobytes()
+
+
+def test_videos_of_known_layouts_are_decoded_at_once_and_equal_to_the_bit() -> None:
+    reader = level("video")
+    made = [
+        *alike(12),
+        *alike(12, ("mean_rgb", "mean_audio", "id", "labels")),
+        *alike(3, ("labels", "id", *FEATURES["video"])),
+    ]
+    random.Random(0).shuffle(made)
+    made = records(made)
+    at_once = reader._decode_at_once(made)
+    assert at_once is not None
+    assert outcome(lambda: at_once) == outcome(reader._decode_each, made)
+    assert 3 <= sum(map(len, reader._layouts.values())) <= 12
+    backwards = replace(reader, features=dict(reversed(reader.features.items())))
+    assert outcome(backwards.decode, made, None) == outcome(backwards._decode_each, made)
+    less = replace(reader, features={"mean_audio": AUDIO})  # the other feature's values differ, and matter to nobody
+    assert outcome(less.decode, made, None) == outcome(less._decode_each, made)
+    assert sum(map(len, less._layouts.values())) == sum(map(len, reader._layouts.values()))
+
+
+@pytest.mark.parametrize("needs_labels", [False, True])
+def test_a_changed_byte_has_the_same_outcome_as_with_the_general_parser(needs_labels: bool) -> None:
+    reader = replace(level("video"), needs_labels=needs_labels)
+    good = alike(2)
+    reader.decode(records(good), random.Random(0))
+    outcomes = set()
+    for place in range(len(good[1])):
+        for change in (1, 2, 8, 128, 255):
+            changed = bytearray(good[1])
+            changed[place] ^= change
+            made = records([good[0], bytes(changed)])
+            expected = outcome(reader._decode_each, made)
+            assert outcome(reader.decode, made, None) == expected
+            outcomes.add(expected if isinstance(expected, str) else "decoded")
+    assert len(outcomes) > 20
+    assert sum(map(len, reader._layouts.values())) <= 256
+
+
+def test_records_without_a_layout_are_read_by_the_general_parser() -> None:
+    unlabelled = example_pb2.Example.FromString(alike(1)[0])
+    del unlabelled.features.feature["labels"]
+    unpacked = alike(1)[0].replace(b"\x1a\x04\x0a\x02\x00\x05", b"\x1a\x04\x08\x00\x08\x05")
+    assert unpacked != alike(1)[0]
+    one_number = [
+        unpacked.replace(b"\x08\x00\x08\x05", numbers) for numbers in (b"\x08\x85\x80\x00", b"\x08\x05\x08\x00")
+    ]
+    many = [of_kinds(labels=example_pb2.Feature(int64_list={"value": range(count)})) for count in (0, 1, CLASSES)]
+    for odd in ([unlabelled.SerializeToString()], [unpacked], one_number, many):
+        made = records([*alike(3), *odd, *alike(3)])
+        reader = level("video")
+        assert outcome(reader.decode, made, None) == outcome(reader._decode_each, made)
+    full, made = level("video"), records(alike(3))
+    full._layouts.update({0: [None] * 256})
+    assert full._decode_at_once(made) is None
+    assert outcome(full.decode, made, None) == outcome(full._decode_each, made)
+
+
 @pytest.mark.parametrize("num_frames", [4, 12, 30])
 def test_frames_are_cut_or_padded(num_frames: int) -> None:
     made = videos(6, frames=20)

@@ -7,18 +7,35 @@ message raise `ValueError`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Fields", "bytes_of", "floats_of", "frames_of", "integers_of", "read_fields"]
+__all__ = [
+    "BYTES_LIST",
+    "FLOAT_LIST",
+    "INT64_LIST",
+    "Fields",
+    "Layout",
+    "bytes_of",
+    "floats_of",
+    "frames_of",
+    "integers_of",
+    "only_value",
+    "packed_integers",
+    "read_fields",
+]
 
 Span = tuple[int, int]  # the first byte of a value, and the end
 Fields = dict[str, Span]
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_KINDS = {1: "BytesList", 2: "FloatList", 3: "Int64List"}
+BYTES_LIST, FLOAT_LIST, INT64_LIST = 1, 2, 3  # the fields of a feature
+_KINDS = {BYTES_LIST: "BytesList", FLOAT_LIST: "FloatList", INT64_LIST: "Int64List"}
 
 
 def read_fields(data: bytes) -> tuple[Fields, Fields]:
@@ -59,7 +76,7 @@ def _map_entry(data: bytes, span: Span) -> tuple[str, Span]:
 
 def bytes_of(data: bytes, span: Span) -> list[bytes]:
     """The values of a feature that is a `BytesList`."""
-    return [data[begin:end] for values in _lists(data, span, 1) for _, _, begin, end in _fields(data, values)]
+    return [data[begin:end] for values in _lists(data, span, BYTES_LIST) for _, _, begin, end in _fields(data, values)]
 
 
 def floats_of(data: bytes, span: Span) -> np.ndarray:
@@ -71,7 +88,7 @@ def floats_of(data: bytes, span: Span) -> np.ndarray:
     """
     runs = [
         np.frombuffer(data, "<f4", (end - begin) // 4, begin)
-        for values in _lists(data, span, 2)
+        for values in _lists(data, span, FLOAT_LIST)
         for _, _, begin, end in _fields(data, values)
     ]
     return runs[0] if len(runs) == 1 else np.concatenate([np.zeros(0, "<f4"), *runs])
@@ -85,7 +102,7 @@ def integers_of(data: bytes, span: Span) -> list[int]:
         [5, 7]
     """
     found = []
-    for values in _lists(data, span, 3):
+    for values in _lists(data, span, INT64_LIST):
         for _, kind, begin, end in _fields(data, values):
             while begin < end:
                 number, begin = _varint(data, begin)
@@ -132,6 +149,84 @@ def _encode_varint(number: int) -> bytes:
         encoded.append(number & 127 | 128)
         number >>= 7
     return bytes([*encoded, number])
+
+
+# -- messages of the same layout: what one is found to hold tells where others hold theirs
+
+
+def only_value(data: bytes, span: Span) -> tuple[int, Span] | None:
+    """The kind of a feature and its one value, a byte string or packed numbers; None for a feature of another form.
+
+    Example:
+        >>> only_value(b"\\x1a\\x04\\n\\x02\\x05\\x07", (0, 6)) == (INT64_LIST, (4, 6))
+        True
+    """
+    lists = list(_fields(data, span))
+    values = [value for _, wire, begin, end in lists if wire == _BYTES for value in _fields(data, (begin, end))]
+    if len(lists) == len(values) == 1 and values[0][1] == _BYTES:
+        return lists[0][0], values[0][2:]
+    return None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the values of a message lie, and all bytes around them: names, kinds and lengths.
+
+    What is around values alone says where they lie. So of another message of the same length, with the same bytes
+    around, they lie at the same places, and it need not be parsed.
+
+    Args:
+        around: cuts the bytes around the values out of a message.
+        bytes_around: what it gives.
+        values: cuts the values out.
+    """
+
+    around: Callable[[Any], tuple[bytes, ...]]
+    bytes_around: tuple[bytes, ...]
+    values: Callable[[Any], tuple[memoryview, ...]]
+
+    @classmethod
+    def of(cls, data: bytes, values: Sequence[Span], unread: Sequence[Span] = ()) -> Layout:
+        """The layout of a message.
+
+        Args:
+            data: the message.
+            values: of at least two features, see [`only_value`][ensemblenet.data.tfexample.only_value].
+            unread: the same, of features that are of no interest.
+
+        Example:
+            >>> layout = Layout.of(b"a1b2c", [(3, 4), (1, 2)])
+            >>> [layout.fits(data) for data in (b"a7b8c", b"a7x8c")], list(map(bytes, layout.values(b"a7b8c")))
+            ([True, False], [b'8', b'7'])
+        """
+        borders = [0, *(place for span in sorted([*values, *unread]) for place in span), len(data)]
+        around = itemgetter(*map(slice, borders[::2], borders[1::2]))
+        return cls(around, around(data), itemgetter(*(slice(*span) for span in values)))
+
+    def fits(self, data: bytes) -> bool:
+        """Whether a message of the same length is laid out like that."""
+        return self.around(data) == self.bytes_around
+
+
+def packed_integers(parts: Sequence[bytes | memoryview]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The numbers of many values of `Int64List`, and which value each is of; None if one is longer than 4 bytes.
+
+    Example:
+        >>> packed_integers([b"\\x05\\x80\\x01", b"", b"\\x07"])
+        (array([  5, 128,   7]), array([0, 0, 2]))
+        >>> packed_integers([b"\\x80", b"\\x01"]) is None  # the first ends within a number
+        True
+    """
+    data = np.frombuffer(b"".join(parts), np.uint8)
+    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    last = np.flatnonzero(data < 128)
+    first = np.concatenate([[0], last + 1])
+    lengths = last - first[:-1] + 1
+    if first[-1] < len(data) or lengths.max(initial=0) > 4 or (owners[first[:-1]] != owners[last]).any():
+        return None
+    shifts = 7 * (np.arange(len(data)) - np.repeat(first[:-1], lengths))
+    numbers = np.add.reduceat((data & 127).astype(np.int64) << shifts, first[:-1]) if len(data) else first[:0]
+    return numbers, owners[last]
 
 
 # -- the wire format

@@ -6,6 +6,7 @@ A record is its length (8 bytes, little-endian), a checksum of these (4 bytes), 
 
 from __future__ import annotations
 
+import io
 import struct
 import warnings
 import zlib
@@ -32,6 +33,7 @@ _AROUND = _HEADER.size + _CHECKSUM.size  # bytes of a record besides its data
 _ENDINGS = (".tfrecord", ".tfrecords", ".tfrecord.gz", ".tfrecords.gz")
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _LARGEST = 2**28  # bytes of a record: a few of gzip may claim any number
+_BUFFER = 2**16  # bytes; a file of small records is read in half the time that Python's 8 KB take
 _THREADS = 16  # for the headers of remote shards, which wait for the network
 
 
@@ -94,7 +96,7 @@ class Shard:
         offsets = self.offsets[start : (len(self) if stop is None else stop) + 1].tolist()
         if len(offsets) < 2:
             return
-        with _open(self.path) as file:
+        with _open(self.path, _BUFFER) as file:
             file.seek(offsets[0])
             for offset, end in pairwise(offsets):
                 record = _read_record(file, self.path, offset, end)
@@ -125,11 +127,11 @@ class Shard:
 
 def _read_record(file: IO[bytes], path: str, offset: int, end: int) -> Record | DamageError:
     try:
-        file.read(_HEADER.size)  # which the index has compared
-        data, checksum = file.read(end - offset - _AROUND), file.read(_CHECKSUM.size)
+        block = file.read(end - offset)
     except _UNREADABLE as error:
         return DamageError(f"{path}: the record at byte {offset:,} cannot be read: {error}.")
-    if len(checksum) < _CHECKSUM.size or _masked(data) != _CHECKSUM.unpack(checksum)[0]:
+    data = block[_HEADER.size : -_CHECKSUM.size]  # the index has compared the header
+    if len(block) < end - offset or _masked(data) != int.from_bytes(block[-_CHECKSUM.size :], "little"):
         return DamageError(
             f"{path}: the record at byte {offset:,} is damaged: its checksum does not fit its {len(data):,} bytes."
         )
@@ -190,12 +192,14 @@ def _matches(pattern: str) -> list[str]:
     return [str(name) if is_local else system.unstrip_protocol(name) for name in names]
 
 
-def _open(path: str) -> Any:
+def _open(path: str, buffer: int = 0) -> Any:
+    """Open a file, with a buffer of so many bytes; a compressed one without: damage would spoil it all."""
     try:
         file: Any = fsspec.open(path, "rb", compression="infer")
-        return file.open()
+        opened = file.open()
     except (OSError, ImportError, ValueError) as error:
         raise DataError(f"{path} cannot be opened: {error}") from error
+    return io.BufferedReader(opened, buffer) if buffer and file.compression is None else opened
 
 
 # -- finding records

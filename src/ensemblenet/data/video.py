@@ -379,7 +379,7 @@ def _pyav() -> Any:
 
 def _torchcodec() -> Any:
     try:
-        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
+        from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
     except (ImportError, RuntimeError) as error:  # the latter where it finds no FFmpeg
         raise DataError(
             "decoder=torchcodec needs the package torchcodec, made for this PyTorch, and FFmpeg's libraries: "

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ensemblenet.data.tfexample import Fields, bytes_of, floats_of, frames_of, integers_of, read_fields
+from ensemblenet.data.tfexample import (
+    BYTES_LIST,
+    FLOAT_LIST,
+    INT64_LIST,
+    Fields,
+    Layout,
+    bytes_of,
+    floats_of,
+    frames_of,
+    integers_of,
+    only_value,
+    packed_integers,
+    read_fields,
+)
 from ensemblenet.data.tfrecord import Record
 from ensemblenet.errors import DataError
 
@@ -19,6 +33,7 @@ __all__ = ["NUM_CLASSES", "FrameLevel", "Level", "SegmentLevel", "VideoBatch", "
 
 NUM_CLASSES = 3862
 SEGMENT_FRAMES = 5
+_LAYOUTS = 256  # kept of records; official shards have about 60
 
 Level = Literal["video", "frame", "segment"]
 
@@ -52,6 +67,7 @@ class VideoLevel:
     num_classes: int = NUM_CLASSES
     needs_labels: bool = False
     default_features: ClassVar[Mapping[str, int]] = {"mean_rgb": 1024, "mean_audio": 128}
+    _layouts: dict[int, list[Layout]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -64,6 +80,57 @@ class VideoLevel:
         Raises:
             DataError: a record of another form; it names the record and the fault.
         """
+        return self._decode_at_once(records) or self._decode_each(records)
+
+    def _decode_at_once(self, records: Sequence[Record]) -> VideoBatch | None:
+        """A batch whose records all have a known layout; None if one has not, or a label is wrong."""
+        values = [self._values(record.data) for record in records]
+        if not values or None in values:
+            return None
+        *features, ids, labels = zip(*values, strict=True)  # pyright: ignore
+        numbers, owners = packed_integers(labels) or (np.array([self.num_classes]), ())
+        if numbers.max(initial=0) >= self.num_classes:
+            return None
+        floats = bytearray().join(chain.from_iterable(zip(*features, strict=True)))  # of each record side by side
+        inputs = np.frombuffer(floats, "<f4").astype(np.float32, copy=False).reshape(-1, *self.input_shape)
+        targets = np.zeros((len(records), self.num_classes), np.int8)
+        targets[owners, numbers] = 1
+        names = [str(name, errors="replace") for name in ids]
+        return VideoBatch(names, torch.from_numpy(inputs), torch.from_numpy(targets))
+
+    def _values(self, data: bytes) -> tuple[memoryview, ...] | None:
+        """The bytes of each feature, of the id and of the labels; None of a record for the general parser."""
+        for layout in self._layouts.get(len(data), []):
+            if layout.fits(data):
+                return layout.values(memoryview(data))
+        layout = self._learn(data)
+        return None if layout is None else layout.values(memoryview(data))
+
+    def _learn(self, data: bytes) -> Layout | None:
+        """The layout of a record in which each wanted feature is one value of the right kind and size."""
+        if sum(map(len, self._layouts.values())) == _LAYOUTS:
+            return None
+        try:
+            fields, _ = read_fields(data)
+            found = {name: only_value(data, span) for name, span in fields.items()}
+        except ValueError:
+            return None
+        if not self.needs_labels:
+            found.setdefault("labels", (INT64_LIST, (0, 0)))
+        wanted = [*self.features, "id" if "id" in fields else "video_id", "labels"]
+        values = [value for value in map(found.get, wanted) if value is not None]
+        if [kind for kind, _ in values] != [FLOAT_LIST] * len(self.features) + [BYTES_LIST, INT64_LIST]:
+            return None
+        spans = [span for _, span in values]
+        if [end - begin for begin, end in spans[:-2]] != [4 * size for size in self.features.values()]:
+            return None
+        unread = [value[1] for name, value in found.items() if value is not None and name not in wanted]
+        layout = Layout.of(data, spans, unread)
+        self._layouts.setdefault(len(data), []).append(layout)
+        return layout
+
+    def _decode_each(self, records: Sequence[Record]) -> VideoBatch:
+        """The same for any records."""
         inputs = np.empty((len(records), *self.input_shape), np.float32)
         targets = np.zeros((len(records), self.num_classes), np.int8)
         ids = []
