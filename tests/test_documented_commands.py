@@ -35,7 +35,7 @@ def commands(text: str) -> list[str]:
     """The commands of a page: lines of its blocks, and what stands between backticks with an argument."""
     text = text.replace("\\\n", " ")  # a command that goes on in the next line
     blocks = re.findall(r"^```(?:sh|console)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    start = r"(?:[A-Z_]+=\S+ |torchrun \S+ \S+ -m )*ensemblenet (?=[a-z]+(?: |$))"
+    start = r"(?:[A-Z_]+=\S+ |torchrun [^\n]*?-m )*ensemblenet (?=[a-z]+(?: |$))"
     lines = [line for block in blocks for line in re.findall(rf"^{start}((?:'[^']*'|[^'\n])+)", block, re.MULTILINE)]
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return [*lines, *re.findall(r"`ensemblenet ([a-z]+ [^`]+)`", prose)]

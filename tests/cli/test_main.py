@@ -107,6 +107,15 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"ensemblenet {ensemblenet.__version__}\n"
 
 
+@pytest.mark.parametrize(("rank", "status"), [("0", 2), ("1", 0)])
+def test_of_torchruns_processes_the_first_one_does_what_takes_one(
+    rank: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["test", str(tmp_path / "no run")]) == status
+
+
 def test_options_may_have_underscores_and_unknown_ones_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", NET, "--num_heads", "3", "--input_shape=40"]) == 0
     assert "3 heads" in " ".join(capsys.readouterr().out.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = _parser().parse_args(arguments[:1]).command  # what follows is the command's own
+    if name != "fit" and "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["RANK"]) > 0:
+        return 0  # all others take one process; of those that torchrun starts that is the first
     from ensemblenet.extras import require
 
     on_interrupt = signal.getsignal(signal.SIGINT)

@@ -21,7 +21,7 @@ from ensemblenet.storage.runs import CHECKPOINT
 from ensemblenet.training.processes import is_first_process
 from ensemblenet.weights import damaged_part
 
-__all__ = ["AtomicCheckpointIO", "RunCheckpoint", "whole_checkpoint"]
+__all__ = ["AtomicCheckpointIO", "RunCheckpoint", "goes_on_within_epochs", "whole_checkpoint"]
 
 _BEFORE = CHECKPOINT.with_stem("previous")
 
@@ -103,6 +103,12 @@ def _fault(path: Path) -> str | None:
     return None if broken is None else f"wrong checksum of {broken}"
 
 
+def goes_on_within_epochs(trainer: Trainer) -> bool:
+    """Whether the data that a run trains on can go on in the middle of an epoch."""
+    data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+    return hasattr(trainer.train_dataloader, "state_dict") or is_overridden("state_dict", data)
+
+
 class RunCheckpoint(ModelCheckpoint):
     """The run's own: its state in a checkpoint has another name than that of a user's ModelCheckpoint."""
 
@@ -114,9 +120,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to keep a state from which the run could not go on."""
         super().on_train_start(trainer, pl_module)
-        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        goes_on = hasattr(trainer.train_dataloader, "state_dict") or is_overridden("state_dict", data)
-        if self._every_n_train_steps and not goes_on:
+        if self._every_n_train_steps and not goes_on_within_epochs(trainer):
             raise TrainingError(
                 "checkpoint_steps needs data that can go on in the middle of an epoch, such as ImageData; leave it out."
             )

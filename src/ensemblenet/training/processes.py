@@ -18,12 +18,12 @@ from typing import Any
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.distributed import DistStoreError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from ensemblenet.errors import EnsembleNetError, TrainingError
 
-__all__ = ["agreed_folder", "ending_together", "is_first_process"]
+__all__ = ["agreed_folder", "ending_together", "goes_on_unasked", "is_first_process", "is_slurm_job"]
 
 _FOLDER = "ENSEMBLENET_RUN_FOLDER"
 _PATIENCE = timedelta(minutes=5)
@@ -35,6 +35,29 @@ _stores: list[TCPStore] = []  # one must stay open until the last process has re
 def is_first_process() -> bool:
     """Whether this process writes what a run has once: true for a run in one process."""
     return rank_zero_only.rank == 0  # pyright: ignore[reportFunctionMemberAccess]  Lightning sets it
+
+
+def is_slurm_job() -> bool:
+    """Whether `srun` started this process."""
+    return SLURMEnvironment.detect()
+
+
+def goes_on_unasked() -> bool:
+    """Whether a run without `--resume` goes on with an unfinished one of its settings: it may be started several times.
+
+    So it is in a job that Slurm queued again, and under torchrun with `--max-restarts`. There no process can tell
+    whether it is the first: the agent of a node that was lost counts from 0 again.
+    """
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
+        return True
+    if not TorchElasticEnvironment.detect() or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+        return False
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == str(True):
+        rank_zero_warn(
+            "An agent of torchrun that is lost and started again cannot join the others (PyTorch issue 135712): start "
+            "all agents with --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in their environment."
+        )
+    return True
 
 
 def agreed_folder(choose: Callable[[], Path]) -> Path:

@@ -56,7 +56,8 @@ from ensemblenet.training.options import (
     listed,
     rename_scores,
 )
-from ensemblenet.training.processes import agreed_folder, is_first_process
+from ensemblenet.training.processes import agreed_folder, goes_on_unasked, is_first_process, is_slurm_job
+from ensemblenet.training.requeue import Requeue
 from ensemblenet.training.resume import applied_settings, changed_setting, is_longer, take_unfinished
 
 __all__ = ["FitCLI", "complete_arguments"]
@@ -192,6 +193,8 @@ class FitCLI(LightningCLI):
             *more_loggers(self.config["log_to"], self.folder),
             *listed(chosen["logger"]),
         ]
+        if chosen["default_root_dir"] is None:  # Lightning would go on from what any Slurm job left in this folder
+            kwargs["default_root_dir"] = self.folder
         kwargs["plugins"] = [AtomicCheckpointIO(), *listed(chosen["plugins"])]
         kwargs["callbacks"] = [
             KeepClasses(self.folder),
@@ -201,6 +204,7 @@ class FitCLI(LightningCLI):
             Accepted(self.keep_settings),
             Announce(self.folder, self.changed),
             KeepFolder(self.folder),
+            *([Requeue(self.folder)] if is_slurm_job() else []),
             speed,
             *([] if chosen["enable_progress_bar"] is False or own_bar else [Progress(speed)]),
             LearningRateMonitor("step"),
@@ -234,6 +238,8 @@ class FitCLI(LightningCLI):
     def _choose_folder(self) -> Path:
         """The run's folder, whose one writer this process is from now on."""
         name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
+        if resume is None and goes_on_unasked():
+            resume = "auto"
         if resume == "auto" and (found := take_unfinished(Path(runs), name, self._change, self.held)):
             return self._resumable(found)
         if resume in (None, "auto"):
