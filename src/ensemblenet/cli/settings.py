@@ -23,7 +23,7 @@ __all__ = ["check_settings"]
 _OWN = {
     "fit": "model data trainer seed_everything name runs plan base_run checkpoint_steps ema log_to resume trust config "
     "optimizer lr_scheduler print_config print_shtab",
-    "compare": "name runs resume trust workers config print_config",
+    "compare": "name runs resume trust workers engine address cpus_per_trial gpus_per_trial config print_config",
 }
 _CLASSES = {
     "fit": {
@@ -171,7 +171,7 @@ def _check_values(given: Mapping[str, Any], place: str) -> None:
             if (value := given.get(key)) not in (None, "auto"):  # where a number may not be so, the parser says it
                 try:
                     kind(value)
-                except (TypeError, ValueError) as error:
+                except (TypeError, ValueError, OverflowError) as error:
                     raise TrainingError(f"{key} must be {what}, got {value!r}.") from error
     names = {name: f"{place}{name}" for name in arguments_of(*_CLASSES["fit"]["model.conversion"]) or []}
     found = {name: given[key] for name, key in names.items() if given.get(key) is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ensemblenet.errors import DataError, FetchError, first_line
 
-__all__ = ["IMAGE_SUFFIXES", "decode_image"]
+__all__ = ["IMAGE_SUFFIXES", "check_view", "decode_image"]
 
 IMAGE_SUFFIXES = (
     ".avif",
@@ -44,6 +45,26 @@ _UPRIGHT = {
 }
 
 
+def check_view(image_size: int, crop_pct: float = 1.0, std: Sequence[float] = ()) -> None:
+    """Refuse numbers by which no image could be seen.
+
+    Raises:
+        DataError: one is out of its range.
+
+    Example:
+        >>> check_view(0)
+        Traceback (most recent call last):
+            ...
+        ensemblenet.errors.DataError: image_size must be at least 1, got 0.
+    """
+    if image_size < 1:
+        raise DataError(f"image_size must be at least 1, got {image_size}.")
+    if not 0 < crop_pct <= 1:
+        raise DataError(f"crop_pct must be above 0 and at most 1, got {crop_pct}.")
+    if not all(0 < each < math.inf for each in std):
+        raise DataError(f"std must be numbers above 0, got {list(std)}.")
+
+
 def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str, mode: str = "RGB") -> Image.Image:
     """Decode an image, wherever it comes from: the one reader of training, evaluation and prediction.
 
@@ -72,7 +93,9 @@ def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str,
             upright = _UPRIGHT.get(_orientation(image))
             pixels = _of_eight_bits(image)
             pixels = pixels if upright is None else pixels.transpose(upright)
-            return pixels.convert("RGBA").convert(mode) if pixels.mode in ("P", "PA") else pixels.convert(mode)
+            if pixels.mode in ("P", "PA"):
+                pixels = pixels.convert("RGBA")
+            return pixels if pixels.mode == mode else pixels.convert(mode)  # which would copy it
     except FetchError:
         raise
     except Exception as error:  # no list of them is complete: decoders of damaged files raise nearly any

@@ -28,6 +28,7 @@ from ensemblenet.data.remote import (
     RemoteFile,
     expanded,
     find_whole,
+    folder_of,
     in_threads,
     is_url,
     joined,
@@ -209,8 +210,12 @@ def _class_map(split: Path | RemoteFile, options: Mapping[str, Any]) -> dict[str
     given = options.get("class_map")
     if not given:
         return None
-    if isinstance(given, Mapping):
-        return {class_name(name): int(number) for name, number in given.items()}
+    if isinstance(given, Mapping) and all(type(number) is int for number in given.values()):
+        return {class_name(str(name)): number for name, number in given.items()}
+    if not isinstance(given, str | Path):
+        raise DataError(
+            f"class_map must be numbers by the names of classes, or a file with a name a line, got {given}."
+        )
     for path in (Path(given), *([split / given] if isinstance(split, Path) else [])):
         if (names := _named_classes(path)) is not None:
             return {name: number for number, name in enumerate(names)}
@@ -280,7 +285,12 @@ def _torchvision(folder: Path | str, dataset: str, split: str, options: Mapping[
 
 
 def _hugging_face(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
-    reader = _timm_dataset(None, dataset, split, **options).reader
+    if dataset == "hfds/":
+        place = folder_of(find_whole(f"{folder}/*.parquet")) if isinstance(folder, str) else folder
+        reader = _timm_dataset(None, f"{dataset}{place}", split, **options).reader
+        dataset = str(folder)
+    else:
+        reader = _timm_dataset(None, dataset, split, **options).reader
     try:
         labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
     except (TypeError, ValueError, OverflowError) as error:

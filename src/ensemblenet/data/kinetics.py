@@ -13,8 +13,10 @@ from torch import Tensor
 from ensemblenet._moved import renamed
 from ensemblenet.data.classes import refuse_other_classes, refuse_strange_classes
 from ensemblenet.data.files import FileReader
+from ensemblenet.data.image_files import check_view
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
+from ensemblenet.data.remote import is_url
 from ensemblenet.data.video import ClipSampling, Decoder, Short
 from ensemblenet.data.video_sets import VIDEO_SUFFIXES, find_videos, order_of_labels
 from ensemblenet.data.views import RandomView, Span, UniformViews, ViewReader, Views, view_reader
@@ -88,7 +90,7 @@ class Kinetics(DataModule):
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         train: str = "train.csv",
         val: str = "val.csv",
         test: str | None = None,
@@ -115,15 +117,17 @@ class Kinetics(DataModule):
         max_broken: int = 100,
         seed: int | None = None,
     ) -> None:
-        if num_crops not in (1, 3) or num_clips < 1 or not 0 < crop_pct <= 1:
+        check_view(image_size, crop_pct, std)
+        if num_crops not in (1, 3) or num_clips < 1:
             raise DataError(
-                "Kinetics needs num_crops of 1 or 3, num_clips >= 1 and 0 < crop_pct <= 1; got "
-                f"num_crops={num_crops}, num_clips={num_clips}, crop_pct={crop_pct}."
+                f"Kinetics needs num_crops of 1 or 3 and num_clips >= 1; got {num_crops=} and {num_clips=}."
             )
         if cache and num_workers:
             raise DataError("cache=true needs num_workers=0: each worker would fill a cache of its own, every epoch.")
         ClipSampling(num_frames, stride, seconds, short)  # refuses numbers out of range
         super().__init__(batch_size, eval_batch_size, num_workers, on_broken, max_broken, seed)
+        if is_url(folder):
+            raise DataError(f"Videos are read from a disk: copy {folder} to one, such as by `aws s3 sync`.")
         self.folder = Path(folder)
         self.splits: dict[Split, str] = {"train": train, "val": val, "test": test or val}
         self.untrimmed = untrimmed
