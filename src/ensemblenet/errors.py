@@ -1,5 +1,7 @@
 """The errors that users meet: what was expected, what came, what to do."""
 
+import re
+
 __all__ = [
     "BudgetError",
     "BusyError",
@@ -8,6 +10,7 @@ __all__ = [
     "DataError",
     "EnsembleNetError",
     "ExportError",
+    "FetchError",
     "FusionError",
     "InputError",
     "LoadError",
@@ -15,6 +18,7 @@ __all__ = [
     "ModelNameError",
     "TrainingError",
     "first_line",
+    "without_secrets",
 ]
 
 
@@ -27,8 +31,9 @@ class EnsembleNetError(Exception):
     """
 
     def __str__(self) -> str:
-        """The message in one line: names that a damaged or hostile file gives may hold anything."""
-        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in super().__str__())
+        """The message in one line, without secrets: names that a damaged or hostile file gives may hold anything."""
+        text = without_secrets(super().__str__())
+        return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 class ConversionError(EnsembleNetError, ValueError):
@@ -45,6 +50,10 @@ class DataError(EnsembleNetError, ValueError):
 
 class ClassesError(DataError):
     """Data whose classes are not those of the training."""
+
+
+class FetchError(DataError):
+    """Data that its server does not give; never one broken example among others, which may be skipped."""
 
 
 class ExportError(EnsembleNetError, RuntimeError):
@@ -87,3 +96,13 @@ def first_line(error: BaseException) -> str:
         ('no such thing', 'KeyError')
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def without_secrets(text: str) -> str:
+    """A text without the names, passwords and signatures in its URLs.
+
+    Example:
+        >>> without_secrets("https://me:word@host/a.tar?X-Amz-Signature=12&x=3: 503")
+        'https://host/a.tar: 503'
+    """
+    return re.sub(r"(\w://[^\s'\"?]*)\?[^\s'\":)]*=[^\s'\":)]*", r"\1", re.sub(r"(\w://)[^\s/'\"]*@", r"\1", text))

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
-from ensemblenet.errors import DataError, first_line
+from ensemblenet.errors import DataError, FetchError, first_line
 
 __all__ = ["IMAGE_SUFFIXES", "decode_image"]
 
@@ -73,6 +73,8 @@ def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str,
             pixels = _of_eight_bits(image)
             pixels = pixels if upright is None else pixels.transpose(upright)
             return pixels.convert("RGBA").convert(mode) if pixels.mode in ("P", "PA") else pixels.convert(mode)
+    except FetchError:
+        raise
     except Exception as error:  # no list of them is complete: decoders of damaged files raise nearly any
         raise DataError(f"{what} cannot be decoded: {first_line(error)}") from error
 

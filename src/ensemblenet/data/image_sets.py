@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,16 @@ from ensemblenet.data.classes import (
 )
 from ensemblenet.data.image_files import IMAGE_SUFFIXES, decode_image
 from ensemblenet.data.listing import class_folders
+from ensemblenet.data.remote import (
+    MissingError,
+    RemoteFile,
+    expanded,
+    find_whole,
+    in_threads,
+    is_url,
+    joined,
+    remote_file,
+)
 from ensemblenet.data.tars import TarFile, files_of_tar
 from ensemblenet.errors import ClassesError, DataError, first_line
 
@@ -92,15 +103,21 @@ class ImageSet:
 
 
 def open_images(
-    folder: Path, dataset: str, split: str, classes: Sequence[str] | None, complete: bool, options: Mapping[str, Any]
+    folder: Path | str,
+    dataset: str,
+    split: str,
+    classes: Sequence[str] | None,
+    complete: bool,
+    options: Mapping[str, Any],
 ) -> ImageSet:
     """Find the images of a split, and their labels.
 
     Args:
-        folder: of the data.
+        folder: of the data, or its URL.
         dataset: "" for class folders, in a folder or a tar; `wds/` for shards of WebDataset; else a name of
             `timm.data.create_dataset`, such as `hfds/NAME` or `torch/cifar10`.
-        split: its name, a folder or tar in `folder`; for `wds/` a pattern, such as `train-*.tar`.
+        split: its name, a folder or tar in `folder`; for `wds/` a pattern, such as `train-*.tar` or
+            `train-{0000..1023}.tar`.
         classes: the names in the order of their labels; None takes them from the data.
         complete: whether the split must have all of these classes.
         options: arguments of timm's reader.
@@ -108,6 +125,7 @@ def open_images(
     Raises:
         ClassesError: the data has other classes.
         DataError: there is no such data, a class is empty, or a label is out of range.
+        FetchError: its server fails.
     """
     kind, _, _ = dataset.partition("/")
     openers = {"": _class_folders, "wds": _shards, "torch": _torchvision, "hfds": _hugging_face}
@@ -138,12 +156,12 @@ def open_images(
 # -- class folders, in a folder or in a tar
 
 
-def _class_folders(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
+def _class_folders(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     """Images in the order of their names; those of one class lie in one folder, at any depth."""
     path = _find_split(folder, split)
     class_map = _class_map(path, options)
     found: dict[str, list[tuple[str, Path | TarFile]]]
-    if path.is_dir():
+    if isinstance(path, Path) and path.is_dir():
         by_class = class_folders(path, IMAGE_SUFFIXES)
         found = {of: [(file.relative_to(path).as_posix(), file) for file in files] for of, files in by_class.items()}
     else:
@@ -153,7 +171,7 @@ def _class_folders(folder: Path, dataset: str, split: str, options: Mapping[str,
     numbers = class_map or {name: number for number, name in enumerate(in_order(found))}
     for name, files in sorted(found.items()):
         if name in numbers and not files:
-            raise DataError(f"The class {path / name} holds no images: fill it or remove it.")
+            raise DataError(f"The class {path}/{name} holds no images: fill it or remove it.")
     samples = [(name, file, numbers[of]) for of, files in found.items() if of in numbers for name, file in files]
     samples.sort(key=lambda sample: natural_key(sample[0]))
     return ImageSet(
@@ -170,7 +188,7 @@ def _opened(file: Path | TarFile) -> Path | BinaryIO:
     return file.open() if isinstance(file, TarFile) else file
 
 
-def _classes_of_tar(path: Path) -> dict[str, list[tuple[str, Path | TarFile]]]:
+def _classes_of_tar(path: Path | RemoteFile) -> dict[str, list[tuple[str, Path | TarFile]]]:
     """The images of each class, with names, as in class folders; what all images lie in is the split itself."""
     files = files_of_tar(path, IMAGE_SUFFIXES)
     places = [PurePosixPath(file.name.removeprefix("/")).parts for file in files]
@@ -183,7 +201,7 @@ def _classes_of_tar(path: Path) -> dict[str, list[tuple[str, Path | TarFile]]]:
     return found
 
 
-def _class_map(split: Path, options: Mapping[str, Any]) -> dict[str, int] | None:
+def _class_map(split: Path | RemoteFile, options: Mapping[str, Any]) -> dict[str, int] | None:
     """The numbers of classes that the user gives: by name, or as a file with a name a line."""
     if unknown := set(options) - {"class_map"}:
         given = ", ".join(sorted(unknown))
@@ -193,17 +211,18 @@ def _class_map(split: Path, options: Mapping[str, Any]) -> dict[str, int] | None
         return None
     if isinstance(given, Mapping):
         return {class_name(name): int(number) for name, number in given.items()}
-    for path in (Path(given), split / given):
+    for path in (Path(given), *([split / given] if isinstance(split, Path) else [])):
         if (names := _named_classes(path)) is not None:
             return {name: number for number, name in enumerate(names)}
     raise DataError(f"class_map={given} is neither a file with the name of a class in each line, nor in {split}.")
 
 
-def _find_split(folder: Path, split: str) -> Path:
+def _find_split(folder: Path | str, split: str) -> Path | RemoteFile:
+    if isinstance(folder, str):
+        return _remote_tar(folder, split)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
-    names = (split, *_VALIDATION) if split in _VALIDATION else (split,)
-    for name in names:
+    for name in _names_of(split):
         for path in (folder / name, folder / f"{name}.tar"):
             if path.exists():
                 return path
@@ -213,6 +232,20 @@ def _find_split(folder: Path, split: str) -> Path:
             f"or dataset=hfds/{folder} for the datasets library."
         )
     raise DataError(f"{folder} holds neither {split}/ nor {split}.tar, with a folder of images for each class.")
+
+
+def _names_of(split: str) -> tuple[str, ...]:
+    return (split, *_VALIDATION) if split in _VALIDATION else (split,)
+
+
+def _remote_tar(folder: str, split: str) -> RemoteFile:
+    for name in _names_of(split):
+        with suppress(MissingError):
+            return find_whole(f"{joined(folder, name)}.tar")[0]
+    raise DataError(
+        f"{folder} holds no {split}.tar: at a URL, images lie in a tar of class folders or, for dataset=wds/, in "
+        "shards of WebDataset; single files are read from a disk only."
+    )
 
 
 def _timm_dataset(root: Path | None, dataset: str, split: str, **options: Any) -> Any:
@@ -231,7 +264,9 @@ def _timm_dataset(root: Path | None, dataset: str, split: str, **options: Any) -
 # -- data sets of libraries
 
 
-def _torchvision(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
+def _torchvision(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
+    if isinstance(folder, str):
+        raise DataError(f"dataset={dataset} is read from a disk, not from {folder}.")
     images = _timm_dataset(folder, dataset, split, **options)
     labels = getattr(images, "targets", getattr(images, "labels", None))
     if labels is None:
@@ -244,7 +279,7 @@ def _torchvision(folder: Path, dataset: str, split: str, options: Mapping[str, A
     return ImageSet(f"{dataset} in {folder}, {split}", np.asarray(labels), names, lambda i: images[i][0], str)
 
 
-def _hugging_face(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
+def _hugging_face(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     reader = _timm_dataset(None, dataset, split, **options).reader
     try:
         labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
@@ -257,27 +292,31 @@ def _hugging_face(folder: Path, dataset: str, split: str, options: Mapping[str, 
 # -- shards of WebDataset
 
 
-def _shards(folder: Path, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
+def _shards(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     """Images in tars where the files of one stem are a sample: an image, and its label in `.cls`."""
-    shards = sorted(Path(folder).glob(split))
+    if is_url(place := joined(folder, split)):
+        shards: Sequence[Path | RemoteFile] = find_whole(str(place))
+    else:
+        shards = sorted({path for pattern in expanded(split) for path in Path(folder).glob(pattern)})
     if not shards:
         raise DataError(f"No shards match {split} in {folder}; dataset=wds/ takes a pattern such as train-*.tar.")
-    samples = [sample for shard in shards for sample in _samples(shard)]
+    samples = [sample for found in in_threads(_samples, shards, "Reading shards") for sample in found]
     return ImageSet(
-        f"{folder}/{split}",
+        str(place),
         np.array([label for _, label in samples], np.int64),
-        _named_classes(folder / _CLASSES),
+        _named_classes(joined(folder, _CLASSES)),
         lambda index: samples[index][0].open(),
         lambda index: f"{samples[index][0].name} of {samples[index][0].tar.name}",
     )
 
 
-def _named_classes(path: Path) -> list[str] | None:
-    """The names in a file, one a line: neither spaces nor rarer characters end a line."""
-    if not path.is_file():
-        return None
+def _named_classes(path: Path | str) -> list[str] | None:
+    """The names in a file, one a line: neither spaces nor rarer characters end a line. None if there is no file."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
+        with path.open("rb") if isinstance(path, Path) else remote_file(path).open() as file:
+            lines = [line.strip() for line in file.read().decode("utf-8-sig").rstrip().split("\n")]
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, MissingError):
+        return None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8: {error}.") from error
     if "" in lines[1:]:
@@ -285,7 +324,7 @@ def _named_classes(path: Path) -> list[str] | None:
     return [class_name(line) for line in lines] if lines[0] else None
 
 
-def _samples(shard: Path) -> list[tuple[TarFile, int]]:
+def _samples(shard: Path | RemoteFile) -> list[tuple[TarFile, int]]:
     """The images of a shard, and their labels."""
     grouped = groupby(files_of_tar(shard, (*IMAGE_SUFFIXES, _LABEL)), key=lambda file: _stem(file.name))
     return [_sample(shard, stem, list(files)) for stem, files in grouped]
@@ -296,7 +335,7 @@ def _stem(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _sample(shard: Path, stem: str, files: Sequence[TarFile]) -> tuple[TarFile, int]:
+def _sample(shard: Path | RemoteFile, stem: str, files: Sequence[TarFile]) -> tuple[TarFile, int]:
     labels = [file for file in files if file.name.endswith(_LABEL)]
     images = [file for file in files if file not in labels]
     if len(images) != 1 or len(labels) != 1:

@@ -16,6 +16,7 @@ from ensemblenet.data.image_files import IMAGE_SUFFIXES, decode_image
 from ensemblenet.data.image_sets import ImageSet, open_images
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
+from ensemblenet.data.remote import checked_place
 from ensemblenet.errors import DataError
 
 __all__ = ["ImageData"]
@@ -32,13 +33,15 @@ class ImageData(DataModule):
     no image comes twice.
 
     Args:
-        folder: of the data.
+        folder: of the data, or its URL (`https://`, `s3://`, `gs://`, `hf://`), whose files are kept on this machine;
+            see [`ensemblenet.data.remote`][].
         dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg` at any depth, or `train.tar` and
-            `val.tar` that hold the same; `wds/` for WebDataset shards on a local disk (an image and a `.cls` for each
+            `val.tar` that hold the same; `wds/` for WebDataset shards (an image and a `.cls` for each
             sample; `classes.txt` may name the classes, one a line); `hfds/NAME` for a name that
             `datasets.load_dataset` takes, or a folder of Parquet files; `torch/NAME` for torchvision's sets, see
             `timm.data.create_dataset`.
-        train: the training split: a name, or for `wds/` a pattern such as `train-*.tar`.
+        train: the training split: a name, or for `wds/` a pattern such as `train-*.tar` or `train-{0000..1023}.tar`;
+            also a URL.
         val: the validation split.
         test: the test split; None takes the validation split.
         image_size: S.
@@ -74,7 +77,7 @@ class ImageData(DataModule):
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         dataset: str = "",
         train: str = "train",
         val: str = "val",
@@ -94,9 +97,11 @@ class ImageData(DataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size or 2 * batch_size, num_workers, on_broken, max_broken, seed)
-        self.folder = Path(folder)
+        self.folder = checked_place(folder)
         self.dataset = dataset
         self.splits: dict[Split, str] = {"train": train, "val": val, "test": test or val}
+        for split in self.splits.values():
+            checked_place(split)
         self.reader = reader or {}
         self.preprocessing = {
             "input_shape": [3, image_size, image_size],

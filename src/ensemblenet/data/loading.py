@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ensemblenet.data.tensors import TensorExamples
-from ensemblenet.errors import DataError
+from ensemblenet.errors import DataError, FetchError
 
 __all__ = ["Broken", "ExampleLoader", "Examples", "OnBroken", "Part", "ResumableLoader", "seed_generators"]
 
@@ -34,10 +34,12 @@ class Broken:
     Args:
         key: tells it from others.
         message: names it, and says what is wrong.
+        may_be_whole: its server did not give it, which is no reason to leave it out.
     """
 
     key: Hashable
     message: str
+    may_be_whole: bool = False
 
 
 class ResumableLoader(ABC):
@@ -118,7 +120,7 @@ class ResumableLoader(ABC):
         self.epoch, self.consumed = self.epoch + 1, 0
 
     def _skip(self, example: Broken) -> None:
-        if self.on_broken == "error":
+        if self.on_broken == "error" or example.may_be_whole:
             raise DataError(example.message)
         self.skipped += 1
         if example.key in self.broken:
@@ -289,7 +291,7 @@ class _Seeded(Dataset[Any]):
             try:
                 return self._with_beside(self.examples[index], index)
             except DataError as error:
-                return Broken(index, str(error))
+                return Broken(index, str(error), may_be_whole=isinstance(error, FetchError))
 
     def _with_beside(self, item: Any, which: int | list[int]) -> Any:
         return item if self.beside is None else (*item, self.beside[which])

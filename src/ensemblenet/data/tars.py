@@ -13,6 +13,7 @@ from typing import IO, BinaryIO
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ensemblenet.data.listing import is_hidden
+from ensemblenet.data.remote import RemoteFile
 from ensemblenet.errors import DataError, first_line
 
 __all__ = ["TarFile", "files_of_tar"]
@@ -31,7 +32,7 @@ class TarFile:
         size: its length in bytes.
     """
 
-    tar: Path
+    tar: Path | RemoteFile
     name: str
     begin: int
     size: int
@@ -43,14 +44,15 @@ class TarFile:
             return io.BytesIO(file.read(self.size))
 
 
-def files_of_tar(path: Path, suffixes: Sequence[str]) -> list[TarFile]:
+def files_of_tar(path: Path | RemoteFile, suffixes: Sequence[str]) -> list[TarFile]:
     """The files of a tar, in its order: those with some suffixes, through links within it and in tars within it.
 
     Args:
-        path: an uncompressed tar.
+        path: an uncompressed tar, here or on a server.
         suffixes: in small letters; capitals in a file's name do not matter.
 
     Raises:
+        FetchError: its server does not give it.
         DataError: the tar is truncated or damaged, or claims more than it holds.
 
     Example:
@@ -72,7 +74,9 @@ def files_of_tar(path: Path, suffixes: Sequence[str]) -> list[TarFile]:
         raise DataError(f"{path} is not a readable tar: {first_line(error)}") from error
 
 
-def _files(path: Path, file: IO[bytes], suffixes: Sequence[str], folder: str = "", first: int = 0) -> Iterator[TarFile]:
+def _files(
+    path: Path | RemoteFile, file: IO[bytes], suffixes: Sequence[str], folder: str = "", first: int = 0
+) -> Iterator[TarFile]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         members = list(_members(path, tar, file))
         by_name = {member.name: member for member in members}
@@ -93,7 +97,7 @@ def _files(path: Path, file: IO[bytes], suffixes: Sequence[str], folder: str = "
                 yield TarFile(path, f"{folder}{name}", first + target.offset_data, target.size)
 
 
-def _members(path: Path, tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+def _members(path: Path | RemoteFile, tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """What a tar holds; tarfile itself would go back to where a negative size leads, and end at a damaged header."""
     while (member := tar.next()) is not None:
         if member.size < 0 or tar.offset <= member.offset:

@@ -1,4 +1,4 @@
-"""Shards in the TFRecord format, on any file system that fsspec knows; without TensorFlow.
+"""Shards in the TFRecord format, here or on any server that fsspec knows; without TensorFlow.
 
 A record is its length (8 bytes, little-endian), a checksum of these (4 bytes), its data, and a checksum of the data
 (4 bytes); checksums are CRC-32C, masked. The format is that of TensorFlow's documentation.
@@ -6,23 +6,35 @@ A record is its length (8 bytes, little-endian), a checksum of these (4 bytes), 
 
 from __future__ import annotations
 
-import io
+import os
 import struct
 import warnings
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from glob import glob
 from itertools import pairwise
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import fsspec
 import google_crc32c
 import numpy as np
-from fsspec.core import url_to_fs
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 
 from ensemblenet.data.loading import OnBroken
+from ensemblenet.data.remote import (
+    RemoteFile,
+    checked_place,
+    expanded,
+    find_urls,
+    in_threads,
+    is_url,
+    joined,
+    remote_file,
+)
 from ensemblenet.errors import DataError
 
 __all__ = ["DamageError", "Record", "Shard", "find_shards", "index_shard", "index_shards"]
@@ -34,7 +46,6 @@ _ENDINGS = (".tfrecord", ".tfrecords", ".tfrecord.gz", ".tfrecords.gz")
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _LARGEST = 2**28  # bytes of a record: a few of gzip may claim any number
 _BUFFER = 2**16  # bytes; a file of small records is read in half the time that Python's 8 KB take
-_THREADS = 16  # for the headers of remote shards, which wait for the network
 
 
 class Record(NamedTuple):
@@ -69,12 +80,12 @@ class Shard:
         [b'one', b'two']
 
     Attributes:
-        path: local or remote.
+        path: of a file here, or on a server.
         offsets: the first byte of each record, and the end of the last one: one number more than records, int64. In
             a gzip file they count decompressed bytes.
     """
 
-    path: str
+    path: str | RemoteFile
     offsets: np.ndarray
 
     def __len__(self) -> int:
@@ -99,7 +110,7 @@ class Shard:
         with _open(self.path, _BUFFER) as file:
             file.seek(offsets[0])
             for offset, end in pairwise(offsets):
-                record = _read_record(file, self.path, offset, end)
+                record = _read_record(file, str(self.path), offset, end)
                 yield record
                 if isinstance(record, DamageError):
                     file.seek(end)
@@ -151,8 +162,8 @@ def find_shards(patterns: str | Sequence[str], folder: str | None = None) -> lis
     """The files that patterns name, sorted.
 
     Args:
-        patterns: paths, or patterns with `*`, `?` and `[]`, or folders, which stand for the TFRecord files in
-            them; local or with a protocol that fsspec knows, such as `s3://`.
+        patterns: paths, or patterns with `*`, `?`, `[]` and braces, or folders, which stand for the TFRecord files in
+            them; or URLs, such as `s3://bucket/train*.tfrecord`.
         folder: what patterns without a protocol or a leading slash are relative to.
 
     Raises:
@@ -168,38 +179,37 @@ def find_shards(patterns: str | Sequence[str], folder: str | None = None) -> lis
     """
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if folder is not None:
-        patterns = [
-            pattern if "://" in pattern or pattern.startswith("/") else f"{folder.rstrip('/')}/{pattern}"
-            for pattern in patterns
-        ]
+        patterns = [str(joined(folder, pattern)) for pattern in patterns]
     return sorted({path for pattern in patterns for path in _matches(pattern)})
 
 
 def _matches(pattern: str) -> list[str]:
-    try:
-        system, path = url_to_fs(pattern)
-        if system.isdir(path):
-            names = [name for name in system.ls(path, detail=False) if str(name).endswith(_ENDINGS)]
+    if is_url(pattern):
+        return find_urls(pattern, _ENDINGS)
+    names: list[str] = []
+    for path in map(str, map(checked_place, expanded(pattern))):
+        if os.path.isdir(path):
+            names += [os.path.join(path, name) for name in os.listdir(path) if name.endswith(_ENDINGS)]
         elif any(character in path for character in "*?["):
-            names = [name for name in system.glob(path) if system.isfile(name)]
+            names += filter(os.path.isfile, glob(path, recursive=True))
         else:
-            names = [path] if system.exists(path) else []
-    except (ImportError, ValueError) as error:  # an unknown protocol, or one whose library is missing
-        raise DataError(f"{pattern} cannot be opened: {error}") from error
+            names += [path] if os.path.exists(path) else []
     if not names:
         raise DataError(f"No files match {pattern}; give a file, a pattern, or a folder of {', '.join(_ENDINGS)}.")
-    is_local = "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
-    return [str(name) if is_local else system.unstrip_protocol(name) for name in names]
+    return names
 
 
-def _open(path: str, buffer: int = 0) -> Any:
-    """Open a file, with a buffer of so many bytes; a compressed one without: damage would spoil it all."""
+@contextmanager
+def _open(path: str | RemoteFile, buffer: int = -1) -> Iterator[IO[bytes]]:
+    """Open a file, with a buffer of so many bytes."""
     try:
-        file: Any = fsspec.open(path, "rb", compression="infer")
-        opened = file.open()
-    except (OSError, ImportError, ValueError) as error:
+        file = (Path(path) if isinstance(path, str) else path).open("rb", buffer)
+    except OSError as error:
         raise DataError(f"{path} cannot be opened: {error}") from error
-    return io.BufferedReader(opened, buffer) if buffer and file.compression is None else opened
+    known: dict[Any, Any] = compr
+    decompress = known[infer_compression(str(path))]
+    with file, nullcontext(file) if decompress is None else decompress(file, mode="rb") as content:
+        yield content
 
 
 # -- finding records
@@ -207,15 +217,14 @@ def _open(path: str, buffer: int = 0) -> Any:
 
 def index_shards(paths: Sequence[str], on_broken: OnBroken = "error") -> list[Shard]:
     """Find the records of several files, as [`index_shard`][ensemblenet.data.tfrecord.index_shard] does of one."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return list(pool.map(lambda path: index_shard(path, on_broken), paths))
+    return in_threads(lambda path: index_shard(path, on_broken), paths, "Reading headers")
 
 
 def index_shard(path: str, on_broken: OnBroken = "error") -> Shard:
-    """Find the records of a file from their headers; a remote or gzip file is read from end to end for it.
+    """Find the records of a file from their headers; a remote file is fetched for it, a gzip file is read to its end.
 
     Args:
-        path: a local or remote path; one that ends in `.gz` is decompressed.
+        path: of a file here, or a URL; one that ends in `.gz` is decompressed.
         on_broken: for a damaged header, after which no record can be found: "error" raises; "skip" warns and leaves
             out the rest of the file.
 
@@ -223,7 +232,8 @@ def index_shard(path: str, on_broken: OnBroken = "error") -> Shard:
         DataError: the file is no TFRecord file, is truncated or damaged, or claims a record of over 256 MiB.
     """
     offsets = array("q", [0])  # an eighth of the memory of a list
-    with _open(path) as file:
+    source = remote_file(path) if is_url(path) else path
+    with _open(source) as file:
         try:
             for end in _ends(file, path):
                 offsets.append(end)
@@ -231,7 +241,7 @@ def index_shard(path: str, on_broken: OnBroken = "error") -> Shard:
             if on_broken == "error":
                 raise
             warnings.warn(f"{error} The rest of the file is left out.", stacklevel=2)
-    return Shard(path, np.array(offsets, np.int64))
+    return Shard(source, np.array(offsets, np.int64))
 
 
 def _ends(file: IO[bytes], path: str) -> Iterator[int]:

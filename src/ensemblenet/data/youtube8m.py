@@ -12,6 +12,7 @@ from ensemblenet._moved import renamed
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
 from ensemblenet.data.records import RecordLoader, Share
+from ensemblenet.data.remote import checked_place
 from ensemblenet.data.tfrecord import Record, Shard, find_shards, index_shards
 from ensemblenet.data.youtube8m_levels import NUM_CLASSES, FrameLevel, Level, VideoLevel, make_level
 
@@ -23,14 +24,15 @@ __getattr__ = renamed(
 
 
 class YouTube8M(DataModule):
-    """YouTube-8M (Abu-El-Haija et al. 2016, arXiv 1609.08675) in TFRecord files, streamed from disk or remote storage.
+    """YouTube-8M (Abu-El-Haija et al. 2016, arXiv 1609.08675) in TFRecord files, from a disk or a server.
 
     Batches hold inputs, (N, D) for videos or (N, T, D) for frames, float32, and targets (N, C), int8; see
     [`VideoBatch`][ensemblenet.data.youtube8m_levels.VideoBatch]. Setup reads the headers of all records, which counts
-    them and finds truncated files early; for that it reads gzip and remote files from end to end.
+    them and finds truncated files early; for that it reads gzip files from end to end, and fetches remote ones; see
+    [`ensemblenet.data.remote`][].
 
     Args:
-        folder: of the files, to which patterns are relative; local or with a protocol that fsspec knows, such as `s3://`.
+        folder: of the files, to which patterns are relative; or its URL (`https://`, `s3://`, `gs://`, `hf://`).
         level: "video" for features averaged over each video, "frame" for those of frames, "segment" for the
             rated segments of 2019.
         train: files to train on: a pattern, a folder, or a list of them, such as `train00*.tfrecord`.
@@ -95,7 +97,7 @@ class YouTube8M(DataModule):
             warnings.warn("YouTube8M's on_damage is now on_broken.", DeprecationWarning, stacklevel=2)
             on_broken = on_damage
         super().__init__(batch_size, None, num_workers, on_broken, max_broken, seed)
-        self.folder = folder
+        self.folder = str(checked_place(folder))
         self.level = replace(make_level(level, features, num_classes, num_frames, sample_frames), needs_labels=True)
         self.preprocessing = {
             "level": level,
@@ -105,6 +107,9 @@ class YouTube8M(DataModule):
             "sample_frames": sample_frames,
         }
         self.patterns: dict[Split, str | list[str]] = {"train": train, "val": val, "test": test}
+        for patterns in self.patterns.values():
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                checked_place(pattern)
         self.share = Share(batch_size, shuffle_buffer=shuffle_buffer, num_workers=num_workers)
 
     def open_split(self, split: Split) -> list[Shard]:

@@ -16,7 +16,7 @@ require("timm", "timm")
 
 try:
     from timm.task import ClassificationTask, MultiLabelClassificationEvaluator
-    from timm.utils import unwrap_model
+    from timm.utils.model import unwrap_model
 except ImportError as error:
     from ensemblenet.errors import MissingExtraError
 

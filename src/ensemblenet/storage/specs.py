@@ -109,6 +109,8 @@ _NONE_OF_THEM = (
     r"Errors: (?:(?!Problem|Errors).)*? Given value type: <[^>]*> Given value: (\S+)"
 )
 
+_REFUSED = r"^Does not validate against any of the Union subtypes .*? Errors: - (.+?) - Expected a .*: Namespace\(.*$"
+
 
 def _expected(found: re.Match[str]) -> str:
     types = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"typing\.Literal\[(.*?)\]", r"\1", found[1]))
@@ -130,6 +132,7 @@ def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
         "Problem with given class_path 'torch.nn.ReLU': Option 'inplce' is not accepted. Did you mean inplace?"
     """
     text = re.sub(_NONE_OF_THEM, _expected, " ".join(str(error).split()))
+    text = re.sub(_REFUSED, r"\1", text)
     text = re.sub(
         r"^(Parser key \"[\w.]+\"): .*Expected a dot import path string: (\w+).*$", r"\1: there is no class '\2'", text
     )
