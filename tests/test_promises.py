@@ -170,12 +170,15 @@ def test_a_signal_ends_a_run_in_one_line_that_says_how_to_go_on(
         ["--model.base", "torch.nn.Identity"],
         ["--data.init_args.batch_size", "81"],
         ["--trainer.max_time", "00:00:00:00"],
+        ["--name", "mine/../../other"],
+        ["--name", ""],
     ],
-    ids=["interrupted", "trainer", "network", "data", "time"],
+    ids=["interrupted", "trainer", "network", "data", "time", "outside", "nameless"],
 )
 def test_a_run_that_never_began_leaves_no_folder(config: Path, arguments: list[str]) -> None:
     assert fit(*arguments) in (2, 130)
     assert runs() == []
+    assert list(Path().glob("other*")) == []
 
 
 def test_a_bug_keeps_its_traceback_and_the_run_what_it_has(config: Path) -> None:
@@ -215,6 +218,7 @@ def test_a_process_that_loads_test_data_and_dies_is_one_line(config: Path, capsy
             "misspelt.yaml: There is no setting model.optimisation. Did you mean model.optimization?",
         ),
         (["fit", "tiny.yaml", "--epochs", "many"], "trainer.max_epochs must be an integer, got 'many'."),
+        (["fit", "endless.yaml"], "trainer.max_epochs must be an integer, got inf."),
         (["fit", "tiny.yaml", "--ema", "much"], "ema must be a number, got 'much'."),
         (["fit", "tiny.yaml", "--model.conversion.width", "9"], "width must be a share of the base's channels"),
         (["fit", "tiny.yaml", "--resume", "nowhere"], "nowhere has no config.yaml"),
@@ -266,6 +270,7 @@ def test_plain_mistakes_are_told_before_anything_slow_is_imported(
     Path("argument.yaml").write_text(yaml.safe_dump({"model": {"base": base}}))
     network = {"base": {"class_path": "ensemblenet.models.create", "init_args": {"name": "resnett50"}}}
     Path("network.yaml").write_text(yaml.safe_dump({"model": network}))
+    Path("endless.yaml").write_text("trainer: {max_epochs: .inf}")
     Path("begun").mkdir()
     Path("begun", "config.yaml").write_text(config.read_text())
     monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))

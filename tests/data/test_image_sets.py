@@ -88,6 +88,30 @@ def test_one_name_in_two_spellings_is_one_class(tmp_path: Path, make: Callable[.
     assert data.classes == ["5\u00b2", composed]
 
 
+@pytest.mark.parametrize("make", [in_folders, in_tar])
+def test_folders_of_file_systems_and_servers_are_no_classes(tmp_path: Path, make: Callable[..., Path]) -> None:
+    own = ["@eaDir/a.jpg", "dog/@eaDir/a.jpg", "$RECYCLE.BIN/a.jpg", "lost+found/a.jpg", "__MACOSX/a.jpg", ".b/a.jpg"]
+    names = found(make(tmp_path, "cat/0.png", "dog/0.png", *own))
+    assert names == {"cat": ["cat/0.png"], "dog": ["dog/0.png"]}
+
+
+@pytest.mark.parametrize("make", [in_folders, in_tar])
+def test_a_class_whose_name_is_no_utf_8_is_refused(tmp_path: Path, make: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=r"^The class 'do\\udcffg' has a name that is not UTF-8"):
+        found(make(tmp_path, "cat/0.png", "do\udcffg/0.png"))
+
+
+def test_numbers_of_any_length_have_an_order(tmp_path: Path) -> None:
+    long = "1" * 5000
+    assert list(found(in_tar(tmp_path, f"{long}/0.png", f"2{long}/0.png", "9/0.png"))) == ["9", long, f"2{long}"]
+
+
+@pytest.mark.parametrize("given", [{"cat": "x"}, {"cat": 0.5}, {"cat": None}, {"cat": True}, ["cat"], 3], ids=str)
+def test_a_class_map_that_is_none_is_refused(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(DataError, match="class_map must be numbers by the names of classes"):
+        found(in_folders(tmp_path, "cat/0.png", "dog/0.png"), class_map=given)
+
+
 def test_images_outside_of_class_folders_are_left_out(tmp_path: Path) -> None:
     assert found(in_folders(tmp_path, "cat/1.png", "dog/1.png", "overview.png")).keys() == {"cat", "dog"}
 

@@ -253,6 +253,11 @@ def test_bad_shards_are_found_before_training(tmp_path: Path, spoil: Callable[..
         ({"dataset": "torch/nosuch"}, r"torch/nosuch of split train .*Unknown torchvision dataset"),
         ({"augmentation": {"no_such": 1}}, r"create_transform does not take .*no_such"),
         ({"folder": "nowhere"}, r"nowhere is not a folder"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"crop_pct": 0.0}, r"crop_pct must be above 0 and at most 1, got 0\.0"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be numbers above 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"max_broken": -1}, "max_broken must be at least 0, got -1"),
     ],
 )
 def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:

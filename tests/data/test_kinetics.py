@@ -416,7 +416,7 @@ def test_no_files_stay_open(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"num_crops": 2}, "num_crops of 1 or 3.*got num_crops=2"),
-        ({"crop_pct": 1.5}, "crop_pct=1.5"),
+        ({"crop_pct": 1.5}, "crop_pct must be above 0 and at most 1, got 1.5"),
         ({"cache": True, "num_workers": 2}, "cache=true needs num_workers=0"),
         ({"num_frames": 0}, "num_frames >= 1"),
     ],

@@ -136,3 +136,9 @@ def test_too_few_examples(batch_size: int) -> None:
         DataError, match=r"batch_size must be at least 1|20 examples do not fill one batch of 21 on each"
     ):
         loader(batch_size=batch_size)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_data_of_which_nothing_can_be_read_is_an_error(train: bool) -> None:
+    with pytest.raises(DataError, match=r"None of the examples can be read; the last: number \d+ is broken"):
+        drawn(loader(train=train, broken=range(20), on_broken="skip", max_broken=None))

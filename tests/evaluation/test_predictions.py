@@ -262,6 +262,15 @@ def test_no_cell_of_a_csv_file_is_a_formula(tmp_path: Path) -> None:
     assert {row["predicted"] for row in rows} == {"=cmd()"}
 
 
+@pytest.mark.parametrize("name", ["x.csv", "x.parquet"])
+def test_names_that_are_no_utf_8_are_written(tmp_path: Path, name: str) -> None:
+    network = torch.nn.Linear(4, 2)
+    restored = Restored(network, "multiclass", Inputs.of(torch.zeros(1, 4)), {"classes": ["a", "b"]}, None, Path())
+    with PredictionFile(tmp_path / name, restored) as file:
+        file.write(["do\udcffg.png"], torch.tensor([[[9.0, 0.0]]]))
+    assert [row["id"] for row in read(tmp_path / name)] == ["do\\udcffg.png"]
+
+
 def test_ids_of_a_submission_are_one_cell_each(tmp_path: Path) -> None:
     ids = FORMULAS + PLAIN
     batch = VideoBatch(ids, torch.zeros(len(ids), 3), torch.zeros(len(ids), 3))

@@ -223,3 +223,13 @@ def test_memory_for_each_video_is_bounded() -> None:
 def test_bad_input(z_shape: tuple[int, ...], y_shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         TaggingMetrics(C, K).update(torch.zeros(z_shape), torch.zeros(y_shape))
+
+
+def test_outputs_that_are_nan_make_the_loss_unknown_and_no_error() -> None:
+    z, y = torch.randn(2, 4, 5), torch.tensor([[1, 0, 0, 0, 0]] * 4)
+    z[:, 1] = torch.nan
+    metric = TaggingMetrics(5, 2)
+    metric.update(z, y)
+    values = metric.compute()
+    assert values["nll"].isnan()
+    assert 0 <= values["gap"] <= 1

@@ -113,6 +113,11 @@ def test_logarithms_of_shares_are_no_logits_of_tags(tmp_path: Path) -> None:
     assert not list((tmp_path / "runs").iterdir())
 
 
+def test_a_base_of_other_features_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"^The base does not take the data's inputs, \(1, 24\): mat1 and mat2"):
+        fit([*make(tmp_path), "--model.base.init_args.feature_size", "20"])
+
+
 def test_two_processes_count_every_video_once_where_their_shares_differ(tmp_path: Path) -> None:
     arguments = make(tmp_path)
     write(tmp_path / "validate0002.tfrecord", videos(5, frames=None, seed=20))  # 49: 24 and 25, 3 and 4 batches of 8

@@ -171,7 +171,7 @@ def _check_values(given: Mapping[str, Any], place: str) -> None:
             if (value := given.get(key)) not in (None, "auto"):  # where a number may not be so, the parser says it
                 try:
                     kind(value)
-                except (TypeError, ValueError) as error:
+                except (TypeError, ValueError, OverflowError) as error:
                     raise TrainingError(f"{key} must be {what}, got {value!r}.") from error
     names = {name: f"{place}{name}" for name in arguments_of(*_CLASSES["fit"]["model.conversion"]) or []}
     found = {name: given[key] for name, key in names.items() if given.get(key) is not None}

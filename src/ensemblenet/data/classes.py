@@ -73,7 +73,14 @@ def class_name(name: str) -> str:
     Example:
         >>> class_name("e\u0301clair") == class_name("\u00e9clair") == "\u00e9clair"
         True
+
+    Raises:
+        DataError: bytes that are no UTF-8, which no table or page could show.
     """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"The class {name!r} has a name that is not UTF-8: give it another.") from error
     return unicodedata.normalize("NFC", name)
 
 
@@ -97,7 +104,7 @@ def numbered_classes(where: str, labels: np.ndarray) -> list[str]:
     return [str(label) for label in range(highest + 1)]
 
 
-def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
+def natural_key(name: str) -> tuple[tuple[str | tuple[int, str], ...], str]:
     """The sort key of timm's natural order: numbers count as numbers, and capitals as small letters.
 
     Names that are equal in it, such as `1` and `01`, are sorted by their characters. Otherwise they would keep the
@@ -108,7 +115,13 @@ def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
         ['IMG1', 'img9', 'img10']
     """
     parts = re.split(r"(\d+)", name.lower())
-    return tuple(int(part) if place % 2 else part for place, part in enumerate(parts)), name
+    return tuple(_number(part) if place % 2 else part for place, part in enumerate(parts)), name
+
+
+def _number(digits: str) -> tuple[int, str]:
+    """Sorts as the number does; Python makes none of thousands of digits."""
+    digits = digits.lstrip("0")
+    return len(digits), digits
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ensemblenet.errors import DataError, FetchError, first_line
 
-__all__ = ["IMAGE_SUFFIXES", "decode_image"]
+__all__ = ["IMAGE_SUFFIXES", "check_view", "decode_image"]
 
 IMAGE_SUFFIXES = (
     ".avif",
@@ -42,6 +43,26 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def check_view(image_size: int, crop_pct: float = 1.0, std: Sequence[float] = ()) -> None:
+    """Refuse numbers by which no image could be seen.
+
+    Raises:
+        DataError: one is out of its range.
+
+    Example:
+        >>> check_view(0)
+        Traceback (most recent call last):
+            ...
+        ensemblenet.errors.DataError: image_size must be at least 1, got 0.
+    """
+    if image_size < 1:
+        raise DataError(f"image_size must be at least 1, got {image_size}.")
+    if not 0 < crop_pct <= 1:
+        raise DataError(f"crop_pct must be above 0 and at most 1, got {crop_pct}.")
+    if not all(0 < each < math.inf for each in std):
+        raise DataError(f"std must be numbers above 0, got {list(std)}.")
 
 
 def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str, mode: str = "RGB") -> Image.Image:

@@ -209,8 +209,12 @@ def _class_map(split: Path | RemoteFile, options: Mapping[str, Any]) -> dict[str
     given = options.get("class_map")
     if not given:
         return None
-    if isinstance(given, Mapping):
-        return {class_name(name): int(number) for name, number in given.items()}
+    if isinstance(given, Mapping) and all(type(number) is int for number in given.values()):
+        return {class_name(str(name)): number for name, number in given.items()}
+    if not isinstance(given, str | Path):
+        raise DataError(
+            f"class_map must be numbers by the names of classes, or a file with a name a line, got {given}."
+        )
     for path in (Path(given), *([split / given] if isinstance(split, Path) else [])):
         if (names := _named_classes(path)) is not None:
             return {name: number for number, name in enumerate(names)}

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ensemblenet.data.files import FileReader
-from ensemblenet.data.image_files import IMAGE_SUFFIXES, decode_image
+from ensemblenet.data.image_files import IMAGE_SUFFIXES, check_view, decode_image
 from ensemblenet.data.image_sets import ImageSet, open_images
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
@@ -96,6 +96,7 @@ class ImageData(DataModule):
         reader: dict[str, Any] | None = None,
         seed: int | None = None,
     ) -> None:
+        check_view(image_size, crop_pct, std)
         super().__init__(batch_size, eval_batch_size or 2 * batch_size, num_workers, on_broken, max_broken, seed)
         self.folder = checked_place(folder)
         self.dataset = dataset

@@ -13,6 +13,7 @@ from torch import Tensor
 from ensemblenet._moved import renamed
 from ensemblenet.data.classes import refuse_other_classes, refuse_strange_classes
 from ensemblenet.data.files import FileReader
+from ensemblenet.data.image_files import check_view
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
 from ensemblenet.data.video import ClipSampling, Decoder, Short
@@ -115,10 +116,10 @@ class Kinetics(DataModule):
         max_broken: int = 100,
         seed: int | None = None,
     ) -> None:
-        if num_crops not in (1, 3) or num_clips < 1 or not 0 < crop_pct <= 1:
+        check_view(image_size, crop_pct, std)
+        if num_crops not in (1, 3) or num_clips < 1:
             raise DataError(
-                "Kinetics needs num_crops of 1 or 3, num_clips >= 1 and 0 < crop_pct <= 1; got "
-                f"num_crops={num_crops}, num_clips={num_clips}, crop_pct={crop_pct}."
+                f"Kinetics needs num_crops of 1 or 3 and num_clips >= 1; got {num_crops=} and {num_clips=}."
             )
         if cache and num_workers:
             raise DataError("cache=true needs num_workers=0: each worker would fill a cache of its own, every epoch.")

@@ -13,6 +13,10 @@ from ensemblenet.errors import DataError
 __all__ = ["class_folders", "find_in", "is_hidden"]
 
 
+# that file systems and servers make beside the user's own
+_OF_SYSTEMS = {"__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information", "@eaDir", "#recycle"}
+
+
 def is_hidden(name: str) -> bool:
     """Whether a name is one that systems and editors give to files of their own, such as `.ipynb_checkpoints`.
 
@@ -20,7 +24,7 @@ def is_hidden(name: str) -> bool:
         >>> is_hidden("._cat.jpg"), is_hidden("__MACOSX"), is_hidden("cat.jpg")
         (True, True, False)
     """
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def find_in(folder: Path, suffixes: Sequence[str], outside: Iterable[Path] = ()) -> list[Path]:

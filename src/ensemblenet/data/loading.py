@@ -111,12 +111,17 @@ class ResumableLoader(ABC):
         # a generator: Lightning makes the iterator before it sets the epoch
         self.consumed = self.consumed if self._resumes and self.consumed < len(self) else 0
         self._resumes = False
+        is_empty = self.consumed == 0
         for batch, broken in self.read(self.epoch, self.consumed):
             for example in broken:
                 self._skip(example)
             self.consumed += 1
             if batch is not None:
+                is_empty = False
                 yield batch
+        if is_empty:
+            *_, last = ["", *self.broken.values()]
+            raise DataError(f"None of the examples can be read; the last: {last}")
         self.epoch, self.consumed = self.epoch + 1, 0
 
     def _skip(self, example: Broken) -> None:

@@ -15,6 +15,7 @@ from ensemblenet.data.classes import KnownClasses, training_data_if_any
 from ensemblenet.data.files import FileReader
 from ensemblenet.data.loading import ExampleLoader, OnBroken, Part, ResumableLoader
 from ensemblenet.data.tensors import TensorExamples
+from ensemblenet.errors import DataError
 
 __all__ = ["DataModule", "Split"]
 
@@ -69,6 +70,9 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        for name, number in (("num_workers", num_workers), ("max_broken", max_broken)):
+            if number is not None and number < 0:
+                raise DataError(f"{name} must be at least 0, got {number}.")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers

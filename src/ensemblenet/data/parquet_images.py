@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ensemblenet.data.classes import class_name, numbered_classes, refuse_other_classes
 from ensemblenet.data.files import FileReader
-from ensemblenet.data.image_files import IMAGE_SUFFIXES, decode_image
+from ensemblenet.data.image_files import IMAGE_SUFFIXES, check_view, decode_image
 from ensemblenet.data.module import DataModule, Split
 from ensemblenet.data.tensors import TensorExamples
 from ensemblenet.errors import DataError, first_line
@@ -69,6 +69,8 @@ class ParquetImages(DataModule):
         limit_train: int | None = None,
         augment: bool = True,
     ) -> None:
+        if image_size is not None:
+            check_view(image_size)
         super().__init__(batch_size, eval_batch_size=500)
         self.folder = Path(folder)
         self.image_size = image_size
@@ -91,7 +93,7 @@ class ParquetImages(DataModule):
     def _open_train(self) -> TensorExamples:
         path = self.folder / "train.parquet"
         rows = count_rows(path)
-        num_train = min(rows - self.num_val, self.limit_train or rows)
+        num_train = min(rows - self.num_val, rows if self.limit_train is None else self.limit_train)
         if num_train < self.batch_size or self.num_val < 1:
             raise DataError(
                 f"{path} has {rows:,} rows: too few for num_val={self.num_val}, "

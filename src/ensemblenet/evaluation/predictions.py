@@ -144,6 +144,7 @@ class PredictionFile:
         return pa.array([self._text(self.classes[c]) for c in classes.tolist()], pa.string())
 
     def _text(self, text: str) -> str:
+        text = text.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
         return as_cell(text) if self.path.suffix == ".csv" else text
 
 

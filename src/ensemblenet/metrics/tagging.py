@@ -218,6 +218,7 @@ class _Tagging(Metric):
             raise ValueError(f"target must have the shape {shape[1:]}, got {tuple(target.shape)}.")
 
     def _count(self, z: Tensor, known: Tensor, right: Tensor) -> None:
+        z = z.nan_to_num(nan=-_LARGEST)  # of damaged inputs; the loss says so
         steps = ((z + _LARGEST) * (_BINS / (2 * _LARGEST))).clamp(0, _BINS - 1).long()
         cells = steps + torch.arange(self.num_classes, device=z.device) * _BINS
         for value, counted in ((0, known & ~right), (1, right)):

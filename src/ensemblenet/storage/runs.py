@@ -64,7 +64,19 @@ CHECKPOINT = Path("checkpoints", "last.ckpt")
 
 
 def create_run_folder(runs: Path, name: str) -> Path:
-    """Create `runs/<name>-<time>`, with a number behind it where that exists already: never an old folder."""
+    """Create `runs/<name>-<time>`, with a number behind it where that exists already: never an old folder.
+
+    Raises:
+        TrainingError: a name that leads out of `runs`, or is none.
+
+    Example:
+        >>> create_run_folder(Path("runs"), "../mine")
+        Traceback (most recent call last):
+            ...
+        ensemblenet.errors.TrainingError: A run's name must be like mine or group/mine, got '../mine'.
+    """
+    if not name or name.endswith("/") or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise TrainingError(f"A run's name must be like mine or group/mine, got {name!r}.")
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     (runs / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have folders in it
     for attempt in count(1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from ensemblenet.conversion.capacity import Capacity
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.conversion.trace import pick
 from ensemblenet.ensemble import EnsembleNet
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import TrainingError, first_line
 from ensemblenet.functional import ClassifierTask, divergence, no_logits
 from ensemblenet.heads import Choice, HeadsMode, choose, current_mode, fuse, unfuse
 from ensemblenet.inputs import Tree, call, inputs_and_targets, one_example, tensors_in, to_device
@@ -42,6 +43,10 @@ __all__ = ["Classifier", "Conversion", "head_outputs", "plan_in_words", "seen_ou
 _METRICS = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
 _WEIGHT, _WEIGHT_WITHOUT_CAPACITY = 2.0, 1.0  # the lambda of "auto": docs/procedure.md, "Which shape of heads"
+
+
+# what PyTorch says of inputs that a layer was not made for
+_OF_SHAPES = re.compile(r"cannot be multiplied|\bchannels?\b|\bsizes?\b|\bshapes?\b|\dD\b|dimension")
 
 
 class Classifier(LightningModule):
@@ -227,9 +232,15 @@ class Classifier(LightningModule):
                 raise TrainingError(f"model.{setting} needs {wanted}; the data gives {given}.")
 
     def _check_outputs(self, example: Tree) -> None:
-        """Refuse a network that does not give logits."""
-        with torch.enable_grad():
-            outputs = head_outputs(self.network.eval(), example)
+        """Refuse a network that does not take the data, or does not give logits."""
+        try:
+            with torch.enable_grad():
+                outputs = head_outputs(self.network.eval(), example)
+        except RuntimeError as error:
+            if not _OF_SHAPES.search(str(error)):
+                raise
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example))
+            raise TrainingError(f"The base does not take the data's inputs, {shapes}: {first_line(error)}.") from error
         self.network.train()
         if outputs.ndim < 3:
             raise TrainingError(
