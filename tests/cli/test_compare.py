@@ -71,7 +71,7 @@ def test_the_command_runs_and_goes_on_with_other_settings(
         (["--tuning.lr", "[0.1, 0.01]"], "tuning.lr must be two numbers above 0, the smaller first"),
         (["--split_at", "conv9"], "conv9"),
         (["--budget", "0.001"], "do not fit a budget"),
-        (["--base.class_path", "ensemblenet.models.Nothing"], "base: ensemblenet.models.Nothing cannot be made: "),
+        (["--base.class_path", "ensemblenet.models.Nothing"], "base.class_path: ensemblenet.models has no Nothing."),
         (["--data.init_args.batch_size", "100"], "MNIST1D needs 1 <= batch_size <= num_train"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),

@@ -12,10 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from made_images import CLASSES, encoded, make_folders, make_shards, make_tars, picture
+from timm.data.transforms_factory import create_transform
+from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from ensemblenet.data import ImageData
+from ensemblenet.data.images import TransformedImages
+from ensemblenet.data.loading import ExampleLoader, Part
 from ensemblenet.errors import DataError
 
 PLAIN = {"image_size": 16, "batch_size": 6, "num_workers": 0, "augmentation": {"no_aug": True}, "crop_pct": 1.0}
@@ -105,6 +110,50 @@ def test_evaluation_is_timms_resize_and_crop(tmp_path: Path) -> None:
     described = data(tmp_path).description()["preprocessing"]
     assert described["input_shape"] == [3, 16, 16]
     assert described["crop_pct"] == 1.0
+
+
+class Sums(LightningModule):
+    """Adds up the pixels of each batch that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.given: list[tuple[str, torch.Tensor]] = []
+
+    def training_step(self, batch, batch_index):
+        self.given.append(("train", batch[0]))
+        return self.layer(torch.ones(1)).sum()
+
+    def validation_step(self, batch, batch_index):
+        self.given.append(("val", batch[0]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters())
+
+
+@pytest.mark.parametrize("augmentation", [{}, {"re_prob": 1.0, "re_mode": "pixel"}])
+def test_bytes_are_normalized_after_the_transfer_and_equal_to_timms_to_the_bit(
+    tmp_path: Path, augmentation: dict[str, Any]
+) -> None:
+    made = data(make_folders(tmp_path), augmentation=augmentation, seed=1, num_workers=1)
+    timms = create_transform((3, 16, 16), is_training=True, interpolation="bicubic", **augmentation)
+    plain = TransformedImages(made.examples("train").images, timms)
+    expected = list(ExampleLoader(plain, Part(24, 6, train=True, seed=1)))
+    assert all(torch.equal(x, given) for (x, _), (given, _) in zip(expected, made.train_dataloader(), strict=True))
+
+    module, seen = Sums(), []
+    transferred = made.on_after_batch_transfer
+    made.on_after_batch_transfer = lambda batch, index: seen.append(batch[0].dtype) or transferred(batch, index)
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, datamodule=made)
+    images = [x for split, x in module.given if split == "train"]
+    assert all(torch.equal(x, given) for (x, _), given in zip(expected, images, strict=True))
+    assert {x.dtype for _, x in module.given} == {torch.float32}
+    assert seen.count(torch.float32) == (4 if augmentation else 0)  # workers erase, and then give numbers
+    evaluated = torch.cat([x for split, x in module.given if split == "val"][-2:])
+    assert torch.equal(evaluated, torch.cat([x for x, _ in made.val_dataloader()]))
 
 
 def test_augmentation_is_drawn_anew_each_epoch_and_the_same_each_time(tmp_path: Path) -> None:

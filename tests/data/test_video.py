@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -216,6 +217,13 @@ def test_torchcodec_reads_upright_and_resizes(tmp_path: Path, torchcodec: Callab
 def test_without_torchcodec_one_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(DataError, match=r"decoder=torchcodec needs the package torchcodec.*decoder=pyav needs neither"):
+        reader("torchcodec")
+
+
+def test_torchcodec_without_ffmpeg_is_no_damaged_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torchcodec", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(ffmpeg_major_version=None, VideoDecoder=None))
+    with pytest.raises(DataError, match=r"needs the package torchcodec.* FFmpeg's libraries were not found"):
         reader("torchcodec")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from ensemblenet.cli.options import budget_share, underscored, with_config
 from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
+from ensemblenet.extras import require
 from ensemblenet.reports.comparison import PAGE, comparison_table, summary, tested_on
 from ensemblenet.storage import TRUST_HELP
 from ensemblenet.storage.lock import sole_writer
@@ -27,11 +29,15 @@ from ensemblenet.storage.specs import plain, with_data_folder
 from ensemblenet.storage.trust import config_option, resumed
 from ensemblenet.study.compare import JOURNAL, Watcher, run_study
 from ensemblenet.study.from_fit import study_settings
+from ensemblenet.study.on_ray import Cluster
 from ensemblenet.study.settings import Study, study_of
 from ensemblenet.study.trials import Outcome, Phase, Trial
 from ensemblenet.training.resume import changed_setting
 
 __all__ = ["compare", "progress", "read_study"]
+
+_OF_RAY = ("address", "cpus_per_trial", "gpus_per_trial")
+_OF_THIS_PROCESS = ("config", "resume", "trust", "workers", "engine", *_OF_RAY)  # they change no figure: not stored
 
 _DESCRIPTION = """Train every method on the same data with the same effort, and show who wins and by how much.
 
@@ -60,16 +66,17 @@ def compare(arguments: Sequence[str]) -> Path:
             base, data or task, or what [`ensemblenet.study.compare.run_study`][] raises.
     """
     study, plain = read_study(arguments)
+    cluster = _cluster(study, plain)
     resume = plain["resume"]
     folder = Path(resume) if resume else create_run_folder(Path(plain["runs"]), plain["name"])
     console = Console()
     with sole_writer(folder), resumable(folder, "compare", (folder / JOURNAL).exists, new=not resume):
-        stored = {key: value for key, value in plain.items() if key not in ("config", "resume", "trust", "workers")}
+        stored = {key: value for key, value in plain.items() if key not in _OF_THIS_PROCESS}
         keep_config(folder, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
         kept = f"Finished trials are kept in {folder}; a killed study goes on with --resume {folder}"
         console.print(kept, soft_wrap=True)
         with progress() as watch:
-            rows = run_study(folder, study, plain["workers"], watch=watch)
+            rows = run_study(folder, study, cluster or plain["workers"], watch=watch)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     console.print(comparison_table(rows, f"{plain['name']}, {tested_on(results)}", study.task))
     console.print(summary(rows, study.task), highlight=False, soft_wrap=True)
@@ -83,14 +90,23 @@ def progress() -> Iterator[Watcher]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bars:
         phases = {}
+        running: set[str] = set()
+        failed: Counter[Phase] = Counter()
 
         def watch(phase: Phase, done: int, total: int, trial: Trial | None, outcome: Outcome | None) -> None:
+            title = {"tune": "Tuning", "test": "Testing"}[phase]
             if phase not in phases:
-                phases[phase] = bars.add_task({"tune": "Tuning", "test": "Testing"}[phase])
-            bars.update(phases[phase], completed=done, total=total)
-            if trial and outcome and outcome["status"] == "failed":
-                line = f"failed: {trial.name}, seed {trial.seed}: {outcome['reason']}"
-                bars.console.print(line, markup=False, soft_wrap=True)
+                phases[phase] = bars.add_task(title)
+            if trial and outcome:
+                (running.add if outcome["status"] == "running" else running.discard)(trial.key)
+                failed[phase] += outcome["status"] == "failed"
+                if "reason" in outcome:
+                    line = f"{outcome['status']}: {trial.name}, seed {trial.seed}: {outcome['reason']}"
+                    bars.console.print(line, markup=False, soft_wrap=True)
+            counts = {"running": len(running), "waiting": total - done - len(running), "failed": failed[phase]}
+            shown = ("running", "waiting", "failed") if running else ("failed",)  # processes here do not say
+            told = ", ".join(f"{counts[name]} {name}" for name in shown if counts[name])
+            bars.update(phases[phase], completed=done, total=total, description=f"{title}: {told}" if told else title)
 
         yield watch
 
@@ -113,6 +129,23 @@ def read_study(arguments: Sequence[str]) -> tuple[Study, dict[str, Any]]:
     study = study_of(plain)
     study.candidates()
     return study, plain
+
+
+def _cluster(study: Study, plain: Mapping[str, Any]) -> Cluster | None:
+    """The cluster that `--engine ray` names; None for processes of this machine."""
+    given = {name: plain[name] for name in _OF_RAY if plain[name] is not None}
+    if plain["engine"] != "ray":
+        if given:
+            raise TrainingError(f"--{next(iter(given))} needs --engine ray.")
+        return None
+    require("ray", "ray")
+    cluster = Cluster(**given)
+    if study.device != ("cuda" if cluster.gpus_per_trial else "cpu"):
+        raise TrainingError(
+            "On Ray a trial trains with --device cuda and --gpus_per_trial above 0, or with --device cpu and none; got "
+            f"--device {study.device} and --gpus_per_trial {cluster.gpus_per_trial:g}."
+        )
+    return cluster
 
 
 def _written_out(arguments: Sequence[str]) -> list[str]:
@@ -164,6 +197,10 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--resume", type=str | None, help="go on with a killed study: its folder")
     parser.add_argument("--trust", action="store_true", default=argparse.SUPPRESS, help=f"with --resume: {TRUST_HELP}")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0 trains in this one")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="what runs trials: docs/scale.md")
+    parser.add_argument("--address", type=str | None, help="of Ray: auto (default), HOST:PORT or ray://HOST:PORT")
+    parser.add_argument("--cpus_per_trial", type=int | None, help="on Ray: threads of a trial, 1 by default")
+    parser.add_argument("--gpus_per_trial", type=float | None, help="on Ray: 0 by default; a fraction shares a GPU")
     load_all()
     parser.add_subclass_arguments(nn.Module, "base", required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)

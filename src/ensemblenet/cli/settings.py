@@ -23,7 +23,7 @@ __all__ = ["check_settings"]
 _OWN = {
     "fit": "model data trainer seed_everything name runs plan base_run checkpoint_steps ema log_to resume trust config "
     "optimizer lr_scheduler print_config print_shtab",
-    "compare": "name runs resume trust workers config print_config",
+    "compare": "name runs resume trust workers engine address cpus_per_trial gpus_per_trial config print_config",
 }
 _CLASSES = {
     "fit": {

@@ -93,7 +93,9 @@ def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str,
             upright = _UPRIGHT.get(_orientation(image))
             pixels = _of_eight_bits(image)
             pixels = pixels if upright is None else pixels.transpose(upright)
-            return pixels.convert("RGBA").convert(mode) if pixels.mode in ("P", "PA") else pixels.convert(mode)
+            if pixels.mode in ("P", "PA"):
+                pixels = pixels.convert("RGBA")
+            return pixels if pixels.mode == mode else pixels.convert(mode)  # which would copy it
     except FetchError:
         raise
     except Exception as error:  # no list of them is complete: decoders of damaged files raise nearly any

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -211,6 +211,11 @@ class ExampleLoader(ResumableLoader):
         on_broken: "error" or "skip", for an example that raises `DataError`.
         max_broken: how many may be skipped; None for any number.
         beside: what batches hold of each example behind inputs and targets, (N, *).
+        finish: what is left to be done with a whole batch, in the process that takes it, see `trainer`.
+
+    Attributes:
+        trainer: of Lightning. Batches of the loaders that it holds are left unfinished: it finishes them on its device,
+            see [`ensemblenet.data.module.DataModule.on_after_batch_transfer`][].
 
     Raises:
         DataError: while iterating: what is wrong with an example.
@@ -229,9 +234,12 @@ class ExampleLoader(ResumableLoader):
         on_broken: OnBroken = "error",
         max_broken: int | None = 100,
         beside: Tensor | None = None,
+        finish: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(on_broken, max_broken)
         self.part = part
+        self.finish = finish
+        self.trainer: Any = None
         self._keys = _Keys(part)
         self._loader = DataLoader(
             _Seeded(examples, part.seed, beside),
@@ -254,7 +262,14 @@ class ExampleLoader(ResumableLoader):
     def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Sequence[Broken]]]:
         """The batches of an epoch from number `start` on, and what is broken in each."""
         self._keys.epoch, self._keys.start = epoch, start
-        return iter(self._loader)
+        if self.finish is None or self._is_held():
+            return iter(self._loader)
+        return ((batch and self.finish(batch), broken) for batch, broken in self._loader)
+
+    def _is_held(self) -> bool:
+        """Whether it is the trainer that iterates."""
+        held = ("train_dataloader", "val_dataloaders", "test_dataloaders")
+        return any(getattr(self.trainer, name, None) is self for name in held)
 
 
 class _Keys:

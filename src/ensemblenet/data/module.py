@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +41,8 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
 
     Attributes:
         preprocessing: how inputs were made, as plain data; None where there is nothing to say.
+        finish: what is left to be done with a batch on the device that uses it, such as to normalize bytes; it leaves a
+            finished one as it is. None where workers do all.
         finds_classes: whether the data names its classes. Labels then follow the names that a trained network knows, or
             else those of the training split.
 
@@ -79,6 +81,7 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         self.on_broken: OnBroken = on_broken
         self.max_broken = max_broken
         self.preprocessing: dict[str, Any] | None = None
+        self.finish: Callable[[Any], Any] | None = None
         self._opened: dict[Split, Any] = {}
         self._beside: Tensor | None = None
         self._run_seed: int | None = None
@@ -127,7 +130,10 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         train, examples = split == "train", self.examples(split)
         part = Part(len(examples), self.batch_size if train else self.eval_batch_size, train, **process)
         beside = self._beside if train else None
-        return ExampleLoader(examples, part, self.num_workers, self.on_broken, self.max_broken, beside)
+        return self._examples_loader(examples, part, beside)
+
+    def _examples_loader(self, examples: Any, part: Part, beside: Tensor | None) -> ExampleLoader:
+        return ExampleLoader(examples, part, self.num_workers, self.on_broken, self.max_broken, beside, self.finish)
 
     @property
     def repeats_training(self) -> bool:
@@ -207,7 +213,7 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         examples = self.examples("train")
         part = Part(len(examples), self.batch_size, rank=rank, world_size=world_size)
         places = torch.arange(len(examples))
-        return ExampleLoader(examples, part, self.num_workers, self.on_broken, self.max_broken, places)
+        return self._examples_loader(examples, part, places)
 
     def put_beside(self, values: Tensor) -> None:
         """Have batches of training hold a third part from now on: of each example, by its place, one of `values`.
@@ -239,7 +245,14 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         process = {"seed": (self._run_seed or 0) if self.seed is None else self.seed}
         if self.trainer is not None:
             process |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        return self.make_loader(split, **process)
+        loader = self.make_loader(split, **process)
+        if isinstance(loader, ExampleLoader):
+            loader.trainer = self.trainer
+        return loader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Finish a batch where it is used: Lightning calls it when a batch has arrived on the device."""
+        return batch if self.finish is None else self.finish(batch)
 
     # Lightning restores a loader's own state only if nothing has asked for the loader before, as schedules do.
 

@@ -379,7 +379,11 @@ def _pyav() -> Any:
 
 def _torchcodec() -> Any:
     try:
+        import torchcodec  # pyright: ignore[reportMissingImports]
         from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports, reportPrivateImportUsage]
+
+        if getattr(torchcodec, "ffmpeg_major_version", True) is None:  # 0.17 imports without, for images alone
+            raise RuntimeError("FFmpeg's libraries were not found.")
     except (ImportError, RuntimeError) as error:  # the latter where it finds no FFmpeg
         raise DataError(
             "decoder=torchcodec needs the package torchcodec, made for this PyTorch, and FFmpeg's libraries: "

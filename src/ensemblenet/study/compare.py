@@ -26,6 +26,7 @@ from ensemblenet.storage.runs import RESULTS, environment, keep_environment, res
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.study.journal import Journal
 from ensemblenet.study.methods import METHODS
+from ensemblenet.study.on_ray import Cluster, RayWorkers
 from ensemblenet.study.settings import Study, tuning_points
 from ensemblenet.study.trials import Outcome, Phase, Trial, Workers, open_data, training_memory
 from ensemblenet.timing import measure, step
@@ -50,14 +51,15 @@ _TEACHERS = "teachers"  # the weights of trained bases
 _TIMINGS = 7
 
 Row = dict[str, Any]
-# called with the phase, the number of finished trials, the number of all; and the trial that has just finished, if any
+# called with the phase, the number of finished trials, the number of all; and, if any, the trial to which something has
+# just happened, and what: its outcome, or a status "running" or "again"
 Watcher = Callable[[Phase, int, int, Trial | None, Outcome | None], None]
 
 
 def run_study(
     folder: Path,
     study: Study,
-    workers: int = 2,
+    workers: int | Cluster = 2,
     *,
     headline: Callable[[Sequence[Mapping[str, Any]], Task], str] = summary,
     watch: Watcher = lambda *_: None,
@@ -67,9 +69,9 @@ def run_study(
     Args:
         folder: a run folder, new or of a study that was killed.
         study: the settings.
-        workers: processes of one thread each; 0 trains in this one.
+        workers: processes of one thread each; 0 trains in this one; or the cluster whose nodes train.
         headline: makes the first sentences of the page from the rows and the task.
-        watch: called when a phase begins, and after each trial.
+        watch: called when a phase begins, and when something has happened to a trial.
 
     Returns:
         The rows of `results.json`, one for each method that finished a test run.
@@ -79,15 +81,18 @@ def run_study(
         ConversionError: the base cannot be converted as asked.
     """
     candidates = study.candidates()
+    here = study.device if isinstance(workers, int) else "cpu"  # a cluster's driver may have no other
     journal = Journal(folder / JOURNAL)
     points = [Optimization(study.optimizer, lr=lr, weight_decay=decay) for lr, decay in tuning_points(study.tuning)]
-    is_taught = any(METHODS[one.method].taught for one in candidates.values())
-    with Workers(workers, folder / _TEACHERS if is_taught else None) as pool:
+    weights = folder / _TEACHERS if any(METHODS[one.method].taught for one in candidates.values()) else None
+    if weights is not None:
+        weights.mkdir(exist_ok=True)  # nodes that see it share this disk
+    with Workers(workers, weights) if isinstance(workers, int) else RayWorkers(workers, weights) as pool:
         instantiate(LightningDataModule, study.data).prepare_data()
         pool.warm_up(study.data)
         _, halves = open_data(json.dumps(study.data))
         halved = halves is not None
-        costs = _costs(study)
+        costs = _costs(study, here)
         points_of = {name: points for name, one in candidates.items() if one.fixed is None}
         tuning = _run_phase(journal, study, study.trials("tune", points_of, halved), pool, watch)
         best = {name: _best([trial for trial in tuning if trial.name == name], journal) for name in candidates}
@@ -96,7 +101,7 @@ def run_study(
         best_of = {name: [optimization] for name, optimization in chosen.items()}
         tests = _run_phase(journal, study, study.trials("test", best_of, halved), pool, watch)
 
-    times = _milliseconds(tests)  # now that no worker runs
+    times = _milliseconds(tests, here)  # now that no worker runs
     rows = _rows(study, costs, times, best, tests, journal)
     trials = [*tuning, *tests]
     failed = [
@@ -157,13 +162,13 @@ def paired_test(values: Mapping[int, float], base: Mapping[int, float]) -> dict[
 # -- before, in and behind the trials
 
 
-def _costs(study: Study) -> dict[str, dict[str, Any]]:
+def _costs(study: Study, device: str) -> dict[str, dict[str, Any]]:
     """The cost of each method; mistakes in the settings are found here, before anything is trained."""
     costs = {}
     optimization = Optimization(study.optimizer)
     for trial in study.trials("tune", {name: [optimization] for name in study.candidates()}):
         data = trial.data_module()
-        x, y = to_device(inputs_and_targets(next(iter(data.train_dataloader()))), study.device)
+        x, y = to_device(inputs_and_targets(next(iter(data.train_dataloader()))), device)
         task = trial.task(x)
         costs[trial.name] = {
             "cost": task.cost(one_example(x)),
@@ -173,7 +178,7 @@ def _costs(study: Study) -> dict[str, dict[str, Any]]:
     return costs
 
 
-def _milliseconds(tests: Sequence[Trial]) -> dict[str, float]:
+def _milliseconds(tests: Sequence[Trial], device: str) -> dict[str, float]:
     """The median time of a training batch's prediction by each method, on a CPU by one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -181,7 +186,7 @@ def _milliseconds(tests: Sequence[Trial]) -> dict[str, float]:
         times = {}
         for name, trial in {trial.name: trial for trial in tests}.items():
             x, _ = inputs_and_targets(next(iter(trial.data_module().train_dataloader())))
-            x = to_device(x, trial.device)
+            x = to_device(x, device)
             times |= measure({name: step(trial.task(x).eval(), x)}, _TIMINGS)
         return {name: 1000 * seconds for name, seconds in times.items()}
     finally:
@@ -189,7 +194,7 @@ def _milliseconds(tests: Sequence[Trial]) -> dict[str, float]:
 
 
 def _run_phase(
-    journal: Journal, study: Study, trials: Sequence[Trial], pool: Workers, watch: Watcher
+    journal: Journal, study: Study, trials: Sequence[Trial], pool: Workers | RayWorkers, watch: Watcher
 ) -> Sequence[Trial]:
     """Run the trials of a phase that the journal lacks, and give all; those that the trained base teaches come last."""
     name, base = next(iter(study.candidates().items()))
@@ -205,15 +210,19 @@ def _run_phase(
     return [*untaught, *taught]
 
 
-def _finish(journal: Journal, trials: Sequence[Trial], pool: Workers, watch: Watcher, before: int, total: int) -> None:
+def _finish(
+    journal: Journal, trials: Sequence[Trial], pool: Workers | RayWorkers, watch: Watcher, before: int, total: int
+) -> None:
     """Run the trials that the journal lacks; `before` of the `total` of their phase were run."""
     missing = [trial for trial in trials if trial not in journal]
     finished = before + len(trials) - len(missing)
     if trials:
         watch(trials[0].phase, finished, total, None, None)
-    for number, (trial, outcome) in enumerate(pool.run(missing), finished + 1):
-        journal.add(trial, outcome)
-        watch(trial.phase, number, total, trial, outcome)
+    for trial, outcome in pool.run(missing):
+        if outcome["status"] in ("done", "failed"):
+            journal.add(trial, outcome)
+            finished += 1
+        watch(trial.phase, finished, total, trial, outcome)
 
 
 def _best(trials: Sequence[Trial], journal: Journal) -> Trial | None:

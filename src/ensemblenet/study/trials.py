@@ -26,6 +26,7 @@ from ensemblenet.cost import Budget
 from ensemblenet.data import DataModule
 from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.inputs import Tree, call, inputs_and_targets, tensors_in, to_device
+from ensemblenet.recipe import Conversion
 from ensemblenet.storage.kept import keep_weights, take_weights
 from ensemblenet.storage.specs import instantiate, with_defaults
 from ensemblenet.study.halves import halve_validation
@@ -45,6 +46,7 @@ __all__ = [
     "train",
     "training_memory",
     "trial_key",
+    "trial_of",
 ]
 
 __getattr__ = renamed(__name__, {"Cell": "Trial", "run_cell": "run_trial"})
@@ -120,6 +122,25 @@ class Trial:
             clips.to(memory_format=torch.channels_last_3d)
         is_images = isinstance(example, Tensor) and example.ndim == 4
         return made.to(memory_format=torch.channels_last) if is_images else made
+
+
+def trial_of(stored: Mapping[str, Any]) -> Trial:
+    """The trial that a dictionary describes, as `dataclasses.asdict` made it and JSON kept it.
+
+    Example:
+        >>> trial = Trial("base", "base", Setup(), {}, {}, "test", 0, Optimization(), epochs=1)
+        >>> trial_of(json.loads(json.dumps(asdict(trial)))) == trial
+        True
+    """
+    conversion = dict(stored["setup"]["conversion"])
+    if isinstance(conversion["budget"], Mapping):
+        conversion["budget"] = Budget.of(conversion["budget"])
+    made: dict[str, Any] = {
+        "setup": Setup(**{**stored["setup"], "conversion": Conversion(**conversion)}),
+        "optimization": Optimization(**stored["optimization"]),
+        "teacher": None if stored["teacher"] is None else trial_of(stored["teacher"]),
+    }
+    return Trial(**{**stored, **made})
 
 
 def trial_key(stored: Mapping[str, Any]) -> str:
