@@ -2,6 +2,10 @@
 
     python benchmarks/heads.py --output benchmarks/results/heads.json --figure docs/images/heads.svg \\
         --compile ResNet-18 ConvNeXt-Tiny --seconds 8
+    python benchmarks/heads.py --output benchmarks/results/heads_plan.json --num_heads 2 --ways alone
+
+The first table of docs/heads.md was taken with narrow heads behind the stem, the plan of version 0.1; the second
+command takes the plan of today, and heads one after another or fused alone.
 
 Every ratio is taken within one turn in which all methods run once, so that the load of the machine meets all of them;
 the median over turns and the quartiles are written down. Parts may be run one by one: each is put in its place in the
@@ -38,6 +42,7 @@ from ensemblenet.storage.runs import environment
 from ensemblenet.timing import step
 
 NUM_HEADS, NUM_CLASSES = 4, 100
+WAYS = ("alone", "others")  # the ways to run heads, or vmap, Packed-Ensembles and a deep ensemble as well
 CUDA = torch.cuda.is_available()
 
 
@@ -106,11 +111,11 @@ class ByVmap(nn.Module):
         return outputs if self.training else combine_heads(outputs)
 
 
-def deep_ensemble(network: Network) -> nn.Module:
-    return EnsembleNet(nn.Identity(), [network.make() for _ in range(NUM_HEADS)])
+def deep_ensemble(network: Network, num_heads: int) -> nn.Module:
+    return EnsembleNet(nn.Identity(), [network.make() for _ in range(num_heads)])
 
 
-def packed(name: str) -> nn.Module | None:
+def packed(name: str, num_heads: int) -> nn.Module | None:
     """Packed-Ensembles (Laurent et al. 2023) of about the base's size, where torch-uncertainty is installed."""
     if not name.startswith("ResNet"):
         return None
@@ -120,7 +125,7 @@ def packed(name: str) -> nn.Module | None:
         print(f"  Packed-Ensembles are left out ({error}): pip install torch-uncertainty")
         return None
     depth = int(name.removeprefix("ResNet-"))
-    return packed_resnet(3, NUM_CLASSES, arch=depth, num_estimators=NUM_HEADS, alpha=2, gamma=1)
+    return packed_resnet(3, NUM_CLASSES, arch=depth, num_estimators=num_heads, alpha=2, gamma=1)
 
 
 # -- what is measured
@@ -208,13 +213,12 @@ class OtherWork:
 # -- networks
 
 
-def methods_of(name: str, network: Network, looped: EnsembleNet, base: nn.Module) -> dict[str, nn.Module]:
-    models: dict[str, nn.Module] = {
-        "base": base, "looped": looped, "fused": fuse(copy.deepcopy(looped)), "vmap": ByVmap(looped),
-        "deep ensemble": deep_ensemble(network),
-    }  # fmt: skip
-    if (ensemble := packed(name)) is not None:
-        models["packed"] = ensemble
+def methods_of(name: str, network: Network, looped: EnsembleNet, base: nn.Module, ways: str) -> dict[str, nn.Module]:
+    models: dict[str, nn.Module] = {"base": base, "looped": looped, "fused": fuse(copy.deepcopy(looped))}
+    if ways == "others":
+        models |= {"vmap": ByVmap(looped), "deep ensemble": deep_ensemble(network, looped.num_heads)}
+        if (ensemble := packed(name, looped.num_heads)) is not None:
+            models["packed"] = ensemble
     if CUDA:
         return {key: model.cuda().to(memory_format=torch.channels_last) for key, model in models.items()}
     if len(network.shape) == 3:
@@ -247,7 +251,9 @@ def works(key: str, run: Callable[[], None]) -> bool:
 
 
 def compiled(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    twins = {f"{key}, compiled": copy.deepcopy(models[key]) for key in ("base", "looped", "fused", "vmap")}
+    twins = {
+        f"{key}, compiled": copy.deepcopy(models[key]) for key in ("base", "looped", "fused", "vmap") if key in models
+    }
     for twin in twins.values():
         twin.compile(mode="reduce-overhead" if CUDA else None)
     return twins
@@ -257,16 +263,16 @@ def macs_of(model: nn.Module, network: Network) -> float:
     return measure_cost(copy.deepcopy(model).cpu().float(), torch.randn(1, *network.shape)).macs
 
 
-def benchmark(name: str, with_compiled: bool, seconds: float) -> list[dict[str, Any]]:
+def benchmark(name: str, with_compiled: bool, seconds: float, num_heads: int, ways: str) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     network = NETWORKS[name]
     base = network.make()
-    looped = convert(base, torch.randn(2, *network.shape), NUM_HEADS)
+    looped = convert(base, torch.randn(2, *network.shape), num_heads)
     x = torch.randn(network.batch, *network.shape, device="cuda" if CUDA else "cpu")
-    models = methods_of(name, network, looped, base)
+    models = methods_of(name, network, looped, base, ways)
     base_macs = macs_of(base, network)
     assert looped.cost is not None
-    shares = dict.fromkeys(models, looped.cost.macs / base_macs) | {"base": 1.0, "deep ensemble": float(NUM_HEADS)}
+    shares = dict.fromkeys(models, looped.cost.macs / base_macs) | {"base": 1.0, "deep ensemble": float(num_heads)}
     shares |= {"base, channels_last": 1.0, "base, compiled": 1.0}
     if "packed" in models:
         shares["packed"] = macs_of(models["packed"], network) / base_macs
@@ -442,15 +448,22 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--seconds", type=float, default=10.0, help="of turns for each row (default: %(default)s)")
     parser.add_argument("--parts", nargs="*", default=names, choices=names)
+    parser.add_argument("--num_heads", type=int, default=NUM_HEADS, help="of networks (default: %(default)s)")
+    parser.add_argument("--ways", choices=WAYS, default=WAYS[1], help="of running heads that are timed")
     parser.add_argument("--compile", nargs="*", default=list(NETWORKS) if CUDA else [], choices=NETWORKS)
     options = parser.parse_args()
     parts: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
     for name in options.parts:
         if name in NETWORKS:
-            rows = benchmark(name, name in options.compile, options.seconds)
+            rows = benchmark(name, name in options.compile, options.seconds, options.num_heads, options.ways)
         else:
             rows = benchmark_loss(options.seconds) if name == "loss" else benchmark_fusing()
-        about = {"environment": environment(), "num_heads": NUM_HEADS, "seed": 0, "threads": torch.get_num_threads()}
+        about = {
+            "environment": environment(),
+            "num_heads": options.num_heads,
+            "seed": 0,
+            "threads": torch.get_num_threads(),
+        }
         parts[f"{name}, cuda" if CUDA else name] = {**about, "rows": rows}
         write_json(options.output, parts)
     print(tables(parts))

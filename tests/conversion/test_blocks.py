@@ -4,6 +4,7 @@ import copy
 import importlib
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -402,3 +403,46 @@ def test_small_bases_without_blocks_are_split_early() -> None:
     base = nn.Sequential(nn.Linear(8, 16), *layers, nn.Linear(96, 128), nn.Tanh(), nn.Linear(128, 3))
     [chosen] = [plan for plan in ensemblenet.plans(base, ROWS) if plan.rank == 0]
     assert chosen.split.macs_share < 0.1
+
+
+@pytest.mark.parametrize("num_heads", [2, 3, 4])
+@pytest.mark.parametrize(("sizes", "multiple"), [((64, 768, 512, 1280, 640), 32), ((64, 768, 768, 768), 16)])
+def test_wide_layers_have_channels_that_fill_tiles(sizes: tuple[int, ...], multiple: int, num_heads: int) -> None:
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.Tanh())]
+    base = nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
+    model = ensemblenet.convert(base, torch.randn(2, 64), num_heads, split_at="input", shape="narrow")
+    found = [layer.out_features for layer in model.heads[0].modules() if isinstance(layer, nn.Linear)]
+    assert [size % multiple for size in found[:-1]] == [0] * len(layers[::2])
+    assert model.cost is not None
+    assert model.base_cost is not None
+    assert max(model.cost.share_of(model.base_cost)) >= 0.95
+
+
+def layers_of_width(number: int) -> list[nn.Module]:
+    return [layer for _ in range(number) for layer in (nn.Linear(64, 64), nn.ReLU())]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shortens"),
+    [
+        pytest.param(layers_of_width(6), False, id="plain"),
+        pytest.param(
+            [nn.TransformerEncoderLayer(64, 4, 128, batch_first=True) for _ in range(6)], True, id="normalised behind"
+        ),
+        pytest.param(
+            [nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True) for _ in range(6)],
+            True,
+            id="normalised in front",
+        ),
+    ],
+)
+def test_heads_that_inherit_drop_only_blocks_that_add_to_what_they_take(
+    blocks: list[nn.Module], shortens: bool
+) -> None:
+    base = nn.Sequential(nn.Linear(16, 64), nn.Sequential(*blocks), nn.Flatten(), nn.Linear(8 * 64, 10))
+    x = torch.randn(2, 8, 16)
+    # where heads are fresh, or are told to be short, blocks of all kinds are dropped
+    fresh, short = (ensemblenet.convert(base, x, **more) for more in ({}, {"shape": "short", "init": "inherit"}))
+    inherited = ensemblenet.convert(base, x, init="inherit")
+    dropped = [bool(model.recipe.head.dropped) for model in (fresh, short, inherited)]  # type: ignore[union-attr]
+    assert dropped == [True, True, shortens]

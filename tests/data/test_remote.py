@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from made_images import CLASSES, make_shards, make_tars
+from made_images import CLASSES, encoded, make_shards, make_tars
 from servers import FailingServer, http_server, s3_environment, s3_server, upload
 from shards import AUDIO, RGB, framed, serialized, videos
 
 from ensemblenet.cli.main import main
-from ensemblenet.data import ImageData, YouTube8M, remote
+from ensemblenet.data import ImageData, Kinetics, ParquetImages, YouTube8M, remote
 from ensemblenet.data.module import DataModule
 from ensemblenet.errors import DataError, FetchError, without_secrets
 from ensemblenet.storage.trust import read_config
@@ -159,12 +162,40 @@ def test_files_make_room_for_others_and_are_fetched_again(
     assert len(list((tmp_path / "cache").glob("*.file"))) == 1
 
 
+def test_parquet_files_are_read_from_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    root = tmp_path / "parquet"
+    root.mkdir()
+    for split, first in (("train", 0), ("test", 50)):
+        rows = [{"image": {"bytes": encoded(n % 3, first + n)}, "label": n % 3} for n in range(12)]
+        pq.write_table(pa.Table.from_pylist(rows), root / f"{split}.parquet")
+    url = upload(root, next(BUCKETS))
+    small = {"image_size": 8, "batch_size": 4, "seed": 1, "num_workers": 0}
+    for make in (
+        lambda place: ParquetImages(place, image_size=8, batch_size=4, num_val=4),
+        lambda place: ImageData(place, "hfds/", "train", "test", **small),
+    ):
+        one, two = make(root), make(url)
+        for data in (one, two):
+            data.reseed(3)
+            data.setup("fit")
+        assert same([*one.train_dataloader(), *one.val_dataloader()], [*two.train_dataloader(), *two.val_dataloader()])
+    with pytest.raises(FetchError, match=r"s3://.*/nothing/train\.parquet is not there"):
+        ParquetImages(f"{url}/nothing").setup("fit")
+
+
+def test_videos_are_read_from_a_disk_only() -> None:
+    with pytest.raises(DataError, match=r"^Videos are read from a disk: copy s3://bucket/videos to one"):
+        Kinetics("s3://bucket/videos")
+
+
 def test_a_file_that_has_changed_is_fetched_again(tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     path = tmp_path / "files" / "a.tar"
     with http_server(path.parent) as server:
-        for content in (b"one", b"three"):
+        for time, content in enumerate((b"one", b"two", b"three")):
             path.write_bytes(content)
+            os.utime(path, (time, time))
             assert remote.remote_file(f"{server.url}/a.tar").open().read() == content
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -66,10 +66,17 @@ class Block:
     @cached_property
     def is_residual(self) -> bool:
         """Whether what it takes reaches what it gives without passing a layer with parameters."""
-        flow = self.begin.flow
+        return self._is_passed_by(self.begin.flow.parameters_read)
+
+    @cached_property
+    def passes_on(self) -> bool:
+        """Whether it does so without passing a matrix product or a convolution: also where the sum is normalised."""
+        return self._is_passed_by(lambda node: self.begin.flow.macs([node]))
+
+    def _is_passed_by(self, stops: Callable[[fx.Node], object]) -> bool:
         reached = {self.begin.node}
         for node in self.nodes:
-            if not flow.parameters_read(node) and not reached.isdisjoint(flow.sources(node)):
+            if not stops(node) and not reached.isdisjoint(self.begin.flow.sources(node)):
                 reached.add(node)
         return self.end.node in reached
 

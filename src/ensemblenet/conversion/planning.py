@@ -9,7 +9,7 @@ from itertools import groupby, product
 
 from torch import fx
 
-from ensemblenet.conversion.blocks import Depth, depths_behind, find_runs
+from ensemblenet.conversion.blocks import Depth, Run, depths_behind, find_runs
 from ensemblenet.conversion.build import HeadDesign, design_head
 from ensemblenet.conversion.split import Cut, SplitPoint, named_cut
 from ensemblenet.cost import ROOFLINE, Budget, Cost
@@ -26,7 +26,8 @@ LATE = 0.75
 _NEAR = 0.05
 # Heads narrower than this are bottlenecks rather than networks.
 _LEAST_WIDTH = 0.1
-_MULTIPLES = (8, 4, 2, 1)
+# What kernels like best comes first: a tile of 32 channels or more that is filled in part takes as long as a whole one.
+_MULTIPLES = (32, 16, 8, 4, 2, 1)
 _MOST_WIDTH = 4.0
 _MOST_GROWTH = 1.5  # of short heads, that nobody asked to be wider
 # Short heads keep their width, or nearly; what they would leave of the budget lets them keep one block more.
@@ -98,8 +99,9 @@ def plan_at(
 ) -> Plan:
     """The widest heads of a depth at one split point that the limit allows.
 
-    Channels are rounded to multiples of 8; where that would leave more than a tenth of the budget unused, to
-    smaller ones, and where that is so again, attention heads and groups become narrower rather than fewer.
+    Channels are rounded to multiples of 32 or 16 where no more than a twentieth of the budget is left unused, else to
+    multiples of 8; where that would leave more than a tenth, to smaller ones, and where that is so again, attention
+    heads and groups become narrower rather than fewer.
 
     Args:
         design: of the heads, which are of the depth already.
@@ -129,7 +131,7 @@ def plan_at(
         used = max(one.cost.shares_of(limit))
         if best is None or used > max(best.cost.shares_of(limit)):
             best = one
-        if found == most or used >= _BUDGET_USED:
+        if found == most or used >= (_BUDGET_USED if multiple <= HeadShape.multiple else _WELL_USED):
             break
     lowest = plan(replace(whole, width=least, multiple=1))
     return best or replace(lowest, head=None, keepers=tuple(design.keepers()))
@@ -182,7 +184,7 @@ class Planner:
         self._limit = budget.limit(base)
         self._fast = _FAST * max(1.0, budget.macs or 1.0)
         self._must_shorten = wanted.shape == "short" or (wanted.depth is not None and wanted.depth < 1)
-        self.runs = [] if wanted.shape == "narrow" else find_runs(cuts)
+        self.runs = _runs_to_shorten(cuts, wanted)
         work = [numbers for _, numbers in cuts[0].flow.trace.work]
         self._is_small = not self.runs and ROOFLINE.starts(work) > _MOST_STARTS * ROOFLINE.time(work)
         self._found: dict[str, tuple[HeadDesign, Plan]] = {}  # by split point
@@ -348,6 +350,20 @@ class Planner:
             f"{heads} heads do not fit {allowed} {where}. The least possible is {least} (at {plan.split.name!r}); use "
             f"fewer heads or a larger budget.{causes}"
         )
+
+
+def _runs_to_shorten(cuts: list[Cut], wanted: Conversion) -> list[Run]:
+    """The runs whose blocks heads may drop.
+
+    Without a block that replaces what it takes a trained network knows nothing, so heads that inherit drop such ones
+    only if they are told to: docs/procedure.md, "What heads inherit".
+    """
+    if wanted.shape == "narrow":
+        return []
+    runs = find_runs(cuts)
+    if wanted.init == "fresh" or wanted.shape == "short" or wanted.depth is not None:
+        return runs
+    return [run for run in runs if all(block.passes_on for block in run.blocks[1:])]
 
 
 def choose_num_heads(planner_of: Callable[[int], Planner]) -> Planner:

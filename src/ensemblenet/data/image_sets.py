@@ -28,6 +28,7 @@ from ensemblenet.data.remote import (
     RemoteFile,
     expanded,
     find_whole,
+    folder_of,
     in_threads,
     is_url,
     joined,
@@ -284,7 +285,12 @@ def _torchvision(folder: Path | str, dataset: str, split: str, options: Mapping[
 
 
 def _hugging_face(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
-    reader = _timm_dataset(None, dataset, split, **options).reader
+    if dataset == "hfds/":
+        place = folder_of(find_whole(f"{folder}/*.parquet")) if isinstance(folder, str) else folder
+        reader = _timm_dataset(None, f"{dataset}{place}", split, **options).reader
+        dataset = str(folder)
+    else:
+        reader = _timm_dataset(None, dataset, split, **options).reader
     try:
         labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
     except (TypeError, ValueError, OverflowError) as error:

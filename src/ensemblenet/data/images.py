@@ -38,9 +38,9 @@ class ImageData(DataModule):
         folder: of the data, or its URL (`https://`, `s3://`, `gs://`, `hf://`), whose files are kept on this machine;
             see [`ensemblenet.data.remote`][].
         dataset: "" for class folders: `train/CLASS/*.jpg` and `val/CLASS/*.jpg` at any depth, or `train.tar` and
-            `val.tar` that hold the same; `wds/` for WebDataset shards (an image and a `.cls` for each
-            sample; `classes.txt` may name the classes, one a line); `hfds/NAME` for a name that
-            `datasets.load_dataset` takes, or a folder of Parquet files; `torch/NAME` for torchvision's sets, see
+            `val.tar` that hold the same; `wds/` for WebDataset shards (an image and a `.cls` for each sample;
+            `classes.txt` may name the classes, one a line); `hfds/NAME` for a name that `datasets.load_dataset` takes,
+            or a folder; `hfds/` alone for Parquet files in `folder`; `torch/NAME` for torchvision's sets, see
             `timm.data.create_dataset`.
         train: the training split: a name, or for `wds/` a pattern such as `train-*.tar` or `train-{0000..1023}.tar`;
             also a URL.

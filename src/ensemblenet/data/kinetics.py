@@ -16,6 +16,7 @@ from ensemblenet.data.files import FileReader
 from ensemblenet.data.image_files import check_view
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
+from ensemblenet.data.remote import is_url
 from ensemblenet.data.video import ClipSampling, Decoder, Short
 from ensemblenet.data.video_sets import VIDEO_SUFFIXES, find_videos, order_of_labels
 from ensemblenet.data.views import RandomView, Span, UniformViews, ViewReader, Views, view_reader
@@ -89,7 +90,7 @@ class Kinetics(DataModule):
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         train: str = "train.csv",
         val: str = "val.csv",
         test: str | None = None,
@@ -125,6 +126,8 @@ class Kinetics(DataModule):
             raise DataError("cache=true needs num_workers=0: each worker would fill a cache of its own, every epoch.")
         ClipSampling(num_frames, stride, seconds, short)  # refuses numbers out of range
         super().__init__(batch_size, eval_batch_size, num_workers, on_broken, max_broken, seed)
+        if is_url(folder):
+            raise DataError(f"Videos are read from a disk: copy {folder} to one, such as by `aws s3 sync`.")
         self.folder = Path(folder)
         self.splits: dict[Split, str] = {"train": train, "val": val, "test": test or val}
         self.untrimmed = untrimmed

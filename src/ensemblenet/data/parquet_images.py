@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from ensemblenet.data.classes import class_name, numbered_classes, refuse_other_
 from ensemblenet.data.files import FileReader
 from ensemblenet.data.image_files import IMAGE_SUFFIXES, check_view, decode_image
 from ensemblenet.data.module import DataModule, Split
+from ensemblenet.data.remote import checked_place, joined, remote_file
 from ensemblenet.data.tensors import TensorExamples
 from ensemblenet.errors import DataError, first_line
 
@@ -35,7 +36,7 @@ class ParquetImages(DataModule):
     Batches hold normalized images (N, 3, S, S), float32, and labels (N,), int64.
 
     Args:
-        folder: of the two files.
+        folder: of the two files, or its URL; see [`ensemblenet.data.remote`][].
         image_size: S; images are cut to a centred square and resized to it. Without it they must all have one
             size already.
         batch_size: training examples of a batch, of each process; an epoch leaves out those that fill no batch.
@@ -62,7 +63,7 @@ class ParquetImages(DataModule):
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         image_size: int | None = None,
         batch_size: int = 128,
         num_val: int = 5000,
@@ -72,7 +73,7 @@ class ParquetImages(DataModule):
         if image_size is not None:
             check_view(image_size)
         super().__init__(batch_size, eval_batch_size=500)
-        self.folder = Path(folder)
+        self.folder = checked_place(folder)
         self.image_size = image_size
         self.num_val = num_val
         self.limit_train = limit_train
@@ -84,14 +85,14 @@ class ParquetImages(DataModule):
             return self._open_train()
         normalize = self.examples("train").transform.normalize
         if split == "test":
-            path, rows, classes = self.folder / "test.parquet", slice(None), self.classes
+            path, rows, classes = joined(self.folder, "test.parquet"), slice(None), self.classes
         else:
-            path, rows, classes = self.folder / "train.parquet", slice(-self.num_val, None), None
+            path, rows, classes = joined(self.folder, "train.parquet"), slice(-self.num_val, None), None
         images, labels, _ = read_parquet_images(path, self.image_size, rows, classes)
         return TensorExamples(images, labels, _Transform(normalize))
 
     def _open_train(self) -> TensorExamples:
-        path = self.folder / "train.parquet"
+        path = joined(self.folder, "train.parquet")
         rows = count_rows(path)
         num_train = min(rows - self.num_val, rows if self.limit_train is None else self.limit_train)
         if num_train < self.batch_size or self.num_val < 1:
@@ -208,7 +209,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path: Path | str) -> int:
     """The number of rows of a Parquet file, without reading them.
 
     Raises:
@@ -218,12 +219,12 @@ def count_rows(path: Path) -> int:
 
 
 def read_parquet_images(
-    path: Path, image_size: int | None = None, rows: slice = slice(None), classes: Sequence[str] | None = None
+    path: Path | str, image_size: int | None = None, rows: slice = slice(None), classes: Sequence[str] | None = None
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Decode the images of a file.
 
     Args:
-        path: a Parquet file with the columns `image` and `label`.
+        path: a Parquet file, or its URL, with the columns `image` and `label`.
         image_size: S, the size to bring images to; None keeps them as they are.
         rows: the rows to decode; a slice without a step.
         classes: names of the training data's classes, where they are known: the file must have the same, if it has any.
@@ -257,7 +258,7 @@ def read_parquet_images(
     encoded = table["image"].slice(chosen.start, len(chosen)).to_pylist()
     images = []
     for row, image in track(
-        zip(chosen, encoded, strict=True), f"Decoding {path.name}", total=len(chosen), transient=True
+        zip(chosen, encoded, strict=True), f"Decoding {PurePosixPath(path).name}", total=len(chosen), transient=True
     ):
         data = io.BytesIO((image or {}).get("bytes") or b"")
         decoded = decode_image(lambda data=data: data, f"{path}, row {row}: the image")
@@ -268,16 +269,17 @@ def read_parquet_images(
     return torch.stack(images), labels[rows], classes
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    if not path.is_file():
+def _open(path: Path | str) -> pq.ParquetFile:
+    if isinstance(path, Path) and not path.is_file():
         raise DataError(f"{path} does not exist; the data folder must hold train.parquet and test.parquet.")
+    source = path if isinstance(path, Path) else remote_file(path).open()
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(source)
     except Exception as error:  # of damaged bytes Arrow raises nearly any
         raise DataError(f"{path} is not a readable Parquet file: {first_line(error)}") from error
 
 
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path | str) -> pa.Table:
     file = _open(path)
     schema = file.schema_arrow
     columns = {field.name: field.type for field in schema}

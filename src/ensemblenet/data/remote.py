@@ -41,6 +41,7 @@ __all__ = [
     "expanded",
     "find_urls",
     "find_whole",
+    "folder_of",
     "in_threads",
     "is_url",
     "joined",
@@ -308,6 +309,21 @@ def find_whole(pattern: str) -> list[RemoteFile]:
             f"hold {limit / 1e9:,.3g} GB: set ENSEMBLENET_CACHE_GB, or name a folder with room in ENSEMBLENET_CACHE."
         )
     return files
+
+
+def folder_of(files: Sequence[RemoteFile]) -> Path:
+    """A folder of this machine where files have their own names, for libraries that ask for one.
+
+    Raises:
+        FetchError: the server does not give a file.
+    """
+    copies = in_threads(RemoteFile.fetch, files, "Fetching")
+    folder = cache_folder() / hashlib.sha256(" ".join(copy.stem for copy in copies).encode()).hexdigest()[:32]
+    folder.mkdir(exist_ok=True)
+    for file, copy in zip(files, copies, strict=True):
+        with suppress(FileExistsError):
+            (folder / file.name).symlink_to(copy)
+    return folder
 
 
 _kept: dict[Path, set[RemoteFile]] = {}  # by the folder of copies
