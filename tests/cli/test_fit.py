@@ -48,9 +48,9 @@ def test_a_file_needs_no_option_and_short_names_are_those_of_other_commands(
     [
         (["--model.optimization.lrr", "1"], "no setting model.optimization.lrr. Did you mean model.optimization.lr?"),
         (["--model.conversion.num_head", "2"], "model.conversion.num_head. Did you mean model.conversion.num_heads?"),
-        (["--model.base.widht", "2"], "'widht' is not accepted. Did you mean width?"),
-        (["--data.init_args.batchsize", "2"], "'batchsize' is not accepted. Did you mean batch_size?"),
-        (["--data", "ensemblenet.data.MNIST2D"], "no attribute 'MNIST2D'. Did you mean MNIST1D?"),
+        (["--model.base.widht", "2"], "MNIST1DNet takes no widht. Did you mean width?"),
+        (["--data.init_args.batchsize", "2"], "MNIST1D takes no batchsize. Did you mean batch_size?"),
+        (["--data", "ensemblenet.data.MNIST2D"], "ensemblenet.data has no MNIST2D. Did you mean MNIST1D?"),
         (["--model.base", "MNIST1DNett"], "there is no class 'MNIST1DNett'. Did you mean MNIST1DNet?"),
         (["--trainer.callbacks+=EarlyStoping"], "there is no class 'EarlyStoping'. Did you mean EarlyStopping?"),
         (["--budget", "95"], "--budget: budget is a share of the base's cost, got 95: did you mean 0.95?"),
