@@ -47,7 +47,9 @@ class Waiting(torch.nn.Linear):
         if not ray.is_initialized():
             return
         Path(folder, f"{ray.get_runtime_context().get_node_id()}.{os.getpid()}").touch()
+        end = time.monotonic() + 120
         while not Path(folder, "go").exists():
+            assert time.monotonic() < end
             time.sleep(0.05)
 """
 
@@ -238,9 +240,9 @@ def test_a_trial_whose_node_or_process_dies_is_run_again_and_says_so(
                 assert len(on) == 2  # one on each node
                 os.kill(on[head], signal.SIGKILL)
                 nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
-                (tmp_path / "go").touch()
+            if {seed for seed, outcome in found if outcome["status"] == "again"} == {0, 1}:
+                (tmp_path / "go").touch()  # not before: a process outlives its node for a moment
     again = [(seed, outcome["reason"]) for seed, outcome in found if outcome["status"] == "again"]
-    assert {seed for seed, _ in again} == {0, 1}
     # which of the two Ray sees first of a dead node is chance
     assert all(re.fullmatch(r"its (node|process) died; repeat \d of at most 3", reason) for _, reason in again)
     done = {seed: figures(outcome) for seed, outcome in found if outcome["status"] == "done"}
