@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from importlib import import_module
 
 import pytest
@@ -14,11 +15,19 @@ from ensemblenet.errors import ModelNameError
 from ensemblenet.names import check_class, check_network
 
 
-def test_every_network_of_timm_and_torchvision_is_known() -> None:
-    for name in (*_model_entrypoints, *timm.list_pretrained()):
+def test_every_network_of_timm_and_torchvision_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [name for name, made in _model_entrypoints.items() if made.__module__.startswith("timm.")]
+    pretrained = [name for name in timm.list_pretrained() if name.partition(".")[0] in own]
+    monkeypatch.delitem(sys.modules, "timm")  # as before it is imported
+    for name in (*own, *pretrained):
         check_network(name)
     for name in models.list_models(module=models) + models.list_models(module=models.video):
         check_network(f"torchvision:{name}")
+
+
+def test_a_network_that_was_registered_here_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_model_entrypoints, "of_this_test", timm.models.resnet18)
+    check_network("of_this_test")
 
 
 @pytest.mark.parametrize("name", ["resnett50", "resnett50.a1_in1k", "torchvision:fcn_resnet50", "torchvision:"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -91,6 +92,9 @@ def check_network(name: str) -> None:
         (None, None, None)
     """
     source, colon, rest = name.partition(":")
+    timm = sys.modules.get("timm")
+    if not colon and timm is not None and timm.is_model(name):  # one that was registered in this process, too
+        return
     if not colon:
         known = _registered("timm", ("models/*.py",), _TIMM, _TIMM_RENAMED)
         source, rest = "timm", name

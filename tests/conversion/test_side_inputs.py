@@ -422,7 +422,7 @@ class Looked(nn.Module):
 
 
 def test_embeddings_are_shared_though_heads_would_be_a_little_wider_without() -> None:
-    base, tokens = Looked(32, 128), torch.randint(0, 100, (4, 7))
+    base, tokens = Looked(32, 120), torch.randint(0, 100, (4, 7))
     unshared, shared = (convert(base, tokens, split_at=name).recipe.head.width for name in ("input", "net.embed"))  # type: ignore[union-attr]
     assert 0.9 * unshared < shared < unshared
     assert convert(base, tokens).recipe.split_at == "net.embed"  # type: ignore[union-attr]

@@ -113,7 +113,7 @@ class Other:
         (Other(), "is not a state dict of tensors alone: .* as safetensors"),
         ({"epoch": 3}, "holds no state dict"),
         (torch.zeros(3), "holds no state dict"),
-        (None, "There is no file"),
+        (None, "weights.pth: .*[Nn]o such file"),
     ],
 )
 def test_a_file_that_is_no_state_dict_ends_a_command_in_one_line(

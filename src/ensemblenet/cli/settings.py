@@ -112,7 +112,7 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
-        raise TrainingError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        raise TrainingError(f"{file} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise TrainingError(f"{file} must hold settings by name, such as `name: mine`.")
     return settings
