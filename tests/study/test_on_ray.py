@@ -63,11 +63,13 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
         for name, value in own_environment(folder).items():
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        on_terminate = signal.getsignal(signal.SIGTERM)
         nodes = TwoNodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         nodes.add_node(num_cpus=1)
         yield nodes
         ray.shutdown()
         nodes.shutdown()
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's would outlive its nodes
 
 
 @pytest.fixture

@@ -208,6 +208,34 @@ def test_a_process_that_dies_ends_the_run(tmp_path, callback, which):
     assert not (folder / "results.json").exists()
 
 
+LATE = """
+import os, sys, time
+from pathlib import Path
+from ensemblenet.training.processes import ending_together
+with ending_together(None, lambda: None):
+    Path(sys.argv[1]).touch()
+    time.sleep(0.5)
+    raise RuntimeError("Connection reset by peer")
+"""
+FIRST = """
+import subprocess, sys, time
+from pathlib import Path
+subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]])
+while not Path(sys.argv[2]).exists():
+    time.sleep(0.05)
+time.sleep(1.5)
+"""
+
+
+def test_a_process_whose_death_shows_late_is_named(tmp_path):
+    # a dying process closes its connections before the system ends it, and then those who waited for it look
+    environment = {**own_environment(tmp_path), "LOCAL_RANK": "1"}
+    told = subprocess.run(
+        [sys.executable, "-c", FIRST, LATE, tmp_path / "begun"], env=environment, capture_output=True, text=True
+    )
+    assert "TrainingError: Another process of the run has ended: the first one." in told.stderr
+
+
 def test_a_process_that_stands_still_ends_the_run_after_the_time_limit(tmp_path):
     limit = '{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: "0:00:20"}}'
     more = ["--trainer.devices", "2", "--trainer.strategy", limit, "--trainer.callbacks", "own.Stops"]

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -27,7 +28,7 @@ __all__ = ["agreed_folder", "ending_together", "goes_on_unasked", "is_first_proc
 
 _FOLDER = "ENSEMBLENET_RUN_FOLDER"
 _PATIENCE = timedelta(minutes=5)
-_LOOKS, _LAST_WORDS = 1.0, 5.0  # seconds
+_GLANCES, _LOOKS, _LAST_WORDS = 0.05, 1.0, 5.0  # seconds
 _LIGHTNINGS_WATCH = "child-process-observer"
 _stores: list[TCPStore] = []  # one must stay open until the last process has read it
 
@@ -116,8 +117,9 @@ def ending_together(launcher: Any, advice: Callable[[], str | None]) -> Iterator
         yield
     except Exception as error:
         ended.set()
+        is_own = isinstance(error, EnsembleNetError) or not isinstance(error, RuntimeError)
+        said = None if is_own else run.found_killed()  # why it could not go on
         run.end()
-        said = run.lost(killed=True) if isinstance(error, RuntimeError) else None  # why it could not go on
         raised = error if said is None else TrainingError(said)
         if not is_first_process() and (more := advice()):
             raised.add_note(more)
@@ -151,6 +153,15 @@ class _Processes:
                 )
             if code and not killed:
                 return f"Another process of the run has ended: number {number}, with exit code {code}."
+        return None
+
+    def found_killed(self) -> str | None:
+        """As `lost` says it, after a little time: a killed process closes its connections before it counts as ended."""
+        end = time.monotonic() + _LAST_WORDS
+        while self.parent is not None or self.started():
+            if (said := self.lost(killed=True)) is not None or time.monotonic() > end:
+                return said
+            time.sleep(_GLANCES)
         return None
 
     def watch(self, advice: Callable[[], str | None], ended: Event) -> None:
