@@ -190,7 +190,9 @@ def test_a_study_has_the_figures_of_local_processes_and_goes_on_after_its_driver
     assert "engine" not in (folder / "config.yaml").read_text()
 
 
-def test_a_trial_that_fails_by_itself_is_an_outcome_and_not_repeated(connected: Cluster, tmp_path: Path) -> None:
+def test_a_trial_that_fails_by_itself_is_an_outcome_and_not_repeated(
+    connected: Cluster, tmp_path: Path, one_thread: None
+) -> None:
     missing = str(tmp_path / "not-on-this-node")
     data = {"class_path": "ensemblenet.data.ImageData", "init_args": {"folder": missing, "image_size": 8}}
     taught = trial("test", method="teacher", teacher=trial("test", name="base", method="base"))
