@@ -22,7 +22,7 @@ __all__ = ["check_settings"]
 # What each part of the settings holds: what the command itself adds, and the arguments of a class in a file.
 _OWN = {
     "fit": "model data trainer seed_everything name runs plan base_run checkpoint_steps ema log_to resume trust config "
-    "optimizer lr_scheduler print_config print_shtab",
+    "engine address optimizer lr_scheduler print_config print_shtab",
     "compare": "name runs resume trust workers engine address cpus_per_trial gpus_per_trial config print_config",
 }
 _CLASSES = {
