@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray.train.torch
 import torch
 from commands import own_environment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 
 from ensemblenet.cli import main
+from ensemblenet.cli.fit import written_out
 from ensemblenet.errors import TrainingError
 from ensemblenet.training import on_ray
 from ensemblenet.training.cluster import REPEATS, versions
@@ -103,8 +109,6 @@ def test_what_ray_train_cannot_do_is_refused_before_a_folder_is_made(
     tmp_path: Path, options: list[str], message: str
 ) -> None:
     arguments = ["--config", FIT[0], *FIT[1:], "--runs", str(tmp_path / "runs"), *options]
-    from ensemblenet.cli.fit import written_out
-
     with ExitStack() as held, pytest.raises(TrainingError) as raised:
         opened(written_out(arguments), held, partial(on_ray._OnDriver, address="auto"))
     assert message in str(raised.value)
@@ -148,3 +152,20 @@ def test_deaths_are_repeated_and_faults_are_not(
     with pytest.raises((TrainingError, RuntimeError), match=expected):
         on_ray._train({}, 2, False, None)
     assert made == [1800] * attempts
+
+
+def test_signals_end_the_run_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def aborted() -> None:  # as Ray does it, after Ctrl-C
+        raise SystemExit(0)
+
+    def ended(what: Callable[[], Any]) -> type[BaseException]:
+        made = SimpleNamespace(fit=what)
+        monkeypatch.setattr(ray.train.torch, "TorchTrainer", lambda *_, **__: made)
+        with pytest.raises(BaseException) as raised:  # noqa: PT011
+            on_ray._train({}, 2, False, None)
+        return raised.type
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert ended(aborted) is KeyboardInterrupt
+    assert ended(lambda: os.kill(os.getpid(), signal.SIGTERM)) is SIGTERMException
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

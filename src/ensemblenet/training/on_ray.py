@@ -188,6 +188,8 @@ def _train(settings: Mapping[str, Any], processes: int, on_gpus: bool, timeout: 
             try:
                 trainer.fit()
                 return
+            except SIGTERMException:
+                raise
             except (RayActorError, SystemExit) as error:  # how it ends where Ctrl-C was pressed
                 raise KeyboardInterrupt from error
             except TrainingFailedError as error:
