@@ -185,7 +185,7 @@ def write_page(rows: list[dict]) -> None:
         "is the share of the blocks that heads may drop which they keep, time the estimate for an accelerator; shares",
         "are of the base; spread is the standard deviation of a head's first outputs as a share of the base's (none",
         "where the base begins with outputs of zero). Seconds are processor time of `convert` on one thread; memory is",
-        "its peak, the base included, as a share of the peak of one training step of the base on the same two examples.",
+        "its peak, the base included, as a share of the peak of one training step of the base on the same examples.",
         "",
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads, batches of 2.",
