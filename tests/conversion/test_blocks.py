@@ -22,6 +22,7 @@ from ensemblenet.recipe import Recipe
 from ensemblenet.testing import check_conversion
 
 IMAGES, ROWS = torch.randn(4, 3, 16, 16), torch.randn(4, 8)
+SQUARES = torch.randn(2, 3, 64, 64)
 
 
 class Residual(nn.Module):
