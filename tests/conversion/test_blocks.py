@@ -404,7 +404,7 @@ def test_where_no_plan_takes_the_time_of_the_base_the_fastest_is_taken() -> None
     layers = [layer for a, b in pairwise(sizes) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
     base = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], 10))
     whole = ensemblenet.measure_cost(base, SQUARES)
-    found = [plan for plan in ensemblenet.plans(base, SQUARES, min_width=0.6) if (plan.width or 0.0) >= 0.6]
+    found = [plan for plan in ensemblenet.plans(base, SQUARES) if (plan.width or 0.0) >= 0.6]
     slowness = {plan.split.name: max(plan.cost.shares_of(whole)[2:]) for plan in found}
     model = ensemblenet.convert(base, SQUARES, min_width=0.6)
     assert model.recipe is not None
