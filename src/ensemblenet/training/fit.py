@@ -19,11 +19,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from ensemblenet._moved import renamed
 from ensemblenet.cost import measure_cost
 from ensemblenet.data import load_all
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import EnsembleNetError, TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets
 from ensemblenet.metrics.scores import TASKS
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.bucket import push
 from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CONFIG,
@@ -55,7 +56,7 @@ def fit(arguments: Sequence[str]) -> Path:
         arguments: command-line arguments.
 
     Returns:
-        The run's folder.
+        The run's folder; of a run in a bucket, the one on this machine that stands for it.
 
     Raises:
         TrainingError: bad arguments, nothing to resume, a run that another process is writing or that was made
@@ -65,7 +66,10 @@ def fit(arguments: Sequence[str]) -> Path:
     with ExitStack() as held:
         cli = _opened(arguments, held)
         with ending_together(cli.trainer.strategy.launcher, cli.advice):
-            return _searched(cli) if cli.config["plan"] == "search" else _finished(cli)
+            folder = _searched(cli) if cli.config["plan"] == "search" else _finished(cli)
+            if is_first_process():
+                push(folder)
+            return folder
 
 
 def _finished(cli: FitCLI) -> Path:
@@ -183,7 +187,7 @@ def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base: Path |
 
 
 def _innermost(error: BaseException) -> BaseException:
-    while inner := error.__cause__ or error.__context__:
+    while not isinstance(error, EnsembleNetError) and (inner := error.__cause__ or error.__context__):
         error = inner
     return error
 
