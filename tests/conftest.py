@@ -5,9 +5,13 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,6 +23,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def nodes() -> "Iterator[Cluster]":
+    """Two nodes of a Ray cluster, to which no process is connected yet or one still is."""
+    from on_nodes import two_nodes  # Ray takes seconds to import
+
+    with two_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture
