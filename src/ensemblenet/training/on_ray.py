@@ -90,6 +90,11 @@ class _OnDriver(FitCLI):
         """Refuse what Ray Train cannot do, and make the folder."""
         if self.config["plan"] == "search":
             raise TrainingError("--plan search trains one run after another by itself: leave out --engine ray.")
+        for place in map(str, (self.config["runs"], self.config["resume"])):
+            if "://" in place:
+                raise TrainingError(
+                    f"On Ray a run is kept in a folder that all nodes see, not in a bucket; got {place}."
+                )
         _processes(self.config["trainer"])
         _arguments_of_ddp(self.config["trainer"]["strategy"])
         self.folder = self.choose_folder()
