@@ -180,11 +180,12 @@ def write_page(rows: list[dict]) -> None:
         "# Networks that were converted",
         "",
         "Made by `python benchmarks/zoo.py`; every row was checked by `ensemblenet.testing.check_conversion`:",
-        "cost within the budget, finite outputs of shape (K, N, C), full width equal to the base, a gradient for",
-        "every parameter, and `head`, `first`, `deepcopy`, `state_dict` and `save`/`load` exact. Shares are of the",
-        "base; spread is the standard deviation of a head's first outputs as a share of the base's (none where the",
-        "base begins with outputs of zero). Seconds are processor time of `convert` on one thread; memory is its peak,",
-        "the base included, as a share of the peak of one training step of the base on the same two examples.",
+        "cost within the budget and as estimated, finite outputs of shape (K, N, C), full width equal to the base, a",
+        "gradient for every parameter, and `head`, `first`, `deepcopy`, `state_dict` and `save`/`load` exact. Depth",
+        "is the share of the blocks that heads may drop which they keep, time the estimate for an accelerator; shares",
+        "are of the base; spread is the standard deviation of a head's first outputs as a share of the base's (none",
+        "where the base begins with outputs of zero). Seconds are processor time of `convert` on one thread; memory is",
+        "its peak, the base included, as a share of the peak of one training step of the base on the same examples.",
         "",
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads, batches of 2.",
@@ -207,18 +208,19 @@ def write_page(rows: list[dict]) -> None:
             )
     lines += [
         "",
-        "| library | family | model | parameters | K | split | width | parameters share | MACs share | spread | s "
-        "| memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| library | family | model | parameters | K | split | width | depth | parameters share | MACs share | time "
+        "| spread | s | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         start = f"| {r['library']} | {r['family']} | {r['model']} | {r['parameters'] / 1e6:.2f} M | {r['num_heads']} "
         if "reason" in r:
             reason = r["reason"].replace("|", "\\|")
-            lines.append(f"{start}| not converted: {reason} | | | | | | |")
+            lines.append(f"{start}| not converted: {reason} | | | | | | | | |")
         else:
             lines.append(
-                f"{start}| {r['split_at']} | {r['width']:.3f} | {r['parameters_share']:.3f} | {r['macs_share']:.3f} "
+                f"{start}| {r['split_at']} | {r['width']:.3f} | {r['depth']:.2f} | {r['parameters_share']:.3f} "
+                f"| {r['macs_share']:.3f} | {r['time_share']:.2f} "
                 f"| {'' if r['spread'] is None else format(r['spread'], '.2f')} | {r['cpu_seconds']:.1f} "
                 f"| {r['peak_mib'] / r['training_step_mib']:.2f} |"
             )

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -101,6 +105,15 @@ def pytest_collectstart() -> None:
 def one_thread() -> None:
     """PyTorch computes on one thread: two runs of one seed are then the same to the bit."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def nodes() -> "Iterator[Cluster]":
+    """Two nodes of a Ray cluster, to which no process is connected yet or one still is."""
+    from on_nodes import two_nodes  # Ray takes seconds to import
+
+    with two_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 from studies import BASE, DATA, lines
 
 from ensemblenet.cli import main
 from ensemblenet.cli.compare import read_study
 from ensemblenet.cost import Budget
+from ensemblenet.models import create
 from ensemblenet.study.methods import METHODS
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "compare").glob("*.yaml"))
@@ -123,7 +126,8 @@ def test_a_configuration_of_fit_is_compared_with_its_base(
     assert study.tuning.trials == 1
     assert (*study.tuning.lr, *study.tuning.weight_decay) == pytest.approx((0.01, 0.09, 0.1, 0.9))
     printed = capsys.readouterr().out
-    assert "no model.optimization.warmup, model.label_smoothing, trainer.gradient_clip_val" in printed
+    assert "no model.label_smoothing, trainer.gradient_clip_val" in printed
+    assert study.warmup == 0.2
 
     more = [
         "--methods",
@@ -142,6 +146,52 @@ def test_a_configuration_of_fit_is_compared_with_its_base(
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["base", "joint, λ = 0"]
     assert read_study(["--resume", str(folder)])[0].epochs == 1
+
+
+FINETUNE = sorted((Path(__file__).parents[2] / "configs" / "finetune").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=[path.stem for path in FINETUNE])
+def test_a_configuration_for_a_trained_base_is_done_as_it_says(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.pth").touch()
+    options = ["--data", str(tmp_path), "--weights", str(tmp_path / "a.pth"), "--num-classes", "7"]
+    study, _ = read_study([str(path), *options])
+    wanted = yaml.safe_load(path.read_text())["model"]["optimization"]
+    one = study.candidates()["co-distillation, λ = 2"].setup.conversion
+    assert (one.init, one.num_classes, study.base["init_args"]["weights"]) == ("inherit", 7, str(tmp_path / "a.pth"))
+    points = study.optimization(1.0, 0.5)
+    assert (points.warmup, points.layer_decay) == (wanted["warmup"], wanted["layer_decay"])
+    assert "A study has no" not in capsys.readouterr().out
+    frozen = read_study([str(path), *options, "--freeze", "trunk"])[0].candidates()
+    assert [candidate.setup.conversion.freeze for candidate in frozen.values()] == ["trunk", "trunk"]
+
+
+def test_one_command_says_whether_a_trained_base_gained(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "base.safetensors"
+    name = "ensemblenet.models:MNIST1DNet"
+    save_file(create(name, options={"width": 8}).state_dict(), weights)
+    settings = yaml.safe_load(config.read_text()) | {
+        "base": {"class_path": "ensemblenet.models.create", "init_args": {"name": name, "options": {"width": 8}}}
+    }
+    config.write_text(yaml.safe_dump(settings))
+    given = ["compare", str(config), "--workers", "0", "--seeds", "1", "--runs", str(tmp_path / "runs")]
+    assert main([*given, "--weights", str(weights)]) == 0
+    said = f"The base begins with the weights {weights} and is trained on; the others inherit them."
+    assert said in capsys.readouterr().out
+    [folder] = (tmp_path / "runs").iterdir()
+    assert said in html.unescape((folder / "index.html").read_text())
+    stored = [line["cell"] for line in lines(folder)]
+    assert {cell["base"]["init_args"]["weights"] for cell in stored} == {str(weights)}
+    assert {cell["setup"]["conversion"]["init"] for cell in stored} == {"inherit"}
+
+    assert main([*given, "--weights", str(tmp_path / "none.pth")]) == 2
+    assert "none.pth: No such file or directory" in capsys.readouterr().err
+    assert main([*given, "--freeze", "trunk"]) == 2  # of what is not trained
+    assert "is for a trunk that has learned: use --init inherit" in capsys.readouterr().err
 
 
 def test_the_folder_of_the_data_and_misspelt_settings(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

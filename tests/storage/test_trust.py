@@ -425,6 +425,8 @@ def test_the_texts_that_data_modules_take_are_known(name: str, run: Path, evil: 
         {"model.base": of_class("ensemblenet.models.resnet.CifarResNet", depth=8)},
         {"model.optimization": {"optimizer": "lamb", "lr": "1e-3", "options": {"betas": [0.9, 0.99]}}},
         {"model.conversion": {"num_heads": 2, "split_at": "layers.0.conv", "combine": "logits"}},
+        {"model.conversion": {"init": "inherit", "importance": "loss", "freeze": "trunk", "output": ["logits"]}},
+        {"init": "inherit", "importance": "scale", "freeze": "trunk"},
         {
             "trainer.strategy": "ddp",
             "trainer.devices": "auto",

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from ensemblenet.cli.options import budget_share, underscored, with_config
+from ensemblenet.cli.options import budget_share
+from ensemblenet.cli.settings import study_arguments
 from ensemblenet.data import load_all
 from ensemblenet.errors import TrainingError
 from ensemblenet.extras import require
-from ensemblenet.reports.comparison import PAGE, comparison_table, summary, tested_on
+from ensemblenet.reports.comparison import PAGE, begins_with, comparison_table, summary, tested_on
 from ensemblenet.storage import TRUST_HELP
 from ensemblenet.storage.lock import sole_writer
 from ensemblenet.storage.runs import CONFIG, RESULTS, create_run_folder, keep_config, resumable
@@ -43,10 +45,12 @@ _DESCRIPTION = """Train every method on the same data with the same effort, and 
 
 It needs a YAML file: `ensemblenet compare compare/mnist1d`. Every setting of the file is also an option
 below. A file of `fit` will do: `ensemblenet compare mnist1d/ensemblenet` compares its base and its
-conversion; --methods names others, and --data FOLDER other data. `base` and `data` take a class_path with init_args,
-your own classes too if their folder is on PYTHONPATH. Learning rate and weight decay are tuned for each method on
-validation examples, with the same number of trials; then each is trained with several seeds and tested once, after the
-last epoch: on the test split or, where there is none, on half of the validation examples, while the other half tunes.
+conversion; --methods names others, and --data FOLDER other data. Where --weights FILE names trained weights of the
+base, the base is trained on and all others inherit them; --num-classes N is for another task. `base` and `data` take
+a class_path with init_args, your own classes too if their folder is on PYTHONPATH. Learning rate and weight decay are
+tuned for each method on validation examples, with the same number of trials; then each is trained with several seeds
+and tested once, after the last epoch: on the test split or, where there is none, on half of the validation examples,
+while the other half tunes.
 The run gets a folder of its own under --runs with every finished trial, results.json, results.csv, figures and a page;
 a killed study goes on with --resume FOLDER. docs/compare.md has the details.
 """
@@ -75,6 +79,8 @@ def compare(arguments: Sequence[str]) -> Path:
         keep_config(folder, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
         kept = f"Finished trials are kept in {folder}; a killed study goes on with --resume {folder}"
         console.print(kept, soft_wrap=True)
+        if said := begins_with(asdict(study) | {"init": study.begins}):
+            console.print(said, highlight=False, soft_wrap=True)
         with progress() as watch:
             rows = run_study(folder, study, cluster or plain["workers"], watch=watch)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
@@ -151,7 +157,7 @@ def _cluster(study: Study, plain: Mapping[str, Any]) -> Cluster | None:
 def _written_out(arguments: Sequence[str]) -> list[str]:
     """The arguments with underscores in the names of options, and a configuration of `fit` as one of a study."""
     written: list[str] = []
-    for argument in with_data_folder([underscored(argument) for argument in with_config(arguments)]):
+    for argument in with_data_folder(study_arguments(arguments)):
         inline = argument.startswith("--") and "=" in argument
         option, _, value = argument.partition("=") if inline else (written[-1] if written else "", "", argument)
         if option == "--config":

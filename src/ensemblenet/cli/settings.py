@@ -17,12 +17,12 @@ from ensemblenet.errors import ModelNameError, TrainingError
 from ensemblenet.names import arguments_of, check_class, check_network
 from ensemblenet.storage.runs import CONFIG, check_resumable
 
-__all__ = ["check_settings"]
+__all__ = ["check_settings", "study_arguments"]
 
 # What each part of the settings holds: what the command itself adds, and the arguments of a class in a file.
 _OWN = {
     "fit": "model data trainer seed_everything name runs plan base_run checkpoint_steps ema log_to resume trust config "
-    "optimizer lr_scheduler print_config print_shtab",
+    "engine address optimizer lr_scheduler print_config print_shtab",
     "compare": "name runs resume trust workers engine address cpus_per_trial gpus_per_trial config print_config",
 }
 _CLASSES = {
@@ -37,6 +37,7 @@ _CLASSES = {
         "tuning": ("ensemblenet/study/settings.py", "Tuning"),
     },
 }
+_OF_STUDIES = {"weights": "base.init_args.weights", "teacher_temperature": "temperature"}  # names that `fit` has
 _COUNTS = ("data.init_args.batch_size", "trainer.max_epochs", "trainer.max_steps", "checkpoint_steps")
 _NUMBERS = ("model.codistillation_weight", "model.optimization.lr", "model.optimization.weight_decay", "ema")
 _OF_ANY_CLASS = {"help", "class_path", "init_args", "dict_kwargs"}  # as jsonargparse takes them
@@ -64,7 +65,7 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
     """
     if any(argument.endswith(("-h", "help")) for argument in arguments):
         return
-    written = written_out(arguments) if command == "fit" else [underscored(each) for each in with_config(arguments)]
+    written = written_out(arguments) if command == "fit" else study_arguments(arguments)
     if not written:
         raise TrainingError("A configuration is needed: a YAML file, or a name in `ensemblenet configs list`.")
     given = _classes_of_resumed(written)
@@ -83,7 +84,12 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
     for key in ("base_run", "data", "model.teacher"):
         if isinstance(path := given.get(key), str) and "/" in path and not path.startswith("{"):
             check_there(path)
-    _check_values(given, "model.conversion." if command == "fit" else "")
+    for base in ("base", "model.base"):
+        weights = given.get(f"{base}.init_args.weights")
+        named = given.get(f"{base}.class_path") == "ensemblenet.models.create"
+        if named and isinstance(weights, str) and weights != "pretrained":
+            check_there(weights)
+    _check_values(given, command)
 
 
 def _classes_of_resumed(arguments: Sequence[str]) -> dict[str, Any]:
@@ -164,8 +170,23 @@ def _check_classes(given: Mapping[str, Any], settings: Mapping[str, Any], where:
                 raise ModelNameError(f"{where}{key}: {error}") from error
 
 
-def _check_values(given: Mapping[str, Any], place: str) -> None:
-    """Refuse numbers that are none, and conversions that cannot be: their settings stand at `place`."""
+def study_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `compare` with `--config` before a file, underscores in names, and short names written out.
+
+    Example:
+        >>> study_arguments(["--num-classes", "3", "--weights=a.pth"])
+        ['--num_classes', '3', '--base.init_args.weights=a.pth']
+    """
+    written = []
+    for argument in map(underscored, with_config(arguments)):
+        name, equals, value = argument.partition("=")
+        key = _OF_STUDIES.get(name[2:]) if name.startswith("--") else None
+        written.append(f"--{key}{equals}{value}" if key else argument)
+    return written
+
+
+def _check_values(given: Mapping[str, Any], command: str) -> None:
+    """Refuse numbers that are none, and conversions that cannot be."""
     for keys, kind, what in ((_COUNTS, int, "an integer"), (_NUMBERS, float, "a number")):
         for key in keys:
             if (value := given.get(key)) not in (None, "auto"):  # where a number may not be so, the parser says it
@@ -173,10 +194,13 @@ def _check_values(given: Mapping[str, Any], place: str) -> None:
                     kind(value)
                 except (TypeError, ValueError, OverflowError) as error:
                     raise TrainingError(f"{key} must be {what}, got {value!r}.") from error
-    names = {name: f"{place}{name}" for name in arguments_of(*_CLASSES["fit"]["model.conversion"]) or []}
-    found = {name: given[key] for name, key in names.items() if given.get(key) is not None}
-    if not found:
+    of_fit = {f"model.conversion.{name}": name for name in arguments_of(*_CLASSES["fit"]["model.conversion"]) or []}
+    own = {name: name for name in of_fit.values()} if command == "compare" else {}
+    found = {name: given[key] for key, name in (of_fit | own).items() if given.get(key) is not None}
+    if not found or given.get("resume") is not None:  # what goes on has stored settings as well
         return
+    if command == "compare" and {f"{base}.init_args.weights" for base in ("base", "model.base")} & given.keys():
+        found = {"init": "inherit", **found}  # as a study does
     from ensemblenet.recipe import Conversion  # imports PyTorch
 
     if isinstance(found.get("budget"), str):

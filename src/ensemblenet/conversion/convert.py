@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -207,7 +207,11 @@ def convert_as(
 
 
 def convert_alone(
-    wanted: Conversion, base: nn.Module, example_inputs: Tree, task: Task = "multiclass"
+    wanted: Conversion,
+    base: nn.Module,
+    example_inputs: Tree,
+    task: Task = "multiclass",
+    calibration: Sequence[Any] | None = None,
 ) -> tuple[Conversion, EnsembleNet]:
     """The budget of a conversion spent on one network, which is what heads must be better than.
 
@@ -218,6 +222,7 @@ def convert_alone(
         base: as for `convert`.
         example_inputs: as for `convert`.
         task: as for `convert`.
+        calibration: batches, as for `convert`.
 
     Returns:
         What was asked of it, and the model of one head.
@@ -233,10 +238,10 @@ def convert_alone(
     """
     alone = replace(wanted, num_heads=1, split_at="input", shape="auto", width=None, depth=0.0)
     try:
-        return alone, convert_as(alone, base, example_inputs, task)
+        return alone, convert_as(alone, base, example_inputs, task, calibration=calibration)
     except ConversionError:  # no blocks to drop, or too little budget
         alone = replace(alone, shape="narrow", depth=None)
-        return alone, convert_as(alone, base, example_inputs, task)
+        return alone, convert_as(alone, base, example_inputs, task, calibration=calibration)
 
 
 @torch.inference_mode(False)

@@ -31,7 +31,7 @@ from ensemblenet.reports.tables import (
     with_spread,
 )
 
-__all__ = ["PAGE", "comparison_table", "ranked", "summary", "tested_on", "write_comparison"]
+__all__ = ["PAGE", "begins_with", "comparison_table", "ranked", "summary", "tested_on", "write_comparison"]
 
 PAGE = "index.html"
 
@@ -157,6 +157,24 @@ def tested_on(results: Mapping[str, Any]) -> str:
         'tested on half of the validation data'
     """
     return "tested on half of the validation data" if results.get("halves") else "tested on the test data"
+
+
+def begins_with(study: Mapping[str, Any]) -> str | None:
+    """With which weights the methods of a study begin, in words; None where all are drawn anew.
+
+    Example:
+        >>> study = {"base": {"init_args": {"weights": "a.pth"}}, "init": "inherit", "freeze": "trunk"}
+        >>> begins_with(study)
+        'The base begins with the weights a.pth and is trained on; the others inherit them, with a frozen trunk.'
+    """
+    weights, init = (study["base"].get("init_args") or {}).get("weights"), study.get("init") or "fresh"
+    if weights is None and init == "fresh":
+        return None
+    classes = f", with fresh classifiers of {number} classes" if (number := study.get("num_classes")) else ""
+    frozen = ", with a frozen trunk" if study.get("freeze") else ""
+    others = f"inherit them{frozen}" if init == "inherit" else "begin with fresh ones, unless their name says otherwise"
+    named = "its weights" if weights is None else f"the weights {weights}"
+    return f"The base begins with {named} and is trained on{classes}; the others {others}."
 
 
 def _halves(results: Mapping[str, Any]) -> str | None:
@@ -338,7 +356,8 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         f"Every method was trained for {study['epochs']} epochs by {study['optimizer']} with the same schedule, "
         f"batches and augmentation; the last epoch counts. Conversions have {study['num_heads']} heads, cost at most "
         f"{Budget.of(study['budget'])}, and part at {study['split_at']!r}, unless a method "
-        "says otherwise."
+        "says otherwise.",
+        *filter(None, [begins_with(study)]),
     ]
     if len(fixed) < len(rows):
         notes.append(

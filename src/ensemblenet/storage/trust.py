@@ -159,6 +159,7 @@ _SIMPLE_TEXT = _text(r"[\w.+-]*")
 _PLACE = _text(r"((file|https?|hf|s3|gc?s|abfss?|az|hdfs)://)?(?!.*(::|://)).*")  # fsspec chains file systems by ::
 
 _BASE, _DATA = r"(model\.)?base\.", r"data\."
+_OF_CONVERSION = r"split_at|init|combine|shape|num_heads|importance|freeze|output(\[\])?"
 
 _KNOWN: list[tuple[str, Callable[[Any], bool]]] = [
     (_BASE + "class_path", _class_paths(models).__contains__),
@@ -170,12 +171,12 @@ _KNOWN: list[tuple[str, Callable[[Any], bool]]] = [
     (_DATA + r"init_args\.reader\.(input_key|target_key)", _SIMPLE_TEXT),
     (_DATA + r"init_args\.(folder|(train|val|test)(\[\])?|dataset)", _PLACE),
     (_DATA + r"init_args\.(level|short|decoder|interpolation|on_broken|on_damage)", _SIMPLE_TEXT),
-    (r"name|runs|resume|plan|base_run|log_to|task|device|precision|split_at|shape", _ANY_TEXT),
-    (r"methods\[\](\.(method|name|split_at))?", _ANY_TEXT),
+    (r"name|runs|resume|plan|base_run|log_to|task|device|precision", _ANY_TEXT),
+    (rf"(model\.conversion\.)?({_OF_CONVERSION})", _ANY_TEXT),
+    (r"methods\[\](\.(method|name|split_at|init))?", _ANY_TEXT),
     (r"optimizer", _word("adamw", "sgd")),
     (r"model\.(task|heads|loss|teacher|optimization\.optimizer)", _ANY_TEXT),
     (r"model\.codistillation_weight", _word("auto")),
-    (r"model\.conversion\.(split_at|init|combine|shape|num_heads)", _ANY_TEXT),
     (r"trainer\.(precision|max_time|val_check_interval)", _ANY_TEXT),
     (r"trainer\.devices", _text(r"auto|[-\d, ]+")),
     (r"trainer\.(gradient_clip_algorithm|deterministic|default_root_dir)", _ANY_TEXT),

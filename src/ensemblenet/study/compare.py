@@ -17,7 +17,7 @@ from scipy.stats import ttest_rel
 from ensemblenet._moved import renamed
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
-from ensemblenet.inputs import inputs_and_targets, one_example, to_device
+from ensemblenet.inputs import call, inputs_and_targets, one_example, to_device
 from ensemblenet.metrics.scores import SCORES, in_row
 from ensemblenet.reports.comparison import PAGE, summary, write_comparison
 from ensemblenet.storage.atomic import atomic_path, write_json
@@ -30,7 +30,7 @@ from ensemblenet.study.on_ray import Cluster, RayWorkers
 from ensemblenet.study.settings import Study, tuning_points
 from ensemblenet.study.trials import Outcome, Phase, Trial, Workers, open_data, training_memory
 from ensemblenet.timing import measure, step
-from ensemblenet.training.optimization import Optimization
+from ensemblenet.training.module import compare_classes
 
 __all__ = ["JOURNAL", "Watcher", "paired_test", "run_study"]
 
@@ -83,7 +83,7 @@ def run_study(
     candidates = study.candidates()
     here = study.device if isinstance(workers, int) else "cpu"  # a cluster's driver may have no other
     journal = Journal(folder / JOURNAL)
-    points = [Optimization(study.optimizer, lr=lr, weight_decay=decay) for lr, decay in tuning_points(study.tuning)]
+    points = [study.optimization(lr, decay) for lr, decay in tuning_points(study.tuning)]
     weights = folder / _TEACHERS if any(METHODS[one.method].taught for one in candidates.values()) else None
     if weights is not None:
         weights.mkdir(exist_ok=True)  # nodes that see it share this disk
@@ -117,7 +117,8 @@ def run_study(
         if journal[trial]["status"] == "failed"
     ]
     cpu_minutes = sum(journal[trial].get("cpu_seconds", 0.0) for trial in trials) / 60
-    results = {"study": asdict(study), "cpu_minutes": cpu_minutes, "rows": rows, "failed": failed, "halves": halves}
+    settings = asdict(study) | {"init": study.begins}
+    results = {"study": settings, "cpu_minutes": cpu_minutes, "rows": rows, "failed": failed, "halves": halves}
     keep_environment(folder, environment())
     write_json(folder / RESULTS, results)
     _write_csv(folder / _TABLE, rows)
@@ -165,11 +166,14 @@ def paired_test(values: Mapping[int, float], base: Mapping[int, float]) -> dict[
 def _costs(study: Study, device: str) -> dict[str, dict[str, Any]]:
     """The cost of each method; mistakes in the settings are found here, before anything is trained."""
     costs = {}
-    optimization = Optimization(study.optimizer)
+    optimization = study.optimization(*tuning_points(study.tuning)[0])
     for trial in study.trials("tune", {name: [optimization] for name in study.candidates()}):
         data = trial.data_module()
         x, y = to_device(inputs_and_targets(next(iter(data.train_dataloader()))), device)
-        task = trial.task(x)
+        task = trial.task(x, calibration=[(x, y)])
+        with torch.no_grad():
+            _, prediction = call(task.eval(), x)
+        compare_classes(prediction.shape[1], data, y, study.task)
         costs[trial.name] = {
             "cost": task.cost(one_example(x)),
             "training_only_parameters": task.training_only(),
@@ -185,9 +189,8 @@ def _milliseconds(tests: Sequence[Trial], device: str) -> dict[str, float]:
     try:
         times = {}
         for name, trial in {trial.name: trial for trial in tests}.items():
-            x, _ = inputs_and_targets(next(iter(trial.data_module().train_dataloader())))
-            x = to_device(x, device)
-            times |= measure({name: step(trial.task(x).eval(), x)}, _TIMINGS)
+            x, y = to_device(inputs_and_targets(next(iter(trial.data_module().train_dataloader()))), device)
+            times |= measure({name: step(trial.task(x, calibration=[(x, y)]).eval(), x)}, _TIMINGS)
         return {name: 1000 * seconds for name, seconds in times.items()}
     finally:
         torch.set_num_threads(threads)

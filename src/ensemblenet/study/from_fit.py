@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ensemblenet.recipe import Conversion
+from ensemblenet.study.settings import OF_CONVERSION
 from ensemblenet.training.optimization import Optimization
 
 __all__ = ["study_settings"]
@@ -16,8 +17,8 @@ __all__ = ["study_settings"]
 _METHODS = ["base", "codistillation"]
 _TAUGHT = [*_METHODS, "teacher"]
 _AROUND = 3.0  # learning rate and weight decay are tuned between a third and three times those of the file
-_OF_CONVERSION = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
-_OF_OPTIMIZATION = ("optimizer", "lr", "weight_decay")
+_TUNED = ("lr", "weight_decay")
+_OF_OPTIMIZATION = ("optimizer", "warmup", "layer_decay")
 # of the trainer, and the values that change nothing
 _OF_TRAINER: dict[str, tuple[Any, ...]] = {
     "gradient_clip_val": (None, 0),
@@ -61,11 +62,11 @@ def study_settings(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]
         "temperature": model.get("teacher_temperature"),
         "task": model.get("task"),
         "weight": None if (weight := model.get("codistillation_weight")) == "auto" else weight,
-        **{name: conversion[name] for name in _OF_CONVERSION if model.get("conversion") and conversion[name] != "auto"},
+        **{name: conversion[name] for name in OF_CONVERSION if model.get("conversion") and conversion[name] != "auto"},
         "epochs": trainer.get("max_epochs"),
-        "optimizer": optimization["optimizer"],
+        **{name: optimization[name] for name in _OF_OPTIMIZATION},
         "seeds": 3,
-        "tuning": {"trials": 4, **{name: _around(optimization[name]) for name in _OF_OPTIMIZATION[1:]}},
+        "tuning": {"trials": 4, **{name: _around(optimization[name]) for name in _TUNED}},
         "device": _device(str(trainer.get("accelerator") or "auto")),
         "precision": "bf16" if "bf16" in str(trainer.get("precision")) else "32",
     }
@@ -86,8 +87,8 @@ def _device(accelerator: str) -> str:
 def _left_out(config: Mapping[str, Any]) -> Iterator[str]:
     model, trainer = config["model"], config.get("trainer") or {}
     for group, known, defaults in (
-        ("conversion", (*_OF_CONVERSION, "seed"), asdict(Conversion())),
-        ("optimization", _OF_OPTIMIZATION, asdict(Optimization())),
+        ("conversion", (*OF_CONVERSION, "seed"), asdict(Conversion())),
+        ("optimization", (*_TUNED, *_OF_OPTIMIZATION), asdict(Optimization())),
     ):
         given = model.get(group) or {}
         yield from (

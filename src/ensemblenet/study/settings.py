@@ -12,14 +12,19 @@ from scipy.stats import qmc
 from ensemblenet.cost import Budget
 from ensemblenet.errors import TrainingError
 from ensemblenet.functional import Task
-from ensemblenet.recipe import Conversion, Shape
+from ensemblenet.recipe import Conversion, Criterion, Freeze, Init, Shape
 from ensemblenet.study.methods import METHODS
 from ensemblenet.study.task import Setup
 from ensemblenet.study.trials import Phase, Precision, Trial
 from ensemblenet.training.optimization import Optimization
 
-__all__ = ["Candidate", "Study", "Tuning", "Variant", "study_of", "tuning_points"]
+__all__ = ["OF_CONVERSION", "Candidate", "Study", "Tuning", "Variant", "study_of", "tuning_points"]
 
+# what of a conversion is a setting of a study
+OF_CONVERSION = (
+    *("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth"),
+    *("init", "importance", "num_classes", "freeze"),
+)
 _TUNING_SEED = 1000  # no test run has it
 
 
@@ -90,6 +95,7 @@ class Variant:
         weight: lambda of co-distillation.
         teacher_weight: of the base's distillation, for `teacher`.
         temperature: of that distillation.
+        init: how heads begin.
         lr: a fixed learning rate; with `weight_decay` it replaces tuning.
         weight_decay: a fixed weight decay.
         seeds: the number of test runs.
@@ -111,6 +117,7 @@ class Variant:
     weight: float | None = None
     teacher_weight: float | None = None
     temperature: float | None = None
+    init: Init | None = None
     lr: float | None = None
     weight_decay: float | None = None
     seeds: int | None = None
@@ -126,7 +133,7 @@ class Variant:
         def own(*names: str) -> dict[str, Any]:
             return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-        conversion = replace(shared.conversion, **own("num_heads", "budget", "split_at"))
+        conversion = replace(shared.conversion, **own("num_heads", "budget", "split_at", "init"))
         return replace(shared, conversion=conversion, **own("weight", "teacher_weight", "temperature"))
 
 
@@ -164,11 +171,18 @@ class Study:
         shape: how heads become cheaper.
         width: the width of heads.
         depth: the share of blocks that heads keep.
+        init: how heads begin: "inherit" gives them the base's weights, "fresh" draws them anew; None inherits where
+            `base` names `weights`. The base itself begins as it is made, and with trained weights is trained on.
+        importance: what heads inherit, as in [`ensemblenet.convert`][].
+        num_classes: of another task: the base and all heads get fresh classifiers.
+        freeze: "trunk" trains the heads of conversions alone; the base is trained in full.
         weight: lambda of co-distillation.
         teacher_weight: of the trained base's distillation into every head, for the method `teacher`.
         temperature: of that distillation.
         epochs: passes over the training examples; the last epoch counts.
         optimizer: the optimizer of all methods.
+        warmup: the share of all steps in which the learning rate rises.
+        layer_decay: of the learning rate by depth, see [`ensemblenet.training.optimization.Optimization`][].
         seeds: the number of test runs of each method.
         tuning: the search for learning rate and weight decay.
         device: the device to train on, such as "cpu" or "cuda".
@@ -194,11 +208,17 @@ class Study:
     shape: Shape = "auto"
     width: float | None = None
     depth: float | None = None
+    init: Init | None = None
+    importance: Criterion | None = None
+    num_classes: int | None = None
+    freeze: Freeze | None = None
     weight: float = 2.0
     teacher_weight: float = 1.0
     temperature: float = 1.0
     epochs: int = 40
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    warmup: float = Optimization.warmup
+    layer_decay: float = Optimization.layer_decay
     seeds: int = 5
     tuning: Tuning = Tuning()
     device: str = "cpu"
@@ -208,28 +228,51 @@ class Study:
         for name in ("seeds", "epochs", "num_heads"):
             _check_at_least_1(name, getattr(self, name))
 
+    @property
+    def begins(self) -> Init:
+        """How heads begin, where `init` does not say it."""
+        return self.init or ("fresh" if (self.base.get("init_args") or {}).get("weights") is None else "inherit")
+
+    def optimization(self, lr: float, weight_decay: float) -> Optimization:
+        """The optimization of all methods, with a learning rate and a weight decay.
+
+        Raises:
+            TrainingError: a number out of its range.
+        """
+        try:
+            return Optimization(
+                self.optimizer, lr=lr, weight_decay=weight_decay, warmup=self.warmup, layer_decay=self.layer_decay
+            )
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+
     def candidates(self) -> dict[str, Candidate]:
         """The methods by the names that tables give them.
 
         Raises:
-            TrainingError: an unknown method, two of one name, or the first is not the base.
+            TrainingError: an unknown method, one that cannot begin as asked, two of one name, or the first is not the
+                base.
         """
         task: Task = self.task
-        names = ("num_heads", "budget", "split_at", "min_width", "shape", "width", "depth")
-        conversion = Conversion(**{name: getattr(self, name) for name in names})
+        asked: dict[str, Any] = {name: getattr(self, name) for name in OF_CONVERSION} | {"init": self.begins}
+        conversion = Conversion(**asked)
         shared = Setup(conversion, self.weight, task, self.teacher_weight, self.temperature)
         found: dict[str, Candidate] = {}
-        for choice in self.methods or [key for key, method in METHODS.items() if task in method.tasks]:
+        able = [key for key, one in METHODS.items() if task in one.tasks and not one.cannot(conversion)]
+        for choice in self.methods or able:
             variant = Variant(choice) if isinstance(choice, str) else choice
             if variant.method not in METHODS:
                 raise TrainingError(f"methods must be among {', '.join(METHODS)}; got {variant.method!r}.")
             setup = variant.setup(shared)
             name = variant.name or METHODS[variant.method].name(setup)
+            if why := METHODS[variant.method].cannot(setup.conversion):
+                start = "a frozen trunk" if setup.conversion.freeze else "trained weights"
+                raise TrainingError(f"{variant.method} cannot begin with {start}: {why}. Leave it out of methods.")
             if name in found:
                 raise TrainingError(f"methods has {name!r} twice; give one of them a name of its own.")
             fixed = None
             if variant.lr is not None and variant.weight_decay is not None:
-                fixed = Optimization(self.optimizer, lr=variant.lr, weight_decay=variant.weight_decay)
+                fixed = self.optimization(variant.lr, variant.weight_decay)
             found[name] = Candidate(variant.method, setup, variant.seeds or self.seeds, fixed)
         if next(iter(found.values())).method != "base":
             raise TrainingError("methods must begin with base: all others are compared with it.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ensemblenet.conversion.classifier import with_classes
 from ensemblenet.conversion.convert import convert_as
 from ensemblenet.cost import Cost, measure_cost
 from ensemblenet.ensemble import EnsembleNet
@@ -63,8 +64,9 @@ class Source:
     Args:
         make_base: returns a fresh base.
         example: inputs of the base, shape (N, *) with N of at least 2, or a tuple or a dictionary of tensors.
-        seed: the seed of all weights.
+        seed: the seed of all weights that are drawn.
         teacher: the trained base of that seed, for methods that it teaches; None where costs alone are asked.
+        calibration: batches of training data, by which heads inherit from a base that begins with trained weights.
 
     Example:
         >>> base = lambda: nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
@@ -76,9 +78,17 @@ class Source:
     example: Tree
     seed: int = 0
     teacher: nn.Module | None = None
+    calibration: Sequence[Any] = ()
+
+    def base(self, setup: Setup) -> nn.Module:
+        """A base as it is trained: where the task is another one, with a fresh classifier."""
+        base, wanted = self.make_base(), setup.conversion
+        if wanted.num_classes is None:
+            return base
+        return with_classes(base, self.example, wanted.num_classes, wanted.output, self.seed)[0]
 
     def convert(self, setup: Setup, **options: Any) -> EnsembleNet:
-        """Convert a fresh base.
+        """Convert a base.
 
         Args:
             setup: has the options of the conversion; its seed is this source's.
@@ -88,7 +98,7 @@ class Source:
             ConversionError: the base cannot be converted so.
         """
         wanted = replace(setup.conversion, seed=self.seed, **options)
-        return convert_as(wanted, self.make_base(), self.example, setup.task)
+        return convert_as(wanted, self.make_base(), self.example, setup.task, calibration=self.calibration or None)
 
 
 class TrainingTask(nn.Module):
@@ -98,6 +108,9 @@ class TrainingTask(nn.Module):
         network: an `EnsembleNet`, or a plain network, which counts as one head.
         objective: the loss, called with head outputs (K, N, C), targets and the share of training that is done.
         students: the heads that the method would deploy alone; None means all.
+
+    Attributes:
+        depths: of the base's parameters, for learning rates by depth.
 
     Shape:
         - input: whatever the network takes.
@@ -114,6 +127,7 @@ class TrainingTask(nn.Module):
         self.network = network
         self.objective = objective
         self.students = students
+        self.depths: Mapping[str, int] | None = None
 
     def loss(self, x: Tree, target: Tensor, progress: float) -> Tensor:
         """The loss of a batch; `progress` is the share of all training steps that are done."""
@@ -146,6 +160,8 @@ class Method:
         several: True if it has several heads or networks.
         tasks: the tasks that its loss is defined for.
         taught: True if it learns from the trained base, whose training then comes first.
+        inherits: False if its networks would differ in nothing but the weights that they begin with.
+        freezes: True if it trains heads behind a trunk that can be frozen.
 
     Example:
         >>> mine = Method("mine", "mine", "", lambda source, setup: codistilled(source.make_base(), 0.0, setup.task))
@@ -160,6 +176,22 @@ class Method:
     several: bool = True
     tasks: tuple[Task, ...] = ("multiclass", "multilabel")
     taught: bool = False
+    inherits: bool = True
+    freezes: bool = True
+
+    def cannot(self, conversion: Conversion) -> str | None:
+        """Why the method cannot begin as a conversion does; None where it can.
+
+        Example:
+            >>> mine = Method("mine", "mine", "", codistilled, freezes=False)
+            >>> mine.cannot(Conversion()), mine.cannot(Conversion(init="inherit", freeze="trunk"))
+            (None, 'it has no trunk of its own to freeze')
+        """
+        if conversion.init == "inherit" and not self.inherits:
+            return "its networks would all begin as one trained base, and stay alike"
+        if conversion.freeze is not None and not self.freezes:
+            return "it has no trunk of its own to freeze"
+        return None
 
     def build(self, source: Source, setup: Setup) -> TrainingTask:
         """The untrained network with its loss, which depends on the source's seed alone."""

@@ -34,7 +34,8 @@ from ensemblenet.study.halves import halve_validation
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS
 from ensemblenet.study.task import Setup, Source, TrainingTask
-from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule
+from ensemblenet.training.inheriting import calibration_batches
+from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule, layer_depths
 
 __all__ = [
     "Outcome",
@@ -103,6 +104,11 @@ class Trial:
         """A text that two trials share exactly if they are the same."""
         return trial_key(asdict(self))
 
+    @property
+    def inherits(self) -> bool:
+        """Whether heads begin with the base's weights."""
+        return self.setup.conversion.init == "inherit"
+
     def data_module(self) -> LightningDataModule:
         """The data module, set up; a process keeps that of its last trial, and begins its training data anew."""
         data, _ = open_data(json.dumps(self.data))
@@ -110,14 +116,23 @@ class Trial:
             data.reseed(self.seed)
         return data
 
-    def task(self, example: Tree, teacher: nn.Module | None = None) -> TrainingTask:
-        """The untrained network with its loss, for inputs like these, (N, *), and the network that teaches it."""
+    def task(self, example: Tree, teacher: nn.Module | None = None, calibration: Sequence[Any] = ()) -> TrainingTask:
+        """The network with its loss, before its training.
+
+        Args:
+            example: inputs, (N, *), on the trial's device.
+            teacher: the network that teaches it.
+            calibration: batches of training data, by which heads inherit.
+        """
         device = tensors_in(example)[0].device
 
         def make_base() -> nn.Module:
             return instantiate(nn.Module, self.base).to(device)
 
-        made = METHODS[self.method].build(Source(make_base, example, self.seed, teacher), self.setup)
+        source = Source(make_base, example, self.seed, teacher, calibration if self.inherits else ())
+        made = METHODS[self.method].build(source, self.setup)
+        if self.optimization.layer_decay < 1:
+            made.depths = layer_depths(make_base(), example, self.setup.conversion.output)
         # the layouts in which convolutions of images and of clips are fast
         for clips in (module for module in made.modules() if isinstance(module, nn.Conv3d)):
             clips.to(memory_format=torch.channels_last_3d)
@@ -220,8 +235,11 @@ def run_trial(trial: Trial, weights: Path | None = None) -> Outcome:
 def _prepared(trial: Trial, teacher: nn.Module | None = None) -> tuple[TrainingTask, LightningDataModule]:
     """What a trial trains, on its device, and its data."""
     data = trial.data_module()
-    example, _ = inputs_and_targets(next(iter(data.train_dataloader())))
-    return trial.task(to_device(example, trial.device), teacher), data
+    loader = data.train_dataloader()
+    seed_everything(trial.seed, verbose=False)  # decides on the batches by which heads inherit
+    batches = calibration_batches(loader) if trial.inherits else [next(iter(loader))]
+    example, _ = inputs_and_targets(batches[0])
+    return trial.task(to_device(example, trial.device), teacher, batches), data
 
 
 def _teacher(trial: Trial, weights: Path | None) -> nn.Module:
@@ -345,7 +363,7 @@ def train(
     device = next(task.parameters()).device
     loader = data.train_dataloader()
     steps = epochs * len(loader)
-    optimizer = build_optimizer(task, optimization)
+    optimizer = build_optimizer(task, optimization, task.depths)
     schedule = build_schedule(optimizer, steps, optimization)
     started, started_cpu = time.perf_counter(), time.process_time()
     task.train()

@@ -7,11 +7,11 @@ import json
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -43,7 +43,9 @@ from ensemblenet.training.processes import ending_together, is_first_process
 from ensemblenet.training.search import PLAN, SEARCH, candidates, check_base_run, choose, show, take_over, validate
 from ensemblenet.training.settings import FitCLI, complete_arguments
 
-__all__ = ["fit"]
+__all__ = ["finished", "fit", "opened"]
+
+Run = TypeVar("Run", bound=FitCLI)
 
 __getattr__ = renamed(__name__, {"EpochSeed": "ensemblenet.training.callbacks.EpochSeed"})
 
@@ -61,14 +63,13 @@ def fit(arguments: Sequence[str]) -> Path:
         TrainingError: bad arguments, nothing to resume, a run that another process is writing or that was made
             with other settings, or a loss that became non-finite.
     """
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
     with ExitStack() as held:
-        cli = _opened(arguments, held)
+        cli = opened(arguments, held)
         with ending_together(cli.trainer.strategy.launcher, cli.advice):
-            return _searched(cli) if cli.config["plan"] == "search" else _finished(cli)
+            return _searched(cli) if cli.config["plan"] == "search" else finished(cli)
 
 
-def _finished(cli: FitCLI) -> Path:
+def finished(cli: FitCLI) -> Path:
     """The folder of a run after its training, its test and its results."""
     folder, module, data = cli.folder, cli.model, cli.datamodule
     if cli.config["base_run"] is not None:
@@ -89,15 +90,25 @@ def _finished(cli: FitCLI) -> Path:
     return folder
 
 
-def _opened(arguments: Sequence[str], held: ExitStack) -> FitCLI:
-    """A run that is ready to begin, or to go on; its folder is this process's until held ends."""
+def opened(arguments: Sequence[str], held: ExitStack, kind: Callable[..., Run] = FitCLI) -> Run:
+    """A run that is ready to begin, or to go on; its folder is this process's until held ends.
+
+    Args:
+        arguments: command-line arguments.
+        held: when it ends, other processes may write the folder.
+        kind: makes it of complete arguments, `held` and `trust`.
+
+    Raises:
+        TrainingError: as [`fit`][ensemblenet.training.fit.fit] does.
+    """
     quiet_lightning()
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
     check_replaced(replaced_options(arguments))
     complete = complete_arguments(arguments)
     load_all()
     try:
         with _lightning_errors():
-            return FitCLI(complete, held, trust="--trust" in arguments)
+            return kind(complete, held, trust="--trust" in arguments)
     except ArgumentError as error:
         raise TrainingError(plain(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
@@ -177,7 +188,7 @@ def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base: Path |
         chosen += ["--model.teacher_weight", "null"] if base is None else ["--model.teacher", str(base), "--trust"]
     with ExitStack() as held:
         stored = config_option(cli.folder / CONFIG, trust=True)  # it was checked or typed before
-        folder = _finished(_opened([*stored, *where, *chosen], held))
+        folder = finished(opened([*stored, *where, *chosen], held))
     gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
     return folder
 

@@ -38,7 +38,7 @@ from ensemblenet.training.optimization import (
 )
 from ensemblenet.training.teacher import Teacher
 
-__all__ = ["Classifier", "Conversion", "head_outputs", "plan_in_words", "seen_outputs"]
+__all__ = ["Classifier", "Conversion", "compare_classes", "head_outputs", "plan_in_words", "seen_outputs"]
 
 _METRICS = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
@@ -172,7 +172,7 @@ class Classifier(LightningModule):
             num_classes = head_outputs(self.network.eval(), self.example_inputs).shape[2]
         self.network.train()
         self._meant = _non_finite(self.network)
-        self._compare_classes(num_classes, targets)
+        compare_classes(num_classes, self.trainer.datamodule, targets, self.task)  # pyright: ignore
         self.num_classes = num_classes
         self.mix = None if self.mixing is None else self.mixing.mixer(num_classes)
         if self.teacher is not None:
@@ -192,8 +192,8 @@ class Classifier(LightningModule):
         base = self.network.to(device).eval()
         with torch.no_grad():
             classes = head_outputs(base, to_device(one_example(inputs), device)).shape[2]
-        self._compare_classes(conversion.num_classes or classes, targets)
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        compare_classes(conversion.num_classes or classes, data, targets, self.task)
         batches = calibration_batches(data.train_dataloader())
         if self.trainer.world_size > 1:  # each process has other batches
             batches = self.trainer.strategy.broadcast(batches)
@@ -276,17 +276,6 @@ class Classifier(LightningModule):
 
     def _laid_out(self, x: Tree) -> Tree:
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
-
-    def _compare_classes(self, num_classes: int, targets: Tensor) -> None:
-        """Refuse a network whose outputs are not the classes of the data, where the data says what they are."""
-        description = getattr(self.trainer.datamodule, "description", None)  # pyright: ignore
-        names = description().get("classes") if description else None
-        classes = targets.shape[1] if self.task == "multilabel" else names and len(names)
-        if classes is not None and classes != num_classes:
-            raise TrainingError(
-                f"The data has {classes} classes and the network {num_classes} outputs: give the base "
-                f"num_classes={classes}, or the data as many classes as the network."
-            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to keep broken weights, and note how the heads run."""
@@ -469,6 +458,32 @@ def head_outputs(network: nn.Module, x: Tree) -> Tensor:
             "or write a loop of your own that adds up their losses."
         )
     return outputs
+
+
+def compare_classes(num_classes: int, data: Any, targets: Tensor, task: ClassifierTask) -> None:
+    """Refuse a network whose outputs are not the classes of the data, where the data says what they are.
+
+    Args:
+        num_classes: outputs of the network.
+        data: the data module.
+        targets: of a batch.
+        task: of the network.
+
+    Raises:
+        TrainingError: they differ.
+
+    Example:
+        >>> compare_classes(3, None, torch.zeros(2, 3), "multilabel")
+    """
+    description = getattr(data, "description", None)
+    names = description().get("classes") if description else None
+    classes = targets.shape[1] if task == "multilabel" else names and len(names)
+    if classes is not None and classes != num_classes:
+        raise TrainingError(
+            f"The data has {classes} classes and the network {num_classes} outputs: give the base "
+            f"num_classes={classes}, or where it was trained for others --num-classes {classes}, or the data as many "
+            "classes as the network."
+        )
 
 
 def _non_finite(network: nn.Module) -> set[str]:

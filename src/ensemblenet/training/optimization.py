@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -175,8 +176,8 @@ def _lr(name: str, settings: Optimization, depths: Mapping[str, int] | None) -> 
     """The learning rate of a parameter of the base, or of its namesake in trunk or heads."""
     if not depths or settings.layer_decay == 1:
         return settings.lr
-    part, _, rest = name.partition(".")
-    known = {"trunk": rest, "heads": rest.partition(".")[2]}.get(part, name)
+    own = name.removeprefix("network.")  # of a method of a study, which may have more than a network
+    known = own if own in depths else re.sub(r"^(trunk|head|heads\.\d+)\.", "", own)
     top = max(depths.values())
     return settings.lr * settings.layer_decay ** (top - depths.get(known, top))
 

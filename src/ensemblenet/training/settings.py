@@ -86,8 +86,11 @@ class FitCLI(LightningCLI):
 
     folder: Path
 
+    command = "fit"  # that goes on with such a run
+
     def __init__(self, args: list[str], held: ExitStack, trust: bool = False) -> None:
         self.held = held
+        self.trust = trust
         self.changed: list[str] = []  # of a resumed run: what decides its result and is not what it was
         self._environment = environment()
         super().__init__(
@@ -107,7 +110,6 @@ class FitCLI(LightningCLI):
                 "exit_on_error": False,
             },
         )
-        self.model.trusts_teacher = trust
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the run and not to Lightning."""
@@ -174,13 +176,18 @@ class FitCLI(LightningCLI):
             )
         rename_scores(listed(self.config["trainer"]["callbacks"]))
 
+    def instantiate_classes(self) -> None:
+        """Make module, data and trainer."""
+        super().instantiate_classes()
+        self.model.trusts_teacher = self.trust
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
         chosen = self.config_init["trainer"]
         check_trainer(chosen)
         callbacks = listed(chosen["callbacks"])
         check_callbacks(callbacks)
-        self.folder = agreed_folder(self._choose_folder)
+        self.folder = self.find_folder()
         if not (self.folder / CONFIG).exists():
             self.keep_settings()
         steps, ema, base_run = (self.config[key] for key in ("checkpoint_steps", "ema", "base_run"))
@@ -226,8 +233,7 @@ class FitCLI(LightningCLI):
         """Write configuration and environment: of a new run at once, of a resumed one when it goes on with them."""
         if not is_first_process():
             return
-        stored = _without_objects(self._plain(self.config)) | {"resume": None}
-        keep_config(self.folder, yaml.safe_dump(stored, sort_keys=False))
+        keep_config(self.folder, self.stored_settings())
         if self._environment:
             keep_environment(self.folder, self._environment)
             self._environment = {}
@@ -235,7 +241,16 @@ class FitCLI(LightningCLI):
             keep_earlier(self.folder / RESULTS)
             (self.folder / RESULTS).unlink()
 
-    def _choose_folder(self) -> Path:
+    def stored_settings(self) -> str:
+        """The configuration as a run keeps it."""
+        stored = _without_objects(self._plain(self.config)) | {"resume": None}
+        return yaml.safe_dump(stored, sort_keys=False)
+
+    def find_folder(self) -> Path:
+        """The run's folder, the same in all of its processes."""
+        return agreed_folder(self.choose_folder)
+
+    def choose_folder(self) -> Path:
         """The run's folder, whose one writer this process is from now on."""
         name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
         if resume is None and goes_on_unasked():
@@ -261,12 +276,12 @@ class FitCLI(LightningCLI):
         return self._resumable(folder)
 
     def _resumable(self, folder: Path, new: bool = False) -> Path:
-        self.held.enter_context(resumable(folder, "fit", partial(self._begun, folder), new))
+        self.held.enter_context(resumable(folder, self.command, partial(self._begun, folder), new))
         return folder
 
     def advice(self) -> str | None:
         """How to go on with the run, where something of it is kept."""
-        return go_on("fit", self.folder) if self._begun(self.folder) else None
+        return go_on(self.command, self.folder) if self._begun(self.folder) else None
 
     def _begun(self, folder: Path) -> bool:
         trainer = getattr(self, "trainer", None)

@@ -62,5 +62,9 @@ def _make(source: Source, setup: Setup) -> TrainingTask:
 
 
 METHOD = Method(
-    "co_training", "Divide and Co-training", "narrow networks without a trunk, kept alike (Zhao et al. 2020)", _make
+    "co_training",
+    "Divide and Co-training",
+    "narrow networks without a trunk, kept alike (Zhao et al. 2020)",
+    _make,
+    freezes=False,
 )

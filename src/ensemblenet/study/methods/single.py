@@ -13,14 +13,14 @@ __all__ = ["BASE", "HEAD_ALONE", "NARROW", "RESHAPED"]
 
 def _reshaped(source: Source, setup: Setup) -> EnsembleNet:
     wanted = replace(setup.conversion, seed=source.seed)
-    return convert_alone(wanted, source.make_base(), source.example, setup.task)[1]
+    return convert_alone(wanted, source.make_base(), source.example, setup.task, source.calibration or None)[1]
 
 
 BASE = Method(
     "base",
     "base",
     "the network as the user brings it",
-    lambda source, setup: codistilled(source.make_base(), 0.0, setup.task),
+    lambda source, setup: codistilled(source.base(setup), 0.0, setup.task),
     several=False,
 )
 NARROW = Method(
@@ -33,6 +33,7 @@ NARROW = Method(
         setup.task,
     ),
     several=False,
+    freezes=False,
 )
 RESHAPED = Method(
     "reshaped",
@@ -40,6 +41,7 @@ RESHAPED = Method(
     "one network of few blocks, as wide as the conversion's budget allows",
     lambda source, setup: codistilled(_reshaped(source, setup).head(0), 0.0, setup.task),
     several=False,
+    freezes=False,
 )
 HEAD_ALONE = Method(
     "head_alone",
@@ -47,4 +49,5 @@ HEAD_ALONE = Method(
     "the conversion's trunk and one head, trained as a single network",
     lambda source, setup: codistilled(source.convert(setup).head(0), 0.0, setup.task),
     several=False,
+    freezes=False,
 )

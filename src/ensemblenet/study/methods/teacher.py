@@ -58,7 +58,7 @@ class Taught(TrainingTask):
 
 def _build(source: Source, setup: Setup) -> Taught:
     # a fresh base stands for the trained one where costs alone are asked
-    return Taught(source.convert(setup), source.teacher or source.make_base(), setup)
+    return Taught(source.convert(setup), source.teacher or source.base(setup), setup)
 
 
 METHOD = Method(
