@@ -123,3 +123,26 @@ def small_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[dict[str, str]]:
+    """A server of S3 on this machine; yields the environment in which a process reaches it."""
+    from servers import s3_environment, s3_server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    with s3_server() as server:
+        yield s3_environment(server)
+
+
+@pytest.fixture
+def s3(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The same, set for this process, with an empty cache and little patience."""
+    from ensemblenet.data import remote
+
+    settings = {**s3_server, "ENSEMBLENET_CACHE": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    for name, seconds in {"FIRST_WAIT": 0.02, "DEADLINE": 0.3}.items():
+        monkeypatch.setattr(remote, name, seconds)
+    return settings

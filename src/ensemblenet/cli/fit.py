@@ -69,9 +69,9 @@ _SETTINGS = [
     _Setting("ema", "keep an average of the weights, such as 0.9999", metavar="DECAY"),
     _Setting("seed_everything", "of weights, order and augmentation", "seed", "N"),
     _Setting("name", "begins the name of the run's folder"),
-    _Setting("runs", "where run folders are made", metavar="FOLDER"),
+    _Setting("runs", "where run folders are made, such as s3://bucket/runs", metavar="FOLDER"),
     _Setting("checkpoint_steps", "save also after every so many steps", metavar="N"),
-    _Setting("resume", "go on with a killed run: its folder, or auto", metavar="FOLDER"),
+    _Setting("resume", "go on with a killed run: its folder or URL, or auto", metavar="FOLDER"),
 ]
 _SHORT = {setting.option: setting for setting in _SETTINGS if setting.option}
 
@@ -91,6 +91,7 @@ def fit(arguments: Sequence[str]) -> Path:
     if {"-h", "--help"} & set(arguments) and "all" not in arguments:
         _help()
     from ensemblenet.reports.tables import results_table  # slow to import, and nothing that the help needs
+    from ensemblenet.storage import bucket
     from ensemblenet.storage.runs import RESULTS
     from ensemblenet.training.processes import is_first_process
 
@@ -107,7 +108,7 @@ def fit(arguments: Sequence[str]) -> Path:
         console = Console()
         rows = json.loads((folder / RESULTS).read_text())["rows"]
         console.print(results_table(rows, f"tested on {rows[0].get('tested_on', 'the test data')}"))
-        console.print(f"Results and logs: {folder}", highlight=False, soft_wrap=True)
+        console.print(f"Results and logs: {bucket.address(folder)}", highlight=False, soft_wrap=True)
     return folder
 
 

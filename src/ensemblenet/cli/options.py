@@ -54,7 +54,7 @@ _BASE = (
     "returns a network; or a folder that `convert` wrote, for its base"
 )
 _SCHEMES = {f"{name}:" for name in ("s3", "s3a", "gs", "gcs", "hf", "http", "https")}  # as they stand in a path
-_TRAINED = "the folder of a run of `fit`, a saved model, or its address on the Hugging Face Hub, hf://owner/name"
+_TRAINED = "the folder of a run of `fit`, a saved model, or its address, s3://bucket/run or hf://owner/name"
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.metrics.scores import current_name
+from ensemblenet.storage.bucket import push
 from ensemblenet.study.trials import Outcome, Trial, trial_key
 
 __all__ = ["Journal"]
@@ -60,10 +61,11 @@ class Journal:
         return trial.key in self.outcomes
 
     def add(self, trial: Trial, outcome: Outcome) -> None:
-        """Keep a finished trial."""
+        """Keep a finished trial, in a bucket, too, if the study is kept in one."""
         line = json.dumps({"cell": asdict(trial), "outcome": outcome}) + "\n"  # "cell": as version 0.1 wrote it
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self.outcomes[trial.key] = outcome
+        push(self.path)

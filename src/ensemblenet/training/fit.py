@@ -19,11 +19,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from ensemblenet._moved import renamed
 from ensemblenet.cost import measure_cost
 from ensemblenet.data import load_all
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import EnsembleNetError, TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets
 from ensemblenet.metrics.scores import TASKS
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.bucket import push
 from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CONFIG,
@@ -57,7 +58,7 @@ def fit(arguments: Sequence[str]) -> Path:
         arguments: command-line arguments.
 
     Returns:
-        The run's folder.
+        The run's folder; of a run in a bucket, the one on this machine that stands for it.
 
     Raises:
         TrainingError: bad arguments, nothing to resume, a run that another process is writing or that was made
@@ -87,6 +88,7 @@ def finished(cli: FitCLI) -> Path:
     store(module.network, module.task, Inputs.of(module.example_inputs), description, folder)
     row = _row(cli, metrics)
     write_json(folder / RESULTS, {"rows": [row]})
+    push(folder)
     return folder
 
 
@@ -166,6 +168,7 @@ def _searched(cli: FitCLI) -> Path:
     if note:
         print(note)
     take_over(runs[best], cli.folder)
+    push(cli.folder)
     return cli.folder
 
 
@@ -194,7 +197,7 @@ def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base: Path |
 
 
 def _innermost(error: BaseException) -> BaseException:
-    while inner := error.__cause__ or error.__context__:
+    while not isinstance(error, EnsembleNetError) and (inner := error.__cause__ or error.__context__):
         error = inner
     return error
 

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
+from ensemblenet.storage.bucket import address, push, run_folder
 from ensemblenet.storage.lock import KeepFolder, sole_writer
 from ensemblenet.storage.runs import (
     CHECKPOINT,
@@ -116,7 +117,7 @@ class FitCLI(LightningCLI):
         for name in REPLACED:  # runs of earlier versions have them in their configuration, without a value
             parser.add_argument(f"--{name}", type=str | dict[str, Any] | None, default=SUPPRESS, help=SUPPRESS)
         parser.add_argument("--name", default="fit", help="begins the name of the run's folder")
-        parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made")
+        parser.add_argument("--runs", default="runs", help="where run folders are made; a folder, or s3://BUCKET/PATH")
         parser.add_argument(
             "--plan",
             type=Literal["given", "search"],
@@ -255,28 +256,34 @@ class FitCLI(LightningCLI):
         name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
         if resume is None and goes_on_unasked():
             resume = "auto"
-        if resume == "auto" and (found := take_unfinished(Path(runs), name, self._change, self.held)):
+        if resume == "auto" and (found := take_unfinished(runs, name, self._change, self.held)):
             return self._resumable(found)
         if resume in (None, "auto"):
             self.changed.clear()
-            folder = create_run_folder(Path(runs), name)
+            folder = create_run_folder(runs, name)
             self.held.enter_context(sole_writer(folder))
             return self._resumable(folder, new=True)
-        folder = Path(resume)
+        folder = run_folder(resume)
         # settings newer than the run get their defaults; what may be named was checked with the arguments
         stored = self._plain(self.parser.parse_args(config_option(folder / CONFIG, trust=True)))
         self.held.enter_context(sole_writer(folder))
         if change := self._change(folder, stored, named=True):
-            raise TrainingError(f"{folder} was made with {change}. Leave that out, or --resume for a new run.")
+            raise TrainingError(f"{resume} was made with {change}. Leave that out, or --resume for a new run.")
         if (folder / RESULTS).exists() and not is_longer(stored, self._plain(self.config)):
             raise TrainingError(
-                f"{folder} is finished: it has {RESULTS}. To train it for longer, give more --trainer.max_epochs (or "
+                f"{resume} is finished: it has {RESULTS}. To train it for longer, give more --trainer.max_epochs (or "
                 "max_steps) than it had; for a new run, leave --resume out."
             )
         return self._resumable(folder)
 
     def _resumable(self, folder: Path, new: bool = False) -> Path:
         self.held.enter_context(resumable(folder, self.command, partial(self._begun, folder), new))
+        if address(folder) != str(folder) and self.config["trainer"]["num_nodes"] > 1:
+            raise TrainingError(
+                f"{address(folder)}: runs in a bucket are for one machine, got num_nodes "
+                f"{self.config['trainer']['num_nodes']}: give a folder that all machines see."
+            )
+        push(folder, always=not new)  # early, to see that one may, and to say that the run goes on here
         return folder
 
     def advice(self) -> str | None:
