@@ -190,8 +190,8 @@ def write_page(rows: list[dict]) -> None:
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads, batches of 2.",
         "",
-        "Networks are run smallest first; what is not listed has not been run yet. torchvision's convolutional",
-        "networks were given 128 pixels.",
+        "Networks are run smallest first; what is not listed has not been run yet, and rows without depth and time",
+        "are from before heads could be shorter. torchvision's convolutional networks were given 128 pixels.",
         "",
         "| networks | there are | run | K | budget | converted | share of those run |",
         "|---|---|---|---|---|---|---|",
@@ -218,9 +218,10 @@ def write_page(rows: list[dict]) -> None:
             reason = r["reason"].replace("|", "\\|")
             lines.append(f"{start}| not converted: {reason} | | | | | | | | |")
         else:
+            depth, time_share = (f"{r[name]:.2f}" if name in r else "" for name in ("depth", "time_share"))
             lines.append(
-                f"{start}| {r['split_at']} | {r['width']:.3f} | {r['depth']:.2f} | {r['parameters_share']:.3f} "
-                f"| {r['macs_share']:.3f} | {r['time_share']:.2f} "
+                f"{start}| {r['split_at']} | {r['width']:.3f} | {depth} | {r['parameters_share']:.3f} "
+                f"| {r['macs_share']:.3f} | {time_share} "
                 f"| {'' if r['spread'] is None else format(r['spread'], '.2f')} | {r['cpu_seconds']:.1f} "
                 f"| {r['peak_mib'] / r['training_step_mib']:.2f} |"
             )
@@ -307,14 +308,14 @@ def main() -> None:
     if args.group in KINDS:
         return
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    if args.only:
-        rows = [row for row in rows if args.only not in row["model"]]
-    done = {(row["library"], row["model"]) for row in rows}
+    done = {(row["library"], row["model"]) for row in rows if "time_share" in row or "reason" in row}
+    done = set() if args.only else done
     entries = [*timm_entries(), *torchvision_entries()]
     entries = [e for e in entries if (e[0], e[2]) not in done and (args.group or e[0]) == e[0]]
     entries = sorted((e for e in entries if (args.only or "") in e[2]), key=size)
     for entry in track(entries, "Converting"):
-        rows += measure(entry)
+        others = [row for row in rows if (row["library"], row["model"]) != (entry[0], entry[2])]
+        rows = others + measure(entry)
         order = sorted(rows, key=lambda r: (r["library"], r["family"], r["model"], r["num_heads"]))
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in order))
         write_page(order)
