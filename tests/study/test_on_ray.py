@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from on_nodes import add_node
 from ray.cluster_utils import Cluster as TwoNodes
 from studies import STUDY, lines, trial
 
@@ -223,7 +224,7 @@ def test_a_trial_whose_node_or_process_dies_is_run_again_and_says_so(
     assert all(re.fullmatch(r"its (node|process) died; repeat \d of at most 3", reason) for _, reason in again)
     done = {seed: figures(outcome) for seed, outcome in found if outcome["status"] == "done"}
     assert done == {one.seed: figures(run_trial(one)) for one in trials}
-    nodes.add_node(num_cpus=1)  # for other tests
+    add_node(nodes)  # for other tests
 
 
 def test_repeats_are_counted_and_the_other_trials_are_finished(

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import ray.train.torch
 import torch
 from commands import own_environment
@@ -90,6 +91,7 @@ def test_no_room_is_one_line_and_leaves_nothing(
     ],
 )
 def test_a_wrong_engine_is_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    ray.shutdown()  # a process that other tests connected stays so
     assert main(["fit", *FIT, *options]) == 2
     said = capsys.readouterr().err
     assert message in said
