@@ -70,6 +70,15 @@ def test_what_is_shipped_passes_the_early_checks(name: str, tmp_path: Path) -> N
     check_settings(command, [name, "--runs", str(tmp_path / "runs")] if command == "fit" else ["--config", name])
 
 
+def test_a_copy_to_a_full_disk_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, small_files: None
+) -> None:
+    monkeypatch.setattr(Path, "read_bytes", lambda _: 20_001 * b"#")
+    assert main(["configs", "copy", "mnist1d/base", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'base.yaml'}: File too large" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

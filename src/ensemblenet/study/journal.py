@@ -10,6 +10,7 @@ from typing import Any
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.metrics.scores import current_name
+from ensemblenet.storage.atomic import errors_name
 from ensemblenet.study.trials import Outcome, Trial, trial_key
 
 __all__ = ["Journal"]
@@ -62,7 +63,7 @@ class Journal:
     def add(self, trial: Trial, outcome: Outcome) -> None:
         """Keep a finished trial."""
         line = json.dumps({"cell": asdict(trial), "outcome": outcome}) + "\n"  # "cell": as version 0.1 wrote it
-        with self.path.open("a", encoding="utf-8") as file:
+        with errors_name(self.path, self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
