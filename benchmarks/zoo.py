@@ -180,17 +180,18 @@ def write_page(rows: list[dict]) -> None:
         "# Networks that were converted",
         "",
         "Made by `python benchmarks/zoo.py`; every row was checked by `ensemblenet.testing.check_conversion`:",
-        "cost within the budget, finite outputs of shape (K, N, C), full width equal to the base, a gradient for",
-        "every parameter, and `head`, `first`, `deepcopy`, `state_dict` and `save`/`load` exact. Shares are of the",
-        "base; spread is the standard deviation of a head's first outputs as a share of the base's (none where the",
-        "base begins with outputs of zero). Seconds are processor time of `convert` on one thread; memory is its peak,",
-        "the base included, as a share of the peak of one training step of the base on the same two examples.",
+        "cost within the budget and as estimated, finite outputs of shape (K, N, C), full width equal to the base, a",
+        "gradient for every parameter, and `head`, `first`, `deepcopy`, `state_dict` and `save`/`load` exact. Depth",
+        "is the share of the blocks that heads may drop which they keep, time the estimate for an accelerator; shares",
+        "are of the base; spread is the standard deviation of a head's first outputs as a share of the base's (none",
+        "where the base begins with outputs of zero). Seconds are processor time of `convert` on one thread; memory is",
+        "its peak, the base included, as a share of the peak of one training step of the base on the same examples.",
         "",
         f"torch {torch.__version__}, timm {timm.__version__}, torchvision {torchvision.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads, batches of 2.",
         "",
-        "Networks are run smallest first; what is not listed has not been run yet. torchvision's convolutional",
-        "networks were given 128 pixels.",
+        "Networks are run smallest first; what is not listed has not been run yet, and rows without depth and time",
+        "are from before heads could be shorter. torchvision's convolutional networks were given 128 pixels.",
         "",
         "| networks | there are | run | K | budget | converted | share of those run |",
         "|---|---|---|---|---|---|---|",
@@ -207,18 +208,20 @@ def write_page(rows: list[dict]) -> None:
             )
     lines += [
         "",
-        "| library | family | model | parameters | K | split | width | parameters share | MACs share | spread | s "
-        "| memory |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| library | family | model | parameters | K | split | width | depth | parameters share | MACs share | time "
+        "| spread | s | memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         start = f"| {r['library']} | {r['family']} | {r['model']} | {r['parameters'] / 1e6:.2f} M | {r['num_heads']} "
         if "reason" in r:
             reason = r["reason"].replace("|", "\\|")
-            lines.append(f"{start}| not converted: {reason} | | | | | | |")
+            lines.append(f"{start}| not converted: {reason} | | | | | | | | |")
         else:
+            depth, time_share = (f"{r[name]:.2f}" if name in r else "" for name in ("depth", "time_share"))
             lines.append(
-                f"{start}| {r['split_at']} | {r['width']:.3f} | {r['parameters_share']:.3f} | {r['macs_share']:.3f} "
+                f"{start}| {r['split_at']} | {r['width']:.3f} | {depth} | {r['parameters_share']:.3f} "
+                f"| {r['macs_share']:.3f} | {time_share} "
                 f"| {'' if r['spread'] is None else format(r['spread'], '.2f')} | {r['cpu_seconds']:.1f} "
                 f"| {r['peak_mib'] / r['training_step_mib']:.2f} |"
             )
@@ -305,14 +308,14 @@ def main() -> None:
     if args.group in KINDS:
         return
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    if args.only:
-        rows = [row for row in rows if args.only not in row["model"]]
-    done = {(row["library"], row["model"]) for row in rows}
+    done = {(row["library"], row["model"]) for row in rows if "time_share" in row or "reason" in row}
+    done = set() if args.only else done
     entries = [*timm_entries(), *torchvision_entries()]
     entries = [e for e in entries if (e[0], e[2]) not in done and (args.group or e[0]) == e[0]]
     entries = sorted((e for e in entries if (args.only or "") in e[2]), key=size)
     for entry in track(entries, "Converting"):
-        rows += measure(entry)
+        others = [row for row in rows if (row["library"], row["model"]) != (entry[0], entry[2])]
+        rows = others + measure(entry)
         order = sorted(rows, key=lambda r: (r["library"], r["family"], r["model"], r["num_heads"]))
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in order))
         write_page(order)

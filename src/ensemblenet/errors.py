@@ -3,6 +3,7 @@
 import re
 
 __all__ = [
+    "LOST_PROCESS",
     "BudgetError",
     "BusyError",
     "ClassesError",
@@ -20,6 +21,12 @@ __all__ = [
     "first_line",
     "without_secrets",
 ]
+
+# what PyTorch says, in a RuntimeError, to a process that waits for one that has ended or stands still
+LOST_PROCESS = (
+    r"(?i)gloo.*(timed out|closed by peer|reset by peer|refused)|NCCL.*(timeout|remote process|aborted)|"
+    r"Connection (closed|reset) by peer|socket has (timed out|failed)|wait timeout after"
+)
 
 
 class EnsembleNetError(Exception):

@@ -37,6 +37,7 @@ class ConversionReport:
             begins with outputs of zero.
         seconds: how long `convert` took.
         depth: the share of the blocks that may be dropped which a head keeps.
+        time_share: its estimated time on an accelerator as a share of the base's.
 
     Example:
         >>> base = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
@@ -51,7 +52,8 @@ class ConversionReport:
     macs_share: float
     spread: float | None
     seconds: float
-    depth: float = 1.0
+    depth: float
+    time_share: float
 
 
 def check_conversion(
@@ -85,25 +87,30 @@ def check_conversion(
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items()), "the base changed"
     del before
     assert model.recipe is not None
-    shares = _check_cost(model, base, x, budget)
+    parameters, macs, time_share = _check_cost(model, base, x, budget)
     spread = _check_outputs(model, base, x)
     _check_round_trips(model, base, x)
     _check_gradients(model, x)
     check_full_width(base, x, model.recipe.split_at, wanted.output)
     head = model.recipe.head
-    return ConversionReport(model.recipe.split_at, head.width, *shares, spread, seconds, head.depth)
+    return ConversionReport(
+        model.recipe.split_at, head.width, parameters, macs, spread, seconds, head.depth, time_share
+    )
 
 
-def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> tuple[float, float]:
+def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> tuple[float, float, float]:
     x = next(iter(_other_sizes(x, 2)), x)  # as a conversion counts: what all examples share is paid by two of them
     measured, whole = measure_cost(model, x), measure_cost(base, x)
     assert model.cost is not None
     assert model.cost.parameters == measured.parameters, f"cost says {model.cost}, measured {measured}"
     assert abs(model.cost.macs - measured.macs) <= 1e-6 * measured.macs, f"cost says {model.cost}, measured {measured}"
-    parameters, macs = measured.share_of(whole)
+    for name in ("activations", "time"):  # which are estimates: another layout in memory may need a copy more
+        said, found = getattr(model.cost, name), getattr(measured, name)
+        assert abs(said - found) <= 0.05 * found, f"cost says {said} of {name}, measured {found}"
+    parameters, macs, _, time_share = measured.shares_of(whole)
     assert parameters <= budget, f"the parameters are {parameters:.4f} of the base's"
     assert macs <= budget * (1 + 1e-6), f"the MACs are {macs:.4f} of the base's"
-    return parameters, macs
+    return parameters, macs, time_share
 
 
 def _check_outputs(model: EnsembleNet, base: nn.Module, x: Tree) -> float | None:

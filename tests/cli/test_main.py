@@ -203,7 +203,8 @@ def test_convert_inherits_and_says_what_heads_reach_before_training(
         ),
         (["convert", NET, "--init", "inherit", "--calibrate", "no.yaml", "--output", "never"], "no.yaml"),
         (["convert", NET, "--output", "s3://bucket/model"], "Results are written to a disk, not to s3://"),
-        (["fit", "mnist1d/base", "--runs", "gs://bucket"], "Results are written to a disk, not to gs://"),
+        (["demo", "--runs", "gs://bucket"], "Results are written to a disk, not to gs://"),
+        (["fit", "mnist1d/base", "--runs", "https://host/runs"], "Runs are kept in a folder, or at s3://BUCKET/PATH"),
         (["fit", "--config", "missing.yaml"], "missing.yaml"),
         (
             ["fit", "--resume", "missing"],

@@ -22,6 +22,7 @@ from ensemblenet.recipe import Recipe
 from ensemblenet.testing import check_conversion
 
 IMAGES, ROWS = torch.randn(4, 3, 16, 16), torch.randn(4, 8)
+SQUARES = torch.randn(2, 3, 64, 64)
 
 
 class Residual(nn.Module):
@@ -396,6 +397,18 @@ def test_plans_that_take_the_time_of_the_base_come_first(shape: str) -> None:
     earlier = [plan.cost.shares_of(whole) for plan in found if 0.05 <= plan.split.macs_share < chosen.split.macs_share]
     assert all(max(one.activations, one.time) > 1.05 for one in earlier)
     assert (chosen.split.macs_share > 0.5) == (shape == "narrow")
+
+
+def test_where_no_plan_takes_the_time_of_the_base_the_fastest_is_taken() -> None:
+    sizes = (3, 64, 72, 80, 88)
+    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
+    base = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], 10))
+    whole = ensemblenet.measure_cost(base, SQUARES)
+    found = [plan for plan in ensemblenet.plans(base, SQUARES) if (plan.width or 0.0) >= 0.6]
+    slowness = {plan.split.name: max(plan.cost.shares_of(whole)[2:]) for plan in found}
+    model = ensemblenet.convert(base, SQUARES, min_width=0.6)
+    assert model.recipe is not None
+    assert 1.05 < slowness[model.recipe.split_at] == min(slowness.values())
 
 
 def test_small_bases_without_blocks_are_split_early() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import random
 import sys
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from made_images import CLASSES, encoded, make_shards, make_tars
-from servers import FailingServer, http_server, s3_environment, s3_server, upload
+from servers import FailingServer, http_server, upload
 from shards import AUDIO, RGB, framed, serialized, videos
 
 from ensemblenet.cli.main import main
@@ -28,20 +27,7 @@ from ensemblenet.storage.trust import read_config
 Make = Callable[[Any], DataModule]
 
 
-@pytest.fixture(scope="module")
-def s3() -> Iterator[dict[str, str]]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    with s3_server() as server:
-        yield s3_environment(server)
-
-
-@pytest.fixture(autouse=True)
-def settings(s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**s3, "ENSEMBLENET_CACHE": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr(remote, "DEADLINE", 0.3)
-    monkeypatch.setattr(remote, "SILENCE", 0.3)
+pytestmark = pytest.mark.usefixtures("s3")
 
 
 @pytest.fixture
@@ -238,8 +224,8 @@ def test_examples_of_a_server_that_fails_are_never_skipped(tmp_path: Path, serve
 
 def test_waiting_for_a_server_draws_no_random_numbers(server: FailingServer, monkeypatch: pytest.MonkeyPatch) -> None:
     file = remote.remote_file(f"{server.url}/train-0000.tar")
-    system = remote._system
-    monkeypatch.setattr(remote, "_system", lambda url: (random.random(), system(url))[1])
+    system = remote.system_of
+    monkeypatch.setattr(remote, "system_of", lambda url: (random.random(), system(url))[1])
     before = random.getstate()
     file.fetch()
     assert random.getstate() == before

@@ -28,9 +28,12 @@ def test_a_journal_reads_what_it_wrote(tmp_path: Path) -> None:
     assert trial(seed=1) not in again
 
 
-def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", ['{"cell"', "3", '{"cell": {}, "outcome": {}}', '{"cell": {}, "outcome": {"status": "done"}}', "\xff"]
+)
+def test_a_damaged_journal_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "cells.jsonl"
-    path.write_text('{"cell": {}, "outcome": {}}\n{"cell"\n')
+    path.write_text(f'{{"cell": {{}}, "outcome": {{"status": "failed"}}}}\n{line}\n', encoding="latin-1")
     with pytest.raises(TrainingError, match=re.escape("cells.jsonl, line 2 is no finished trial; remove that line.")):
         Journal(path)
 

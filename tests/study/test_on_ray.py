@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from commands import own_environment
 from ray.cluster_utils import Cluster as TwoNodes
 from studies import STUDY, lines, trial
 
@@ -36,40 +35,13 @@ SMALL = replace(
     tuning=Tuning(trials=1, lr=(0.01, 0.02)),
     seeds=2,
 )
-# A base that says where it is made, and waits there.
-WAITING = """
-import os, time
-from pathlib import Path
-import ray, torch
-class Waiting(torch.nn.Linear):
-    def __init__(self, folder: str):
-        super().__init__(40, 10)
-        if not ray.is_initialized():
-            return
-        Path(folder, f"{ray.get_runtime_context().get_node_id()}.{os.getpid()}").touch()
-        end = time.monotonic() + 120
-        while not Path(folder, "go").exists():
-            assert time.monotonic() < end
-            time.sleep(0.05)
-"""
 
 
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
-    folder = tmp_path_factory.mktemp("modules")
-    (folder / "waiting.py").write_text(WAITING)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        for name, value in own_environment(folder).items():
-            patch.setenv(name, value)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        on_terminate = signal.getsignal(signal.SIGTERM)
-        nodes = TwoNodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        nodes.add_node(num_cpus=1)
-        yield nodes
-        ray.shutdown()
-        nodes.shutdown()
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray's would outlive its nodes
+@pytest.fixture
+def unconnected(nodes: TwoNodes) -> TwoNodes:
+    """As tests that use a connection may have come before."""
+    ray.shutdown()
+    return nodes
 
 
 @pytest.fixture
@@ -85,7 +57,7 @@ def figures(outcome: Outcome) -> Outcome:
 
 
 def waiting(folder: Path, seed: int = 0) -> Trial:
-    base = {"class_path": "waiting.Waiting", "init_args": {"folder": str(folder)}}
+    base = {"class_path": "on_nodes.Waiting", "init_args": {"folder": str(folder)}}
     return trial("test", name="waiting", method="base", base=base, seed=seed)
 
 
@@ -128,10 +100,10 @@ def plain(value: Any) -> Any:
     ],
 )
 def test_a_users_mistake_is_one_line_and_leaves_nothing(
-    nodes: TwoNodes, config: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    unconnected: TwoNodes, config: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     if "--address" not in options:
-        options = [*options, "--address", nodes.address]
+        options = [*options, "--address", unconnected.address]
     runs = config.parent / "runs"
     assert main(["compare", str(config), "--runs", str(runs), *options]) == 2
     said = capsys.readouterr().err
@@ -141,18 +113,18 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing(
     assert not ray.is_initialized()
 
 
-def test_another_ray_and_none_at_all_are_one_line(nodes: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_ray_and_none_at_all_are_one_line(unconnected: TwoNodes, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(ray, "__version__", "2.0.0")
         with pytest.raises(TrainingError, match=r"No Ray cluster can be used at .* mismatch.* Ray: 2\.0\.0"):
-            RayWorkers(Cluster(nodes.address)).__enter__()
+            RayWorkers(Cluster(unconnected.address)).__enter__()
 
     def no_version(name: str) -> str:
         raise extras.PackageNotFoundError(name)
 
     monkeypatch.setattr(extras, "version", no_version)
     with pytest.raises(MissingExtraError, match=r"ray is not installed: pip install 'ensemblenet\[ray\]'"):
-        RayWorkers(Cluster(nodes.address)).__enter__()
+        RayWorkers(Cluster(unconnected.address)).__enter__()
 
 
 # -- what is promised
@@ -207,14 +179,14 @@ def test_a_trial_that_fails_by_itself_is_an_outcome_and_not_repeated(
 
 
 def test_nodes_with_other_versions_are_refused(connected: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_ray, "_versions", lambda: {"ensemblenet": "9.9", "torch": "9.9"})
+    monkeypatch.setattr(on_ray, "versions", lambda: {"ensemblenet": "9.9", "torch": "9.9"})
     message = r"A node of the cluster cannot run trials: it has ensemblenet \S+ and torch \S+, the driver \S+ 9"
     with pytest.raises(TrainingError, match=message), RayWorkers(connected) as workers:
         list(workers.run([trial()]))
 
 
 def test_an_interrupt_ends_the_trials_of_the_study_and_nothing_else(connected: Cluster, tmp_path: Path) -> None:
-    other = on_ray._board()
+    other = on_ray.board()
 
     def interrupted(workers: RayWorkers) -> None:
         for _ in workers.run([waiting(tmp_path)]):
@@ -251,6 +223,7 @@ def test_a_trial_whose_node_or_process_dies_is_run_again_and_says_so(
     assert all(re.fullmatch(r"its (node|process) died; repeat \d of at most 3", reason) for _, reason in again)
     done = {seed: figures(outcome) for seed, outcome in found if outcome["status"] == "done"}
     assert done == {one.seed: figures(run_trial(one)) for one in trials}
+    nodes.add_node(num_cpus=1)  # for other tests
 
 
 def test_repeats_are_counted_and_the_other_trials_are_finished(

@@ -25,6 +25,7 @@ from ensemblenet.errors import TrainingError
 from ensemblenet.extras import require
 from ensemblenet.reports.comparison import PAGE, begins_with, comparison_table, summary, tested_on
 from ensemblenet.storage import TRUST_HELP
+from ensemblenet.storage.bucket import address, push, run_folder
 from ensemblenet.storage.lock import sole_writer
 from ensemblenet.storage.runs import CONFIG, RESULTS, create_run_folder, keep_config, resumable
 from ensemblenet.storage.specs import plain, with_data_folder
@@ -72,21 +73,26 @@ def compare(arguments: Sequence[str]) -> Path:
     study, plain = read_study(arguments)
     cluster = _cluster(study, plain)
     resume = plain["resume"]
-    folder = Path(resume) if resume else create_run_folder(Path(plain["runs"]), plain["name"])
+    folder = run_folder(resume) if resume else create_run_folder(plain["runs"], plain["name"])
     console = Console()
     with sole_writer(folder), resumable(folder, "compare", (folder / JOURNAL).exists, new=not resume):
         stored = {key: value for key, value in plain.items() if key not in _OF_THIS_PROCESS}
         keep_config(folder, yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
-        kept = f"Finished trials are kept in {folder}; a killed study goes on with --resume {folder}"
+        push(folder, always=True)  # early, to see that one may, and to say that the study goes on here
+        place = address(folder)
+        kept = f"Finished trials are kept in {place}; a killed study goes on with --resume {place}"
         console.print(kept, soft_wrap=True)
         if said := begins_with(asdict(study) | {"init": study.begins}):
             console.print(said, highlight=False, soft_wrap=True)
         with progress() as watch:
             rows = run_study(folder, study, cluster or plain["workers"], watch=watch)
+        push(folder)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     console.print(comparison_table(rows, f"{plain['name']}, {tested_on(results)}", study.task))
     console.print(summary(rows, study.task), highlight=False, soft_wrap=True)
-    console.print(f"Page, figures, results.json and results.csv: {folder / PAGE}", highlight=False, soft_wrap=True)
+    console.print(
+        f"Page, figures, results.json and results.csv: {address(folder / PAGE)}", highlight=False, soft_wrap=True
+    )
     return folder
 
 
@@ -125,7 +131,7 @@ def read_study(arguments: Sequence[str]) -> tuple[Study, dict[str, Any]]:
     """
     plain = _parsed(resumed(_written_out(arguments)))
     if plain["resume"]:
-        stored = _parsed(config_option(Path(plain["resume"], CONFIG), trust=True))  # checked with the arguments
+        stored = _parsed(config_option(run_folder(plain["resume"]) / CONFIG, trust=True))  # checked with the arguments
         if change := changed_setting(stored, plain, ("base", "data", "task")):
             raise TrainingError(
                 f"{plain['resume']} is a study with {change}. Leave that out, or --resume for a new one."
@@ -199,7 +205,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="ensemblenet compare", description=_DESCRIPTION, exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file with any of these settings")
     parser.add_argument("--name", default="compare", help="begins the name of the run's folder")
-    parser.add_argument("--runs", default="runs", help="where run folders are made")
+    parser.add_argument("--runs", default="runs", help="where run folders are made; or s3://BUCKET/PATH")
     parser.add_argument("--resume", type=str | None, help="go on with a killed study: its folder")
     parser.add_argument("--trust", action="store_true", default=argparse.SUPPRESS, help=f"with --resume: {TRUST_HELP}")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; 0 trains in this one")

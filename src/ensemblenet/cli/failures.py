@@ -6,7 +6,7 @@ import errno
 import os
 import re
 
-from ensemblenet.errors import EnsembleNetError, first_line
+from ensemblenet.errors import LOST_PROCESS, EnsembleNetError, first_line
 
 __all__ = ["INTERRUPTED", "explain"]
 
@@ -39,8 +39,7 @@ _WORDS = (
         "The device cannot be used: {} Name one that this machine has, such as cpu.",
     ),
     (
-        r"(?i)gloo.*(timed out|closed by peer|reset by peer|refused)|NCCL.*(timeout|remote process|aborted)|"
-        r"Connection (closed|reset) by peer|socket has (timed out|failed)|wait timeout after",
+        LOST_PROCESS,
         "Another process of the run has ended, or does not answer: {}",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentTypeError
+from argparse import ArgumentError, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,9 +69,9 @@ _SETTINGS = [
     _Setting("ema", "keep an average of the weights, such as 0.9999", metavar="DECAY"),
     _Setting("seed_everything", "of weights, order and augmentation", "seed", "N"),
     _Setting("name", "begins the name of the run's folder"),
-    _Setting("runs", "where run folders are made", metavar="FOLDER"),
+    _Setting("runs", "where run folders are made, such as s3://bucket/runs", metavar="FOLDER"),
     _Setting("checkpoint_steps", "save also after every so many steps", metavar="N"),
-    _Setting("resume", "go on with a killed run: its folder, or auto", metavar="FOLDER"),
+    _Setting("resume", "go on with a killed run: its folder or URL, or auto", metavar="FOLDER"),
 ]
 _SHORT = {setting.option: setting for setting in _SETTINGS if setting.option}
 
@@ -91,17 +91,41 @@ def fit(arguments: Sequence[str]) -> Path:
     if {"-h", "--help"} & set(arguments) and "all" not in arguments:
         _help()
     from ensemblenet.reports.tables import results_table  # slow to import, and nothing that the help needs
+    from ensemblenet.storage import bucket
     from ensemblenet.storage.runs import RESULTS
-    from ensemblenet.training.fit import fit as train
     from ensemblenet.training.processes import is_first_process
 
-    folder = train(written_out(arguments))
+    address, arguments = _taken_engine(arguments)
+    if address is None:
+        from ensemblenet.training.fit import fit as train
+
+        folder = train(written_out(arguments))
+    else:
+        from ensemblenet.training.on_ray import fit_on_ray
+
+        folder = fit_on_ray(written_out(arguments), address)
     if is_first_process():
         console = Console()
         rows = json.loads((folder / RESULTS).read_text())["rows"]
         console.print(results_table(rows, f"tested on {rows[0].get('tested_on', 'the test data')}"))
-        console.print(f"Results and logs: {folder}", highlight=False, soft_wrap=True)
+        console.print(f"Results and logs: {bucket.address(folder)}", highlight=False, soft_wrap=True)
     return folder
+
+
+def _taken_engine(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The address of the cluster that `--engine ray` names, None for this machine; and the other arguments."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--engine", choices=("local", "ray"), default="local")
+    finder.add_argument("--address")
+    try:
+        given, others = finder.parse_known_args(arguments)
+    except ArgumentError as error:
+        raise TrainingError(str(error)) from error
+    if given.engine == "ray":
+        return given.address or "auto", others
+    if given.address is not None:
+        raise TrainingError("--address needs --engine ray.")
+    return None, others
 
 
 def _help() -> None:
@@ -115,6 +139,8 @@ def _help() -> None:
     parser.add_argument("config", metavar="FILE", help="or a name in `ensemblenet configs list`; or --config FILE")
     for setting in _SETTINGS:
         parser.add_argument(f"--{setting.option or setting.key}", metavar=setting.metavar, help=setting.help)
+    parser.add_argument("--engine", metavar="ENGINE", help="local, or ray: processes of a cluster; docs/scale.md")
+    parser.add_argument("--address", help="of Ray: auto (default), HOST:PORT or ray://HOST:PORT")
     add_device(parser, default="the file's")
     parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
     parser.parse_args(["--help"])

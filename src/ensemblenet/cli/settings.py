@@ -16,6 +16,7 @@ from ensemblenet.cli.fit import written_out
 from ensemblenet.cli.options import budget_share, check_place, check_there, underscored, with_config
 from ensemblenet.errors import ModelNameError, TrainingError
 from ensemblenet.names import arguments_of, check_class, check_network
+from ensemblenet.storage.bucket import run_folder, runs_folder
 from ensemblenet.storage.runs import CONFIG, check_resumable
 
 __all__ = ["check_settings", "study_arguments"]
@@ -23,7 +24,7 @@ __all__ = ["check_settings", "study_arguments"]
 # What each part of the settings holds: what the command itself adds, and the arguments of a class in a file.
 _OWN = {
     "fit": "model data trainer seed_everything name runs plan base_run checkpoint_steps ema log_to resume trust config "
-    "optimizer lr_scheduler print_config print_shtab",
+    "engine address optimizer lr_scheduler print_config print_shtab",
     "compare": "name runs resume trust workers engine address cpus_per_trial gpus_per_trial config print_config",
 }
 _CLASSES = {
@@ -84,8 +85,8 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
             found, where = _checked({key: value}, command), ""
         given |= _check_classes(given, found, where)
     if (resume := given.get("resume")) not in (None, "auto"):
-        check_resumable(Path(resume), *(["auto"] if command == "fit" else []))
-    check_place(Path(given.get("runs") or "runs").absolute())
+        check_resumable(run_folder(resume), *(["auto"] if command == "fit" else []))
+    check_place(runs_folder(given.get("runs") or "runs").absolute())
     for key in ("base_run", "data", "model.teacher"):
         if isinstance(path := given.get(key), str) and "/" in path and not path.startswith("{"):
             check_there(path)
@@ -100,8 +101,7 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
 def _classes_of_resumed(arguments: Sequence[str]) -> dict[str, Any]:
     """Which classes the run has that goes on."""
     resume = dict(_options(arguments)).get("resume")
-    file = Path(resume or "", CONFIG)
-    if resume in (None, "auto") or not file.is_file():
+    if resume in (None, "auto") or not (file := run_folder(resume) / CONFIG).is_file():
         return {}
     return {key: value for key, value in _leaves(_read(file)) if key.endswith(".class_path")}
 

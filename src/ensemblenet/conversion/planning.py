@@ -265,8 +265,11 @@ class Planner:
 
         Narrow heads of a base whose time goes into starting its operators count as fast: fused, they start theirs once.
         """
+        return self._is_small or self._slowness(plan) <= self._fast
+
+    def _slowness(self, plan: Plan) -> float:
         shares = plan.cost.shares_of(self._base)
-        return self._is_small or max(shares.activations, shares.time) <= self._fast
+        return max(shares.activations, shares.time)
 
     def choose(self) -> tuple[HeadDesign, Plan]:
         """The plan at the split point that the user names, or at the one that the automatic rule chooses.
@@ -292,14 +295,14 @@ class Planner:
 
     def _automatic(self) -> tuple[HeadDesign, Plan]:
         points = preferred([cut.point for cut in self._cuts if cut.has_parameters], self._share)
-        slow: tuple[HeadDesign, Plan] | None = None  # the first choice, where it is slower than the base
+        slow: list[tuple[HeadDesign, Plan]] = []
         for _, near in groupby(points, key=lambda point: _distance(point, self._share)):
             found = self._best(near)
             if found and self.is_fast(found[1]):
                 return found
-            slow = slow or found
+            slow += [found] if found else []
         if slow:
-            return slow
+            return min(slow, key=lambda one: self._slowness(one[1]))
         if self._must_shorten and not self.runs:
             raise ConversionError(f"The base has no blocks that heads could drop{_BLOCKS} Please {_NARROW}")
         # the one that comes nearest: the widest heads, or where none fit, the least cost

@@ -286,7 +286,9 @@ def _torchvision(folder: Path | str, dataset: str, split: str, options: Mapping[
 
 def _hugging_face(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     if dataset == "hfds/":
-        place = folder_of(find_whole(f"{folder}/*.parquet")) if isinstance(folder, str) else folder
+        place = folder
+        if isinstance(folder, str):
+            place = folder_of({file.name: file for file in find_whole(f"{folder}/*.parquet")})
         reader = _timm_dataset(None, f"{dataset}{place}", split, **options).reader
         dataset = str(folder)
     else:

@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +29,6 @@ from typing import Any, BinaryIO, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import track
 
 from ensemblenet.errors import DataError, FetchError, first_line, without_secrets
@@ -39,13 +38,17 @@ __all__ = [
     "RemoteFile",
     "checked_place",
     "expanded",
+    "find_below",
     "find_urls",
     "find_whole",
     "folder_of",
     "in_threads",
     "is_url",
     "joined",
+    "patiently",
+    "random_numbers_kept",
     "remote_file",
+    "system_of",
 ]
 
 Item = TypeVar("Item")
@@ -163,7 +166,7 @@ def find_urls(pattern: str, endings: Sequence[str] = ()) -> list[str]:
     """
     checked_place(pattern)
     found = sorted(
-        {url for part in expanded(pattern) for url in _patiently(lambda url=part: _listed(url, endings), part)}
+        {url for part in expanded(pattern) for url in patiently(lambda url=part: _listed(url, endings), part)}
     )
     if not found:
         raise DataError(f"No files match {pattern}: the folder or bucket is empty, or has others.")
@@ -171,7 +174,7 @@ def find_urls(pattern: str, endings: Sequence[str] = ()) -> list[str]:
 
 
 def _listed(url: str, endings: Sequence[str]) -> list[str]:
-    system, path = _system(url)
+    system, path = system_of(url)
     wild = "*[" if url.startswith("http") else "*?["
     folder = endings and not path.endswith(tuple(endings)) and not any(sign in path for sign in wild)
     if folder and (url.startswith("http") or system.isdir(path)):
@@ -193,7 +196,8 @@ def _matching(system: Any, path: str, wild: str) -> list[dict[str, Any]]:
     return [info for info in infos if fnmatchcase(PurePosixPath(info["name"]).name, pattern)]
 
 
-def _system(url: str) -> tuple[Any, str]:
+def system_of(url: str) -> tuple[Any, str]:
+    """The file system of fsspec that a URL names, and the path in it."""
     from fsspec.config import conf
     from fsspec.core import url_to_fs
 
@@ -258,20 +262,29 @@ class RemoteFile:
         key = hashlib.sha256(f"{self.url} {self.size} {self.version}".encode()).hexdigest()[:32]
         place = cache_folder() / f"{key}.file"
         if not place.exists():
-            with FileLock(f"{place}.lock", thread_local=False), _random_numbers_kept():
+            with FileLock(f"{place}.lock", thread_local=False), random_numbers_kept():
                 if not place.exists():
                     _make_room(self.size or 0)
                     part = place.with_suffix(".part")
-                    _patiently(lambda: self._fetch_to(part), self.url)
+                    self.copy_to(part)
                     part.replace(place)
         return place
 
-    def _fetch_to(self, part: Path) -> None:
-        system, path = _system(self.url)
-        system.get_file(path, str(part))
-        got = part.stat().st_size
-        if self.size is not None and got != self.size:
-            raise EOFError(f"it ended after {got:,} of {self.size:,} bytes")
+    def copy_to(self, place: Path) -> None:
+        """Write it to a place of this machine, where a failure may leave a part of it.
+
+        Raises:
+            FetchError: the server does not give it, or there is no room.
+        """
+
+        def copy() -> None:
+            system, path = system_of(self.url)
+            system.get_file(path, str(place))
+            got = place.stat().st_size
+            if self.size is not None and got != self.size:
+                raise EOFError(f"it ended after {got:,} of {self.size:,} bytes")
+
+        patiently(copy, self.url)
 
 
 def remote_file(url: str) -> RemoteFile:
@@ -283,14 +296,45 @@ def remote_file(url: str) -> RemoteFile:
     """
 
     def describe() -> RemoteFile:
-        system, path = _system(url)
+        system, path = system_of(url)
         info = system.info(path)
         if info["type"] == "directory":
             raise FileNotFoundError("it is a folder")
-        marks = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "created")
-        return RemoteFile(url, info.get("size"), next((str(info[mark]) for mark in marks if info.get(mark)), ""))
+        return _described(url, info)
 
-    return _patiently(describe, url)
+    return patiently(describe, url)
+
+
+def find_below(url: str) -> dict[str, RemoteFile]:
+    """All files in a folder and its folders, by their names in it; none where a bucket has no such folder.
+
+    Raises:
+        FetchError: there is no such bucket, or the server fails.
+
+    Example:
+        >>> import fsspec
+        >>> fsspec.filesystem("memory").pipe("/bucket/run/model/recipe.json", b"{}")
+        >>> list(find_below("memory://bucket/run"))
+        ['model/recipe.json']
+    """
+
+    def find() -> dict[str, RemoteFile]:
+        system, path = system_of(url)
+        system.invalidate_cache()
+        found = system.find(path, detail=True)
+        if not found:
+            system.ls(path.partition("/")[0])  # of a bucket that is not there `find` says nothing
+        return {
+            name.removeprefix(path).strip("/"): _described(system.unstrip_protocol(name), info)
+            for name, info in sorted(found.items())
+        }
+
+    return patiently(find, url)
+
+
+def _described(url: str, info: Mapping[str, Any]) -> RemoteFile:
+    marks = ("ETag", "etag", "blob_id", "md5Hash", "Last-Modified", "LastModified", "created")
+    return RemoteFile(url, info.get("size"), next((str(info[mark]) for mark in marks if info.get(mark)), ""))
 
 
 def find_whole(pattern: str) -> list[RemoteFile]:
@@ -311,18 +355,22 @@ def find_whole(pattern: str) -> list[RemoteFile]:
     return files
 
 
-def folder_of(files: Sequence[RemoteFile]) -> Path:
-    """A folder of this machine where files have their own names, for libraries that ask for one.
+def folder_of(files: Mapping[str, RemoteFile]) -> Path:
+    """A folder of this machine where files have names, for libraries that ask for one.
+
+    Args:
+        files: by their names, in which a slash stands for a folder.
 
     Raises:
         FetchError: the server does not give a file.
     """
-    copies = in_threads(RemoteFile.fetch, files, "Fetching")
-    folder = cache_folder() / hashlib.sha256(" ".join(copy.stem for copy in copies).encode()).hexdigest()[:32]
-    folder.mkdir(exist_ok=True)
-    for file, copy in zip(files, copies, strict=True):
+    copies = dict(zip(files, in_threads(RemoteFile.fetch, list(files.values()), "Fetching"), strict=True))
+    key = " ".join(f"{name} {copy.stem}" for name, copy in copies.items())
+    folder = cache_folder() / hashlib.sha256(key.encode()).hexdigest()[:32]
+    for name, copy in copies.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
-            (folder / file.name).symlink_to(copy)
+            (folder / name).symlink_to(copy)
     return folder
 
 
@@ -331,7 +379,7 @@ _kept: dict[Path, set[RemoteFile]] = {}  # by the folder of copies
 
 def in_threads(do: Callable[[Item], Result], items: Sequence[Item], what: str = "Reading") -> list[Result]:
     """What a function makes of each item, several at once, as for files that a network brings; shows how far it is."""
-    with ThreadPoolExecutor(_THREADS) as pool, _random_numbers_kept():
+    with ThreadPoolExecutor(_THREADS) as pool, random_numbers_kept():
         try:
             return list(track(pool.map(do, items), what, total=len(items), transient=True, disable=len(items) < 2))
         except BaseException:
@@ -353,8 +401,17 @@ class MissingError(FetchError):
 _stop = threading.Event()
 
 
-def _patiently(do: Callable[[], Result], url: str) -> Result:
-    """What a request gives; one that fails is repeated after growing waits, up to the deadline."""
+def patiently(do: Callable[[], Result], url: str, done: str = "read") -> Result:
+    """What a request gives; one that fails is repeated after growing waits, up to the deadline.
+
+    Args:
+        do: asks the server.
+        url: what for.
+        done: with it, as a message says it: "read" or "written".
+
+    Raises:
+        DataError: the server cannot, or did not within the deadline; in one line.
+    """
     wait, first = FIRST_WAIT, None
     while True:
         try:
@@ -363,22 +420,24 @@ def _patiently(do: Callable[[], Result], url: str) -> Result:
             error = failure
             if isinstance(failure, FileNotFoundError) and url.startswith("http"):  # so fsspec calls all that fails
                 error = failure.__cause__ if isinstance(failure.__cause__, Exception) else failure
-            final = _final(error, url)
+            final = _final(error, url, done)
             if final is not None:
                 raise final from error
             said = first_line(error)
             if first is None:
+                from lightning.pytorch.utilities import rank_zero_warn  # slow to import
+
                 first = time.monotonic()
                 rank_zero_warn(f"{url} fails ({without_secrets(said)}); it is tried again for up to {DEADLINE:.0f} s.")
             if time.monotonic() + wait > first + DEADLINE or _stop.wait(wait):
                 raise FetchError(
-                    f"{url} cannot be read: {said} (tried again for {time.monotonic() - first:.0f} s): see whether the "
-                    "server and the network work, then start again; fit goes on with --resume."
+                    f"{url} cannot be {done}: {said} (tried again for {time.monotonic() - first:.0f} s): see whether "
+                    "the server and the network work, then start again; fit goes on with --resume."
                 ) from error
             wait = min(2 * wait, LONGEST_WAIT)
 
 
-def _final(error: Exception, url: str) -> DataError | None:
+def _final(error: Exception, url: str, done: str) -> DataError | None:
     """What to say of an error that no second try mends; None for all others."""
     scheme, said = urlsplit(url).scheme, first_line(error)
     sources = (error, "status"), (getattr(error, "response", None), "status_code"), (error, "code")
@@ -390,7 +449,7 @@ def _final(error: Exception, url: str) -> DataError | None:
         return FetchError(f"{url} needs a library: {install}.")
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
         rights = _RIGHTS.get({"gcs": "gs", "s3a": "s3"}.get(scheme, scheme), _RIGHTS["https"])
-        return FetchError(f"{url} may not be read ({said}): {rights}.")
+        return FetchError(f"{url} may not be {done} ({said}): {rights}.")
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return MissingError(f"{url} is not there ({said}): look for a slip in its name.")
     if isinstance(error, ValueError) and "rotocol not known" in said:
@@ -402,14 +461,14 @@ def _final(error: Exception, url: str) -> DataError | None:
             f"{url} does not fit in {cache_folder()}: make room, or name another folder in ENSEMBLENET_CACHE."
         )
     if isinstance(error, ValueError | TypeError) or getattr(error, "errno", None) == errno.EINVAL:
-        return FetchError(f"{url} cannot be read: {said}.")
+        return FetchError(f"{url} cannot be {done}: {said}.")
     if 400 <= status < 500 and status not in _PASSING:
-        return FetchError(f"{url} cannot be read: {said}.")
+        return FetchError(f"{url} cannot be {done}: {said}.")
     return None
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
+def random_numbers_kept() -> Iterator[None]:
     """Restore Python's global generator: libraries draw their waits from it, and augmentation draws from it too."""
     state = random.getstate()
     try:

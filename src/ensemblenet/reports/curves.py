@@ -16,8 +16,8 @@ Curve = list[tuple[float, float]]
 def read_curves(folder: Path) -> dict[str, Curve]:
     """Points (step, value) of each name that a run logged; empty for a folder without logs.
 
-    A resumed run logs some steps again; their last values count. A last line that a kill cut off is left out. Names that
-    old logs have are given as they are today.
+    A resumed run logs some steps again; their last values count. A last line that a kill cut off is left out. Names
+    that old logs have are given as they are today.
 
     Args:
         folder: the run's folder.

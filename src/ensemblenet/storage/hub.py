@@ -1,10 +1,13 @@
-"""Saved models on the Hugging Face Hub: safetensors, JSON and a card go there, and nothing else comes back."""
+"""Saved models that lie elsewhere: on the Hugging Face Hub, and runs and models in a bucket.
+
+Safetensors, JSON and a card go to the Hub, and nothing else comes back.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ensemblenet.errors import LoadError
@@ -19,8 +22,30 @@ _ADDRESS = re.compile(re.escape(PREFIX) + r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revis
 
 
 def local_folder(directory: str | os.PathLike[str]) -> Path:
-    """A directory on this machine, downloaded if it is an address such as `hf://owner/name`."""
-    return download(directory) if isinstance(directory, str) and directory.startswith(PREFIX) else Path(directory)
+    """A directory on this machine, downloaded if it is an address such as `hf://owner/name` or `s3://bucket/run`.
+
+    Raises:
+        LoadError: there is nothing at the address, or the hub cannot be reached.
+        DataError: a bucket cannot be read.
+    """
+    if not isinstance(directory, str) or "://" not in directory:
+        return Path(directory)
+    if directory.startswith(PREFIX):
+        return download(directory)
+    from ensemblenet.data.remote import checked_place, find_below, folder_of
+
+    url = str(checked_place(directory)).rstrip("/")
+    files = {name: file for name, file in find_below(url).items() if _is_of_model(PurePosixPath(name))}
+    if not files:
+        raise LoadError(f"{url} holds no saved model: there is no such folder in the bucket.")
+    name = PurePosixPath(url).name
+    return folder_of({f"{name}/{inner}": file for inner, file in files.items()}) / name
+
+
+def _is_of_model(name: PurePosixPath) -> bool:
+    """Whether a file of a run or saved model is of use when the run is over."""
+    is_kept = name.suffix in (".safetensors", ".json", ".yaml", ".csv")
+    return is_kept and name.parts[0] in (name.name, "model", "csv")  # no checkpoints and logs of other programs
 
 
 def download(address: str) -> Path:

@@ -65,7 +65,7 @@ class Restored:
             order of the outputs, and `preprocessing`, both where known.
         config: the run's configuration; None for a saved directory.
         folder: of the run, or the saved directory.
-        address: on the hub, where it came from there.
+        address: on the hub or in a bucket, where it came from there.
     """
 
     network: nn.Module
@@ -79,7 +79,9 @@ class Restored:
     @property
     def name(self) -> str:
         """What to call it in tables and figures."""
-        return self.folder.resolve().name if self.address is None else self.address.removeprefix(PREFIX)
+        if self.address is not None and self.address.startswith(PREFIX):
+            return self.address.removeprefix(PREFIX)
+        return self.folder.resolve().name
 
     @property
     def classes(self) -> list[str] | None:
@@ -126,7 +128,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *,
     Nothing there is run: what is stored may name networks and data modules that are known, and no others.
 
     Args:
-        directory: a run's folder or a saved directory, or its address on the hub, `hf://owner/name`.
+        directory: a run's folder or a saved directory, or its address: `s3://bucket/run`, `hf://owner/name`.
         base: a fresh instance of the base, for a saved directory whose base no known factory makes; a run knows its
             own.
         trust: run what the directory names of its author's own code.
@@ -136,7 +138,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *,
     """
     folder = local_folder(directory)
     address = None if folder == Path(directory) else str(directory)
-    if address is not None or not (folder / CONFIG).is_file():  # none belongs on the hub
+    if str(directory).startswith(PREFIX) or not (folder / CONFIG).is_file():  # none belongs on the hub
         network = load(folder, base, trust=trust)
         assert network.recipe is not None
         return _restored(network, {"task": network.task} | read_description(folder), None, folder, address)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensemblenet._moved import renamed
 from ensemblenet.errors import BusyError, LoadError, TrainingError
-from ensemblenet.storage import atomic
+from ensemblenet.storage import atomic, bucket
 from ensemblenet.storage.atomic import atomic_path
 
 if TYPE_CHECKING:
@@ -63,11 +63,16 @@ RECIPE = "recipe.json"  # of a saved model
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 
 
-def create_run_folder(runs: Path, name: str) -> Path:
+def create_run_folder(runs: str | Path, name: str) -> Path:
     """Create `runs/<name>-<time>`, with a number behind it where that exists already: never an old folder.
+
+    Args:
+        runs: a folder, or a URL; of that, the folder on this machine that stands for it is made.
+        name: of the run.
 
     Raises:
         TrainingError: a name that leads out of `runs`, or is none.
+        FetchError: there is no such bucket, or no right to write in it.
 
     Example:
         >>> create_run_folder(Path("runs"), "../mine")
@@ -78,14 +83,22 @@ def create_run_folder(runs: Path, name: str) -> Path:
     if not name or name.endswith("/") or Path(name).is_absolute() or ".." in Path(name).parts:
         raise TrainingError(f"A run's name must be like mine or group/mine, got {name!r}.")
     stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    (runs / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have folders in it
+    here = bucket.runs_folder(runs)
+    (here / name).parent.mkdir(parents=True, exist_ok=True)  # a name may have folders in it
     for attempt in count(1):
-        folder = runs / (stem if attempt == 1 else f"{stem}-{attempt}")
+        folder = here / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:
             folder.mkdir()
         except FileExistsError:
             continue
-        return folder
+        try:
+            is_new = "://" not in str(runs) or bucket.claim(folder, here, str(runs))
+        except BaseException:
+            folder.rmdir()
+            raise
+        if is_new:
+            return folder
+        folder.rmdir()
     raise AssertionError("unreachable")
 
 
@@ -114,7 +127,7 @@ def resumable(folder: Path, command: str | None, begun: Callable[[], bool], new:
         yield
     except BaseException as error:
         if new and not begun():
-            shutil.rmtree(folder, ignore_errors=True)
+            bucket.discard(folder)
         elif command is not None and not isinstance(error, BusyError):
             error.add_note(go_on(command, folder))
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
@@ -129,7 +142,7 @@ def go_on(command: str, folder: Path) -> str:
         >>> go_on("fit", Path("runs/tiny"))
         'Go on with `ensemblenet fit --resume runs/tiny`.'
     """
-    return f"Go on with `ensemblenet {command} --resume {shlex.quote(str(folder))}`."
+    return f"Go on with `ensemblenet {command} --resume {shlex.quote(bucket.address(folder))}`."
 
 
 def keep_earlier(path: Path) -> None:
@@ -183,9 +196,13 @@ def keep_environment(folder: Path, now: Mapping[str, Any]) -> None:
     atomic.write_json(path, {**first, **({"resumed": resumed} if resumed else {})})
 
 
-def unfinished_runs(runs: Path, name: str) -> list[Path]:
-    """The runs of that name, `a/b` in the folder `a`, that have begun and have no results yet, the newest first."""
-    stem = runs / name
+def unfinished_runs(runs: str | Path, name: str) -> list[Path]:
+    """The runs of that name, `a/b` in the folder `a`, that have begun and have no results yet, the newest first.
+
+    Of one in a bucket that is not here yet there is then a folder here that holds its configuration.
+    """
+    bucket.fetch_outlines(runs, name, CONFIG, RESULTS)
+    stem = bucket.runs_folder(runs) / name
     names = re.compile(re.escape(stem.name) + r"-(\d{8}-\d{6})(?:-(\d+))?")
     made = {path: match for path in stem.parent.glob("*") if (match := names.fullmatch(path.name))}
     begun = [path for path in made if (path / CONFIG).exists() and not (path / RESULTS).exists()]
@@ -276,6 +293,7 @@ def quiet_lightning() -> None:
         ".*when logging on epoch level in distributed setting.*",  # metrics are of all processes already
         r"Be aware .* add the following callbacks: \[\"ModelCheckpoint\{'monitor': None",  # of an earlier version
         r"\s*Unable to serialize instance",  # of a default: it is left out of config.yaml
+        "The dirpath has changed from .*",  # of a run that goes on elsewhere
         "Checkpoint directory .* exists and is not empty.*",  # as that of a resumed run does
     )
     for message in needless:

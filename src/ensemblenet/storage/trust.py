@@ -22,6 +22,7 @@ from ensemblenet._moved import MOVED
 from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.models.sources import TIMM_WORDS, is_known
 from ensemblenet.storage.atomic import read_text
+from ensemblenet.storage.bucket import run_folder
 from ensemblenet.storage.runs import CONFIG, check_resumable
 
 __all__ = ["config_option", "read_config", "resumed"]
@@ -105,7 +106,7 @@ def resumed(arguments: Sequence[str], *other: str) -> list[str]:
     complete = [*others, "--resume", found.resume]
     if found.resume in other:
         return complete
-    folder = Path(found.resume)
+    folder = run_folder(found.resume)
     check_resumable(folder, *other)
     return [*config_option(folder / CONFIG, found.trust), *complete]
 

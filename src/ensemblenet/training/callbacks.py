@@ -28,6 +28,7 @@ from ensemblenet.errors import TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets, num_examples
 from ensemblenet.metrics.scores import SCORES
 from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.bucket import address
 from ensemblenet.storage.descriptions import DESCRIPTION
 from ensemblenet.storage.restore import Describes, compare_classes, restore, stored_classes
 from ensemblenet.training.capacity import CAPACITY, capacity_of
@@ -160,7 +161,7 @@ class Announce(Callback):
         """Print it, once for all processes."""
         if not trainer.is_global_zero:
             return
-        lines = [f"Run folder: {self.folder}"]
+        lines = [f"Run folder: {address(self.folder)}"]
         if isinstance(pl_module, Classifier) and pl_module.conversion is not None:
             assert isinstance(pl_module.network, EnsembleNet)
             lines.append(plan_in_words(pl_module.network))

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from ensemblenet.errors import TrainingError, first_line
 from ensemblenet.storage.atomic import atomic_path
+from ensemblenet.storage.bucket import push
 from ensemblenet.storage.runs import CHECKPOINT
 from ensemblenet.training.processes import is_first_process
 from ensemblenet.weights import damaged_part
@@ -32,10 +33,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Save a Lightning checkpoint.
+        """Save a Lightning checkpoint, in a bucket, too, if the run is kept in one.
 
         Raises:
-            TrainingError: it cannot be written, as on a full disk.
+            TrainingError: it cannot be written, as on a full disk; or another machine has gone on with the run.
+            FetchError: the bucket's server fails for longer than the deadline.
         """
         path = Path(path)
         try:
@@ -49,6 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"The checkpoint {path} cannot be written: {error.strerror}. The last good one is kept; see that "
                 "there is space."
             ) from error
+        push(path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Load one: tensors and plain data, and nothing else.

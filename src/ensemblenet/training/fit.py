@@ -7,11 +7,11 @@ import json
 import os
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,11 +19,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from ensemblenet._moved import renamed
 from ensemblenet.cost import measure_cost
 from ensemblenet.data import load_all
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import EnsembleNetError, TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets
 from ensemblenet.metrics.scores import TASKS
 from ensemblenet.recipe import Conversion
 from ensemblenet.storage.atomic import write_json
+from ensemblenet.storage.bucket import push
 from ensemblenet.storage.restore import Describes, expect_classes, store, stored_classes
 from ensemblenet.storage.runs import (
     CONFIG,
@@ -43,7 +44,9 @@ from ensemblenet.training.processes import ending_together, is_first_process
 from ensemblenet.training.search import PLAN, SEARCH, candidates, check_base_run, choose, show, take_over, validate
 from ensemblenet.training.settings import FitCLI, complete_arguments
 
-__all__ = ["fit"]
+__all__ = ["finished", "fit", "opened"]
+
+Run = TypeVar("Run", bound=FitCLI)
 
 __getattr__ = renamed(__name__, {"EpochSeed": "ensemblenet.training.callbacks.EpochSeed"})
 
@@ -55,20 +58,19 @@ def fit(arguments: Sequence[str]) -> Path:
         arguments: command-line arguments.
 
     Returns:
-        The run's folder.
+        The run's folder; of a run in a bucket, the one on this machine that stands for it.
 
     Raises:
         TrainingError: bad arguments, nothing to resume, a run that another process is writing or that was made
             with other settings, or a loss that became non-finite.
     """
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
     with ExitStack() as held:
-        cli = _opened(arguments, held)
+        cli = opened(arguments, held)
         with ending_together(cli.trainer.strategy.launcher, cli.advice):
-            return _searched(cli) if cli.config["plan"] == "search" else _finished(cli)
+            return _searched(cli) if cli.config["plan"] == "search" else finished(cli)
 
 
-def _finished(cli: FitCLI) -> Path:
+def finished(cli: FitCLI) -> Path:
     """The folder of a run after its training, its test and its results."""
     folder, module, data = cli.folder, cli.model, cli.datamodule
     if cli.config["base_run"] is not None:
@@ -86,18 +88,29 @@ def _finished(cli: FitCLI) -> Path:
     store(module.network, module.task, Inputs.of(module.example_inputs), description, folder)
     row = _row(cli, metrics)
     write_json(folder / RESULTS, {"rows": [row]})
+    push(folder)
     return folder
 
 
-def _opened(arguments: Sequence[str], held: ExitStack) -> FitCLI:
-    """A run that is ready to begin, or to go on; its folder is this process's until held ends."""
+def opened(arguments: Sequence[str], held: ExitStack, kind: Callable[..., Run] = FitCLI) -> Run:
+    """A run that is ready to begin, or to go on; its folder is this process's until held ends.
+
+    Args:
+        arguments: command-line arguments.
+        held: when it ends, other processes may write the folder.
+        kind: makes it of complete arguments, `held` and `trust`.
+
+    Raises:
+        TrainingError: as [`fit`][ensemblenet.training.fit.fit] does.
+    """
     quiet_lightning()
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it takes them for the user's
     check_replaced(replaced_options(arguments))
     complete = complete_arguments(arguments)
     load_all()
     try:
         with _lightning_errors():
-            return FitCLI(complete, held, trust="--trust" in arguments)
+            return kind(complete, held, trust="--trust" in arguments)
     except ArgumentError as error:
         raise TrainingError(plain(error)) from error
     except ValueError as error:  # of a class that the configuration names; jsonargparse wraps it at length
@@ -155,6 +168,7 @@ def _searched(cli: FitCLI) -> Path:
     if note:
         print(note)
     take_over(runs[best], cli.folder)
+    push(cli.folder)
     return cli.folder
 
 
@@ -177,13 +191,13 @@ def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base: Path |
         chosen += ["--model.teacher_weight", "null"] if base is None else ["--model.teacher", str(base), "--trust"]
     with ExitStack() as held:
         stored = config_option(cli.folder / CONFIG, trust=True)  # it was checked or typed before
-        folder = _finished(_opened([*stored, *where, *chosen], held))
+        folder = finished(opened([*stored, *where, *chosen], held))
     gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
     return folder
 
 
 def _innermost(error: BaseException) -> BaseException:
-    while inner := error.__cause__ or error.__context__:
+    while not isinstance(error, EnsembleNetError) and (inner := error.__cause__ or error.__context__):
         error = inner
     return error
 

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from ensemblenet.errors import BusyError
+from ensemblenet.storage.bucket import address, pull
 from ensemblenet.storage.lock import read_writer, sole_writer
 from ensemblenet.storage.runs import CONFIG, RESULTS, unfinished_runs
 
@@ -135,12 +136,12 @@ def _is_allowed(name: str, old: Any, new: Any, named: bool) -> bool:
 
 
 def take_unfinished(
-    runs: Path, name: str, change: Callable[[Path, Mapping[str, Any]], str | None], held: ExitStack
+    runs: str | Path, name: str, change: Callable[[Path, Mapping[str, Any]], str | None], held: ExitStack
 ) -> Path | None:
     """Become the writer of the newest unfinished run that fits, and say which ones were passed over.
 
     Args:
-        runs: where run folders are.
+        runs: where run folders are; a folder, or a URL.
         name: begins the names of those that count.
         change: what a run's folder and configuration have that keeps it from going on, such as
             [`changed_setting`][ensemblenet.training.resume.changed_setting] says; None where nothing does.
@@ -151,14 +152,15 @@ def take_unfinished(
     for folder in unfinished_runs(runs, name):
         # Before it is locked: a process that only looks must not seem to write it to one whose run it is.
         if changed := change(folder, _stored(folder)):
-            passed.append(f"{folder}, made with {changed}")
+            passed.append(f"{address(folder)}, made with {changed}")
             continue
         with ExitStack() as attempt:
             try:
                 attempt.enter_context(sole_writer(folder))
             except BusyError:
-                passed.append(f"{folder}, being written by {read_writer(folder) or 'another process'}")
+                passed.append(f"{address(folder)}, being written by {read_writer(folder) or 'another process'}")
                 continue
+            pull(folder)
             if (folder / RESULTS).exists() or change(folder, _stored(folder)):  # another process had it until now
                 continue
             held.enter_context(attempt.pop_all())

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
+from ensemblenet.storage.bucket import address, push, run_folder
 from ensemblenet.storage.lock import KeepFolder, sole_writer
 from ensemblenet.storage.runs import (
     CHECKPOINT,
@@ -86,8 +87,11 @@ class FitCLI(LightningCLI):
 
     folder: Path
 
+    command = "fit"  # that goes on with such a run
+
     def __init__(self, args: list[str], held: ExitStack, trust: bool = False) -> None:
         self.held = held
+        self.trust = trust
         self.changed: list[str] = []  # of a resumed run: what decides its result and is not what it was
         self._environment = environment()
         super().__init__(
@@ -107,14 +111,13 @@ class FitCLI(LightningCLI):
                 "exit_on_error": False,
             },
         )
-        self.model.trusts_teacher = trust
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the run and not to Lightning."""
         for name in REPLACED:  # runs of earlier versions have them in their configuration, without a value
             parser.add_argument(f"--{name}", type=str | dict[str, Any] | None, default=SUPPRESS, help=SUPPRESS)
         parser.add_argument("--name", default="fit", help="begins the name of the run's folder")
-        parser.add_argument("--runs", type=Path, default=Path("runs"), help="where run folders are made")
+        parser.add_argument("--runs", default="runs", help="where run folders are made; a folder, or s3://BUCKET/PATH")
         parser.add_argument(
             "--plan",
             type=Literal["given", "search"],
@@ -174,13 +177,18 @@ class FitCLI(LightningCLI):
             )
         rename_scores(listed(self.config["trainer"]["callbacks"]))
 
+    def instantiate_classes(self) -> None:
+        """Make module, data and trainer."""
+        super().instantiate_classes()
+        self.model.trusts_teacher = self.trust
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
         chosen = self.config_init["trainer"]
         check_trainer(chosen)
         callbacks = listed(chosen["callbacks"])
         check_callbacks(callbacks)
-        self.folder = agreed_folder(self._choose_folder)
+        self.folder = self.find_folder()
         if not (self.folder / CONFIG).exists():
             self.keep_settings()
         steps, ema, base_run = (self.config[key] for key in ("checkpoint_steps", "ema", "base_run"))
@@ -226,8 +234,7 @@ class FitCLI(LightningCLI):
         """Write configuration and environment: of a new run at once, of a resumed one when it goes on with them."""
         if not is_first_process():
             return
-        stored = _without_objects(self._plain(self.config)) | {"resume": None}
-        keep_config(self.folder, yaml.safe_dump(stored, sort_keys=False))
+        keep_config(self.folder, self.stored_settings())
         if self._environment:
             keep_environment(self.folder, self._environment)
             self._environment = {}
@@ -235,38 +242,53 @@ class FitCLI(LightningCLI):
             keep_earlier(self.folder / RESULTS)
             (self.folder / RESULTS).unlink()
 
-    def _choose_folder(self) -> Path:
+    def stored_settings(self) -> str:
+        """The configuration as a run keeps it."""
+        stored = _without_objects(self._plain(self.config)) | {"resume": None}
+        return yaml.safe_dump(stored, sort_keys=False)
+
+    def find_folder(self) -> Path:
+        """The run's folder, the same in all of its processes."""
+        return agreed_folder(self.choose_folder)
+
+    def choose_folder(self) -> Path:
         """The run's folder, whose one writer this process is from now on."""
         name, runs, resume = (self.config[key] for key in ("name", "runs", "resume"))
         if resume is None and goes_on_unasked():
             resume = "auto"
-        if resume == "auto" and (found := take_unfinished(Path(runs), name, self._change, self.held)):
+        if resume == "auto" and (found := take_unfinished(runs, name, self._change, self.held)):
             return self._resumable(found)
         if resume in (None, "auto"):
             self.changed.clear()
-            folder = create_run_folder(Path(runs), name)
+            folder = create_run_folder(runs, name)
             self.held.enter_context(sole_writer(folder))
             return self._resumable(folder, new=True)
-        folder = Path(resume)
+        folder = run_folder(resume)
         # settings newer than the run get their defaults; what may be named was checked with the arguments
         stored = self._plain(self.parser.parse_args(config_option(folder / CONFIG, trust=True)))
         self.held.enter_context(sole_writer(folder))
         if change := self._change(folder, stored, named=True):
-            raise TrainingError(f"{folder} was made with {change}. Leave that out, or --resume for a new run.")
+            raise TrainingError(f"{resume} was made with {change}. Leave that out, or --resume for a new run.")
         if (folder / RESULTS).exists() and not is_longer(stored, self._plain(self.config)):
             raise TrainingError(
-                f"{folder} is finished: it has {RESULTS}. To train it for longer, give more --trainer.max_epochs (or "
+                f"{resume} is finished: it has {RESULTS}. To train it for longer, give more --trainer.max_epochs (or "
                 "max_steps) than it had; for a new run, leave --resume out."
             )
         return self._resumable(folder)
 
     def _resumable(self, folder: Path, new: bool = False) -> Path:
-        self.held.enter_context(resumable(folder, "fit", partial(self._begun, folder), new))
+        self.held.enter_context(resumable(folder, self.command, partial(self._begun, folder), new))
+        if address(folder) != str(folder) and self.config["trainer"]["num_nodes"] > 1:
+            raise TrainingError(
+                f"{address(folder)}: runs in a bucket are for one machine, got num_nodes "
+                f"{self.config['trainer']['num_nodes']}: give a folder that all machines see."
+            )
+        push(folder, always=not new)  # early, to see that one may, and to say that the run goes on here
         return folder
 
     def advice(self) -> str | None:
         """How to go on with the run, where something of it is kept."""
-        return go_on("fit", self.folder) if self._begun(self.folder) else None
+        return go_on(self.command, self.folder) if self._begun(self.folder) else None
 
     def _begun(self, folder: Path) -> bool:
         trainer = getattr(self, "trainer", None)

@@ -1,0 +1,60 @@
+"""What tests run on the nodes of a Ray cluster, and two such nodes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from commands import own_environment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from ray.cluster_utils import Cluster
+
+
+@contextmanager
+def two_nodes() -> Iterator[Cluster]:
+    """Two nodes of one CPU each on this machine, whose processes find this module."""
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own_environment(Path(__file__).parent).items():
+            patch.setenv(name, value)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        nodes.add_node(num_cpus=1)
+        yield nodes
+        ray.shutdown()
+        nodes.shutdown()
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray's would outlive its nodes
+
+
+class Waiting(torch.nn.Linear):
+    """A base that says where it is made, and waits there."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(40, 10)
+        if not ray.is_initialized():
+            return
+        Path(folder, f"{ray.get_runtime_context().get_node_id()}.{os.getpid()}").touch()
+        end = time.monotonic() + 120
+        while not Path(folder, "go").exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+class Dies(Callback):
+    """Kills the second process of a run in its second epoch, once."""
+
+    def __init__(self, died: str) -> None:
+        self.died = Path(died)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 4 and not self.died.exists():
+            self.died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
