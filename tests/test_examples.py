@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from commands import run_apart, script
 
 EXAMPLES = [  # tests/deploy/test_serving.py runs the server
     path for path in sorted((Path(__file__).parents[1] / "examples").glob("*.py")) if path.stem != "serve_fastapi"
@@ -17,13 +16,16 @@ EXAMPLES = [  # tests/deploy/test_serving.py runs the server
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_and_learns(path: Path, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_an_example_runs_and_learns(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    done = run_apart(tmp_path / "printed", script, path)
+    assert done.code == 0, done.stderr
     accuracy = re.search(r"^accuracy: (0\.\d+|1\.0+)$", done.stdout, re.MULTILINE)
     assert accuracy is not None, done.stdout
     assert float(accuracy[1]) > 0.6
-    assert list(tmp_path.iterdir()) == []  # leaves nothing behind
+    assert list(folder.iterdir()) == []  # leaves nothing behind
 
 
 def test_the_notebook_leads_to_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

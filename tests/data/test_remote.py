@@ -189,8 +189,12 @@ def test_a_file_that_has_changed_is_fetched_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", [503, 429, "cut", "stall"])
-def test_what_fails_for_a_while_is_read_at_last(fault: Any, folder: Path, server: FailingServer) -> None:
+def test_what_fails_for_a_while_is_read_at_last(
+    fault: Any, folder: Path, server: FailingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.faults["/train-0000.tar"] = [fault, fault] if fault != "stall" else [fault]
+    monkeypatch.setattr(remote, "DEADLINE", 300.0)
+    monkeypatch.setattr(remote, "SILENCE", 0.3 if fault == "stall" else 60.0)
     with pytest.warns(UserWarning, match=r"http://.*/train-0000\.tar fails \(.*\); it is tried again"):
         file = remote.remote_file(f"{server.url}/train-0000.tar").open()
     assert file.read() == (folder / "train-0000.tar").read_bytes()

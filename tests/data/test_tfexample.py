@@ -126,10 +126,10 @@ def test_bytes_that_are_no_message(data: bytes, message: str) -> None:
 
 
 def test_a_number_without_an_end_takes_no_time() -> None:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ValueError, match="has a number of more than 10 bytes"):
         read_fields(b"\xff" * 2**20)
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_only_an_empty_feature_may_be_of_another_kind() -> None:

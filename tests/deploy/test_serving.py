@@ -74,7 +74,7 @@ def test_a_process_without_ensemblenet_gives_prediction_heads_and_spread(tmp_pat
     export(fuse(model), tmp_path / "m.onnx", description={"classes": CLASSES})
     x = 3 * torch.randn(5, 40)
     np.save(tmp_path / "x.npy", x.numpy())
-    done = subprocess.run([sys.executable, "-c", _STRANGER], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", _STRANGER], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     expected = answers(model, x)
     with np.load(tmp_path / "got.npz") as got:
@@ -152,7 +152,7 @@ def address(served: Path) -> Iterator[str]:
 
 async def ask(address: str, x: list[Tensor]) -> list[Any]:
     """What the server says to clients who ask at once."""
-    async with httpx.AsyncClient(base_url=address, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=600) as client:
         responses = await asyncio.gather(*(client.post("/predict", json={"x": row.tolist()}) for row in x))
     return [response.raise_for_status().json() for response in responses]
 

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 from networks import ODD, LongSkip, TokenMixer
 from torch import Tensor, fx, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import ensemblenet
 from ensemblenet import CoDistillationLoss, EnsembleNet, convert
@@ -589,30 +587,3 @@ def test_channels_last() -> None:
     torch.testing.assert_close(fused(IMAGES.to(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
     convolution = fused.heads[1].get_parameter("merge.weight")
     assert convolution.is_contiguous(memory_format=torch.channels_last)
-
-
-def run_rank(rank: int, port: int, results: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    fused = fuse(mixer().eval())
-    parallel = DistributedDataParallel(fused)
-    half = slice(2 * rank, 2 * rank + 2)
-    for _ in range(2):
-        parallel.zero_grad()
-        CoDistillationLoss(2.0)(parallel(IMAGES[half], per_head=True), LABELS[half]).backward()
-    results[rank] = [parameter.grad.tolist() for parameter in fused.parameters()]
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_have_the_gradients_of_one() -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    results = mp.get_context("spawn").Manager().dict()
-    mp.spawn(run_rank, args=(port, results), nprocs=2)
-    model = mixer().eval()
-    CoDistillationLoss(2.0)(model(IMAGES, per_head=True), LABELS).backward()
-    for left, right, parameter in zip(results[0], results[1], model.parameters(), strict=True):
-        assert left == right
-        torch.testing.assert_close(torch.tensor(left), parameter.grad, rtol=1e-4, atol=1e-6)

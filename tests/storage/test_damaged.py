@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from commands import run_apart, script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "damaged_directories.py"
 
 
-def test_damage_is_found_or_does_no_harm() -> None:
+def test_damage_is_found_or_does_no_harm(tmp_path: Path) -> None:
     """The script's short form, in a process of its own, whose memory nothing else has filled."""
-    done = subprocess.run([sys.executable, SCRIPT, "--count", "70"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_apart(tmp_path / "printed", script, SCRIPT, "--count", "70")
+    assert done.code == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["kind"] for line in lines] == ["saved", "older", "run", "checkpoint"]
     for line in lines:

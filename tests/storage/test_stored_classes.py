@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,12 +39,10 @@ class Own(LightningDataModule):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def own_code(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("code")
     (folder / "small_network.py").write_text(OWN_CODE)
     sys.path.insert(0, str(folder))
-    yield
-    sys.path.remove(str(folder))
 
 
 def arguments(folder: Path) -> list[str]:

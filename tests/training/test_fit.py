@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from commands import own_environment
+from commands import run_apart
 
 import ensemblenet
 from ensemblenet.cli.main import main
@@ -68,7 +67,6 @@ def config(tmp_path, monkeypatch, one_thread) -> Path:
     """A configuration of a tiny run, in a folder that also holds the user's own module."""
     (tmp_path / "mine.py").write_text(CUSTOM_CODE)
     monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop("mine", None)
     settings = {
         "name": "tiny",
         "seed_everything": 3,
@@ -139,13 +137,9 @@ def test_a_killed_run_resumes_to_the_same_weights(config):
     whole = fit(custom)
 
     killed_options = [*options(config, runs="killed", model__base="mine.Dropping", trainer__max_epochs="5")]
-    killed = subprocess.run(
-        [sys.executable, "-m", "ensemblenet", "fit", *killed_options, "--trainer.callbacks", "mine.KilledOnce"],
-        env=own_environment(config.parent),
-        capture_output=True,
-        timeout=120,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    arguments = ["fit", *killed_options, "--trainer.callbacks", "mine.KilledOnce"]
+    killed = run_apart(config.parent / "printed", main, arguments)
+    assert killed.code == -signal.SIGKILL, killed.stderr
     [folder] = (config.parent / "killed").iterdir()
     assert not (folder / "results.json").exists()
     assert checkpoint(folder)["global_step"] == 5  # the end of the first epoch

@@ -6,14 +6,13 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from commands import own_environment
+from commands import run_apart
 from lightning.pytorch import Callback
 from made_images import make_folders
 from timm.loss import BinaryCrossEntropy
@@ -21,6 +20,7 @@ from torch import nn
 
 import ensemblenet
 from ensemblenet.cli.main import main
+from ensemblenet.data.image_sets import ImageSet
 from ensemblenet.errors import TrainingError
 from ensemblenet.heads import Choice, FusedEnsembleNet
 from ensemblenet.models import create
@@ -66,7 +66,6 @@ class Small(nn.Module):
 def own_code(tmp_path, monkeypatch, one_thread):
     (tmp_path / "own.py").write_text(OWN_CODE)
     monkeypatch.syspath_prepend(tmp_path)
-    sys.modules.pop("own", None)
 
 
 def make(folder, runs="runs", data=(), model=(), **settings):
@@ -108,13 +107,8 @@ def test_a_run_killed_within_an_epoch_goes_on_to_the_same_weights(tmp_path):
     whole = fit([*make(tmp_path, data={"num_workers": 2}), *options])
 
     arguments = [*make(tmp_path, "killed", data={"num_workers": 2}), *options, "--checkpoint_steps", "1"]
-    killed = subprocess.run(
-        [sys.executable, "-m", "ensemblenet", "fit", *arguments, "--trainer.callbacks", "own.KilledOnce"],
-        env=own_environment(tmp_path),
-        capture_output=True,
-        timeout=120,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = run_apart(tmp_path / "printed", main, ["fit", *arguments, "--trainer.callbacks", "own.KilledOnce"])
+    assert killed.code == -signal.SIGKILL, killed.stderr
     [folder] = (tmp_path / "killed").iterdir()
     state = checkpoint(folder)
     assert state["global_step"] == 6
@@ -320,28 +314,23 @@ def test_a_broken_image_ends_the_run_in_one_line(tmp_path, capsys):
     assert (folder / "results.json").exists()
 
 
+def fit_with_dying_workers(folder, arguments):
+    """The workers that load data die once there is a checkpoint."""
+    decode = ImageSet.image
+
+    def image(self, index):
+        if list(folder.glob("runs/*/checkpoints/last.ckpt")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(self, index)
+
+    ImageSet.image = image
+    return main(["fit", *arguments])
+
+
 def test_a_worker_that_dies_ends_the_run(tmp_path):
     arguments = make(tmp_path, data={"num_workers": 2}, trainer={"max_epochs": 50, "accelerator": "cpu"})
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from ensemblenet.cli.main import main\n"
-        "from ensemblenet.data.image_sets import ImageSet\n"
-        "decode = ImageSet.image\n"
-        "def image(self, index):\n"
-        "    if list(Path(sys.argv[0]).glob('runs/*/checkpoints/last.ckpt')): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return decode(self, index)\n"
-        "ImageSet.image = image\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    ).replace("sys.argv[0]", repr(str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, "-c", code, "fit", *arguments],
-        env=own_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2, done.stderr
+    done = run_apart(tmp_path / "printed", fit_with_dying_workers, tmp_path, arguments)
+    assert done.code == 2, done.stderr
     assert "A process that loads data died: DataLoader worker" in done.stderr
 
 

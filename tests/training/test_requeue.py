@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,7 +44,7 @@ SLURM = {
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The environment of a Slurm job, with an `scontrol` that notes how it was called."""
     programs, called = tmp_path / "bin", tmp_path / "called"
     programs.mkdir()
@@ -55,14 +53,9 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "own.py").write_text(OWN_CODE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):  # which Lightning sets
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
     for name, value in {**SLURM, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}.items():
         monkeypatch.setenv(name, value)
-    before = signal.getsignal(signal.SIGUSR1)
-    yield called
-    signal.signal(signal.SIGUSR1, before)
+    return called
 
 
 def test_a_job_whose_time_is_nearly_up_goes_on_at_its_next_step(

@@ -124,7 +124,7 @@ def test_two_processes_count_every_video_once_where_their_shares_differ(tmp_path
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false"]
     command = [sys.executable, "-m", "ensemblenet", "fit", *arguments, *two]
     done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     [run] = (tmp_path / "runs").iterdir()

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
@@ -22,7 +23,16 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from ensemblenet.data.tensors import TensorExamples
 from ensemblenet.errors import DataError, FetchError
 
-__all__ = ["Broken", "ExampleLoader", "Examples", "OnBroken", "Part", "ResumableLoader", "seed_generators"]
+__all__ = [
+    "Broken",
+    "ExampleLoader",
+    "Examples",
+    "OnBroken",
+    "Part",
+    "ResumableLoader",
+    "seed_epoch",
+    "seed_generators",
+]
 
 OnBroken = Literal["error", "skip"]
 
@@ -348,6 +358,11 @@ def seed_generators(*key: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch GPUs, which a worker must not
+
+
+def seed_epoch(seed: int, epoch: int) -> None:
+    """Seed all global generators, those of GPUs too, for an epoch of a run; alike on all of its processes."""
+    seed_everything((seed * 1_000_003 + epoch) % 2**32, verbose=False)
 
 
 def as_it_is(batch: Any) -> Any:

@@ -12,7 +12,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ensemblenet.errors import LoadError, MissingExtraError
 from ensemblenet.models.sources import BaseSource, is_plain, source_of
@@ -140,8 +140,14 @@ def _makes(source: BaseSource, base: nn.Module) -> bool:
         return False
     if type(made) is not type(base) or repr(made) != repr(base) or _facts(made) != _facts(base):
         return False
-    fixed = [{name: own for name, own in m.named_buffers() if name not in m.state_dict()} for m in (made, base)]
-    return all(torch.equal(own, fixed[1][name].to(own.device)) for name, own in fixed[0].items())
+    fixed = _fixed_buffers(base)
+    return all(torch.equal(own, fixed[name].to(own.device)) for name, own in _fixed_buffers(made).items())
+
+
+def _fixed_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Those that are not stored: no weights that are loaded later make them equal."""
+    stored = network.state_dict()
+    return {name: buffer for name, buffer in network.named_buffers() if name not in stored}
 
 
 def _facts(network: nn.Module) -> dict[str, Any]:

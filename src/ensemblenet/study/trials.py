@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ensemblenet._moved import renamed
 from ensemblenet.cost import Budget
 from ensemblenet.data import DataModule
+from ensemblenet.data.loading import seed_epoch
 from ensemblenet.errors import LoadError, TrainingError
 from ensemblenet.inputs import Tree, call, inputs_and_targets, tensors_in, to_device
 from ensemblenet.recipe import Conversion
@@ -370,7 +371,7 @@ def train(
     task.train()
     step = 0
     for epoch in range(epochs):
-        seed_everything((seed * 1_000_003 + epoch) % 2**32, verbose=False)
+        seed_epoch(seed, epoch)
         if hasattr(loader.sampler, "set_epoch"):
             loader.sampler.set_epoch(epoch)
         total = torch.zeros((), device=device)

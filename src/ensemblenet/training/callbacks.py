@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ensemblenet.conversion.capacity import Capacity
-from ensemblenet.data.loading import seed_generators
+from ensemblenet.data.loading import seed_epoch, seed_generators
 from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import TrainingError
 from ensemblenet.inputs import Inputs, inputs_and_targets, num_examples
@@ -73,8 +73,7 @@ class EpochSeed(Callback):
         loader = trainer.train_dataloader
         if isinstance(loader, DataLoader) and loader.generator is None:
             loader.generator = torch.Generator()
-        mixed = self.seed * 1_000_003 + trainer.current_epoch
-        seed_everything(mixed % 2**32, verbose=False)
+        seed_epoch(self.seed, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Seed them for the step, on each process otherwise."""
