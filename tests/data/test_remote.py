@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import random
+import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from made_images import CLASSES, encoded, make_shards, make_tars
+from made_videos import make_video
 from servers import FailingServer, http_server, upload
 from shards import AUDIO, RGB, framed, serialized, videos
 
 from ensemblenet.cli.main import main
 from ensemblenet.data import ImageData, Kinetics, ParquetImages, YouTube8M, remote
 from ensemblenet.data.module import DataModule
+from ensemblenet.data.remote import cache_folder
 from ensemblenet.errors import DataError, FetchError, without_secrets
 from ensemblenet.storage.trust import read_config
 
@@ -170,9 +175,59 @@ def test_parquet_files_are_read_from_a_bucket(tmp_path: Path, monkeypatch: pytes
         ParquetImages(f"{url}/nothing").setup("fit")
 
 
-def test_videos_are_read_from_a_disk_only() -> None:
-    with pytest.raises(DataError, match=r"^Videos are read from a disk: copy s3://bucket/videos to one"):
-        Kinetics("s3://bucket/videos")
+def clips(folder: Any, split: str, workers: int = 0) -> list[Any]:
+    small = {"num_frames": 4, "stride": 2, "image_size": 16, "batch_size": 2, "num_workers": workers, "seed": 0}
+    data = Kinetics(folder, split, split, **small)
+    data.setup("fit")
+    assert data.classes == ["high jump", "run"]
+    return [*data.train_dataloader(), *data.val_dataloader()]
+
+
+def test_videos_in_tars_and_at_urls_are_those_of_class_folders(tmp_path: Path) -> None:
+    root, served = tmp_path / "disk", tmp_path / "served"
+    served.mkdir()
+    videos = [f"{name}/{number}.mp4" for name in ("high_jump", "run") for number in (0, 1)]
+    for number, name in enumerate(videos):
+        make_video(root / "train" / name, frames=10 + number)
+    expected = clips(root, "train")
+    for number in (0, 1):
+        with tarfile.open(served / f"train-{number}.tar", "w") as folders:
+            for name in videos[2 * number : 2 * number + 2]:
+                folders.add(root / "train" / name, f"train/{name}")
+    for number in (0, 1):
+        with tarfile.open(served / f"wds-{number}.tar", "w") as samples:
+            for name in videos[2 * number : 2 * number + 2]:
+                samples.add(root / "train" / name, f"{name.replace('/', '-')}")
+                label = tarfile.TarInfo(name.replace("/", "-").replace(".mp4", ".cls"))
+                text = name.partition("/")[0].encode() + b"\n"
+                label.size = len(text)
+                samples.addfile(label, io.BytesIO(text))
+    (served / "train.csv").write_text(
+        "label,youtube_id\n" + "".join(f"{name.partition('/')[0]},{Path(name).stem}\n" for name in videos)
+    )
+    shutil.copytree(root / "train", served / "single")
+    (served / "list.txt").write_text("".join(f"single/{name} {name.partition('/')[0]}\n" for name in videos))
+    with http_server(served) as server:
+        lines = "".join(f"{server.url}/single/{name},{name.partition('/')[0]}\n" for name in videos)
+        (served / "urls.csv").write_text(f"{lines}{server.url}/single/gone.mp4,run\n")
+        for place in (served, server.url):
+            for split in ("train-{0..1}.tar", "wds-*.tar", "list.txt", "urls.csv", "train.csv"):
+                assert same(clips(place, split), expected), (place, split)
+        assert same(clips(server.url, "train-{0..1}.tar", workers=1), expected)
+
+        data = Kinetics(server.url, "urls.csv", "urls.csv", num_workers=0, on_broken="skip")
+        data.setup("fit")
+        for path in cache_folder().glob("*.file"):
+            path.unlink()
+        server.faults["/single/run/1.mp4"] = [503] * 1000
+        with pytest.warns(UserWarning, match="tried again"), pytest.raises(DataError, match=r"run/1\.mp4 cannot be"):
+            list(data.val_dataloader())
+    with tarfile.open(served / "bare.tar", "w") as bare:
+        bare.add(root / "train" / videos[0], "a.mp4")
+    with pytest.raises(DataError, match=r"bare\.tar holds neither class folders with videos nor videos with labels"):
+        clips(served, "bare.tar")
+    with pytest.raises(DataError, match=r"No shards match none-\*\.tar in .*served"):
+        clips(served, "none-*.tar")
 
 
 def test_a_file_that_has_changed_is_fetched_again(tmp_path: Path) -> None:

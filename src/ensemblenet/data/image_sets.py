@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -26,15 +26,13 @@ from ensemblenet.data.listing import class_folders
 from ensemblenet.data.remote import (
     MissingError,
     RemoteFile,
-    expanded,
     find_whole,
     folder_of,
     in_threads,
-    is_url,
     joined,
     remote_file,
 )
-from ensemblenet.data.tars import TarFile, files_of_tar
+from ensemblenet.data.tars import TarFile, by_class, files_of_tar, find_tars
 from ensemblenet.errors import ClassesError, DataError, first_line
 
 __all__ = ["ImageSet", "open_images"]
@@ -161,14 +159,15 @@ def _class_folders(folder: Path | str, dataset: str, split: str, options: Mappin
     """Images in the order of their names; those of one class lie in one folder, at any depth."""
     path = _find_split(folder, split)
     class_map = _class_map(path, options)
-    found: dict[str, list[tuple[str, Path | TarFile]]]
+    found: Mapping[str, Sequence[tuple[str, Path | TarFile]]]
     if isinstance(path, Path) and path.is_dir():
-        by_class = class_folders(path, IMAGE_SUFFIXES)
-        found = {of: [(file.relative_to(path).as_posix(), file) for file in files] for of, files in by_class.items()}
+        folders = class_folders(path, IMAGE_SUFFIXES)
+        found = {of: [(file.relative_to(path).as_posix(), file) for file in files] for of, files in folders.items()}
     else:
-        found = _classes_of_tar(path)
-    if loose := [name for name, _ in found.pop("", [])]:
+        found = by_class(files_of_tar(path, IMAGE_SUFFIXES))
+    if loose := [name for name, _ in found.get("", [])]:
         rank_zero_info(f"{len(loose):,} images of {path} lie in no class's folder and are left out: {loose[0]}, ...")
+        found = {of: files for of, files in found.items() if of}
     numbers = class_map or {name: number for number, name in enumerate(in_order(found))}
     for name, files in sorted(found.items()):
         if name in numbers and not files:
@@ -187,19 +186,6 @@ def _class_folders(folder: Path | str, dataset: str, split: str, options: Mappin
 
 def _opened(file: Path | TarFile) -> Path | BinaryIO:
     return file.open() if isinstance(file, TarFile) else file
-
-
-def _classes_of_tar(path: Path | RemoteFile) -> dict[str, list[tuple[str, Path | TarFile]]]:
-    """The images of each class, with names, as in class folders; what all images lie in is the split itself."""
-    files = files_of_tar(path, IMAGE_SUFFIXES)
-    places = [PurePosixPath(file.name.removeprefix("/")).parts for file in files]
-    while places and all(len(place) > 2 for place in places) and len({place[0] for place in places}) == 1:
-        places = [place[1:] for place in places]
-    found: dict[str, list[tuple[str, Path | TarFile]]] = {}
-    for place, file in zip(places, files, strict=True):
-        of = class_name(place[0]) if len(place) > 1 else ""
-        found.setdefault(of, []).append(("/".join(place), file))
-    return found
 
 
 def _class_map(split: Path | RemoteFile, options: Mapping[str, Any]) -> dict[str, int] | None:
@@ -306,15 +292,10 @@ def _hugging_face(folder: Path | str, dataset: str, split: str, options: Mapping
 
 def _shards(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
     """Images in tars where the files of one stem are a sample: an image, and its label in `.cls`."""
-    if is_url(place := joined(folder, split)):
-        shards: Sequence[Path | RemoteFile] = find_whole(str(place))
-    else:
-        shards = sorted({path for pattern in expanded(split) for path in Path(folder).glob(pattern)})
-    if not shards:
-        raise DataError(f"No shards match {split} in {folder}; dataset=wds/ takes a pattern such as train-*.tar.")
+    shards = find_tars(folder, split)
     samples = [sample for found in in_threads(_samples, shards, "Reading shards") for sample in found]
     return ImageSet(
-        str(place),
+        str(joined(folder, split)),
         np.array([label for _, label in samples], np.int64),
         _named_classes(joined(folder, _CLASSES)),
         lambda index: samples[index][0].open(),

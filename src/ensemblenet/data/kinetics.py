@@ -16,8 +16,8 @@ from ensemblenet.data.files import FileReader
 from ensemblenet.data.image_files import check_view
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
-from ensemblenet.data.remote import is_url
-from ensemblenet.data.video import ClipSampling, Decoder, Short
+from ensemblenet.data.remote import checked_place
+from ensemblenet.data.video import ClipSampling, Decoder, Short, VideoFile
 from ensemblenet.data.video_sets import VIDEO_SUFFIXES, find_videos, order_of_labels
 from ensemblenet.data.views import RandomView, Span, UniformViews, ViewReader, Views, view_reader
 from ensemblenet.errors import DataError
@@ -37,8 +37,9 @@ class Kinetics(DataModule):
     of each video, (N, V, 3, T, S, S), whose predictions are averaged.
 
     Args:
-        folder: of annotations and videos, see [`ensemblenet.data.video_sets.find_videos`][].
-        train: the training split: an annotation, a list or a folder.
+        folder: of annotations and videos, or its URL (`https://`, `s3://`, `gs://`, `hf://`), see
+            [`ensemblenet.data.video_sets.find_videos`][].
+        train: the training split: an annotation, a list, a folder, or tars.
         val: the validation split.
         test: the test split; None takes the validation split.
         num_frames: T.
@@ -126,10 +127,10 @@ class Kinetics(DataModule):
             raise DataError("cache=true needs num_workers=0: each worker would fill a cache of its own, every epoch.")
         ClipSampling(num_frames, stride, seconds, short)  # refuses numbers out of range
         super().__init__(batch_size, eval_batch_size, num_workers, on_broken, max_broken, seed)
-        if is_url(folder):
-            raise DataError(f"Videos are read from a disk: copy {folder} to one, such as by `aws s3 sync`.")
-        self.folder = Path(folder)
+        self.folder = checked_place(folder)
         self.splits: dict[Split, str] = {"train": train, "val": val, "test": test or val}
+        for split in self.splits.values():
+            checked_place(split)
         self.untrimmed = untrimmed
         self.decoder: Decoder = decoder
         self.cache = cache
@@ -179,9 +180,10 @@ class Kinetics(DataModule):
         return self.splits["test"] == self.splits["val"]
 
     def example_name(self, split: Split, place: int) -> str:
-        """The file of a video after `setup`, relative to `folder`."""
+        """The file of a video after `setup`, relative to `folder` where it lies there."""
         path = self.examples(split).paths[place]
-        return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
+        is_in = isinstance(path, Path) and path.is_relative_to(self.folder)
+        return str(path.relative_to(self.folder) if is_in else path)
 
     @classmethod
     def file_reader(cls, input_shape: Sequence[int], preprocessing: Mapping[str, Any]) -> FileReader:
@@ -201,7 +203,7 @@ class LabelledViews:
         read: reads a video.
     """
 
-    paths: list[Path]
+    paths: list[VideoFile]
     labels: list[int]
     spans: Sequence[Span | None]
     read: ViewReader

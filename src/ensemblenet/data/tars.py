@@ -12,11 +12,12 @@ from typing import IO, BinaryIO
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from ensemblenet.data.classes import class_name
 from ensemblenet.data.listing import is_hidden
-from ensemblenet.data.remote import RemoteFile
+from ensemblenet.data.remote import RemoteFile, expanded, find_whole, is_url, joined
 from ensemblenet.errors import DataError, first_line
 
-__all__ = ["TarFile", "files_of_tar"]
+__all__ = ["TarFile", "by_class", "files_of_tar", "find_tars"]
 
 _LONGEST_END = 2**20  # bytes of zeros behind the files that are looked at; most programs write up to 10 KiB
 
@@ -37,11 +38,44 @@ class TarFile:
     begin: int
     size: int
 
+    def __str__(self) -> str:
+        return f"{self.name} of {self.tar}"
+
     def open(self) -> BinaryIO:
         """Its content, in memory; the tar is closed again, as open files must not pass to workers."""
         with self.tar.open("rb") as file:
             file.seek(self.begin)
             return io.BytesIO(file.read(self.size))
+
+
+def find_tars(folder: Path | str, pattern: str) -> Sequence[Path | RemoteFile]:
+    """The tars that a pattern such as `train-{0000..1023}.tar` names, sorted; those at a URL may all be kept here.
+
+    Args:
+        folder: of the data, or its URL.
+        pattern: in the folder, or a URL.
+
+    Raises:
+        DataError: there are none, or too little room for them.
+        FetchError: their server fails.
+    """
+    if is_url(place := joined(folder, pattern)):
+        return find_whole(str(place))
+    if found := sorted({path for part in expanded(pattern) for path in Path(folder).glob(part)}):
+        return found
+    raise DataError(f"No shards match {pattern} in {folder}; a pattern is such as train-*.tar.")
+
+
+def by_class(files: Sequence[TarFile]) -> dict[str, list[tuple[str, TarFile]]]:
+    """The files of each class, with names, as in class folders; what all files lie in is the split itself."""
+    places = [PurePosixPath(file.name.removeprefix("/")).parts for file in files]
+    while places and all(len(place) > 2 for place in places) and len({place[0] for place in places}) == 1:
+        places = [place[1:] for place in places]
+    found: dict[str, list[tuple[str, TarFile]]] = {}
+    for place, file in zip(places, files, strict=True):
+        of = class_name(place[0]) if len(place) > 1 else ""
+        found.setdefault(of, []).append(("/".join(place), file))
+    return found
 
 
 def files_of_tar(path: Path | RemoteFile, suffixes: Sequence[str]) -> list[TarFile]:

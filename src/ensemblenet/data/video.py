@@ -6,6 +6,7 @@ Shapes: T frames of H x W pixels are a tensor (T, 3, H, W), uint8, RGB.
 from __future__ import annotations
 
 import bisect
+import io
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensemblenet.data.remote import RemoteFile
+from ensemblenet.data.tars import TarFile
 from ensemblenet.errors import DataError, first_line
 
-__all__ = ["ClipSampling", "Decoder", "Short", "TorchcodecVideo", "Video", "reader"]
+__all__ = ["ClipSampling", "Decoder", "Short", "TorchcodecVideo", "Video", "VideoFile", "reader"]
 
+VideoFile = Path | TarFile | RemoteFile
 Decoder = Literal["pyav", "torchcodec"]
 Short = Literal["loop", "pad"]
 
@@ -45,7 +49,7 @@ class Video:
     to count them, and reading decodes from the first frame on.
 
     Args:
-        path: of a file that FFmpeg can read.
+        path: of a file that FFmpeg can read; one in a tar or on a server is read into memory.
         short_side: pixels of the shorter side of the frames; None keeps the file's size. Videos that are to be shown
             turned or mirrored, as their header says, are read as they are shown.
 
@@ -56,8 +60,8 @@ class Video:
         DataError: no video, or a broken one; it names the file. Reading frames raises it too.
     """
 
-    def __init__(self, path: Path | str, short_side: int | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: VideoFile | str, short_side: int | None = None) -> None:
+        self.path = Path(path) if isinstance(path, str) else path
         self.short_side = short_side
         self._matrix: Sequence[int] | None = None
         # has threads; a frame of its own would keep them until it is freed, in a forked worker for ever
@@ -118,11 +122,19 @@ class Video:
 
     def _open(self) -> Any:
         av = _pyav()
+        source = self._source()
         try:
-            return av.open(str(self.path))
+            return av.open(source)
         except (av.error.FFmpegError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.path} cannot be opened as a video: {reason}") from error
+
+    def _source(self) -> str | io.BytesIO:
+        """What decoders open; a server that does not give it is no broken video."""
+        if isinstance(self.path, Path):
+            return str(self.path)
+        with self.path.open() as file:
+            return io.BytesIO(file.read())
 
     def _only_stream(self) -> Any:
         pictures = _pyav().stream.Disposition.attached_pic  # the cover of a song
@@ -250,10 +262,10 @@ class TorchcodecVideo(Video):
     left to PyAV.
     """
 
-    def __init__(self, path: Path | str, short_side: int | None = None) -> None:
+    def __init__(self, path: VideoFile | str, short_side: int | None = None) -> None:
         super().__init__(path, short_side)
         try:
-            self._decoder: Any = _torchcodec()(self.path, stream_index=self._stream.index, num_ffmpeg_threads=1)
+            self._decoder: Any = _torchcodec()(self._source(), stream_index=self._stream.index, num_ffmpeg_threads=1)
         except (RuntimeError, ValueError) as error:
             self.close()
             raise DataError(f"{self.path} is damaged: {first_line(error)}") from error

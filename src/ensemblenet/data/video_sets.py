@@ -9,18 +9,23 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from ensemblenet.data.classes import class_name, in_order
 from ensemblenet.data.listing import class_folders, find_in
+from ensemblenet.data.remote import MissingError, RemoteFile, in_threads, joined, remote_file
+from ensemblenet.data.tars import TarFile, by_class, files_of_tar, find_tars
+from ensemblenet.data.video import VideoFile
 from ensemblenet.data.views import Span
 from ensemblenet.errors import DataError
 
 __all__ = ["VIDEO_SUFFIXES", "LabelledVideos", "find_videos", "order_of_labels"]
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+_LABEL = ".cls"
 _NEEDED = ("label", "youtube_id")
 _COLUMNS = {*_NEEDED, "time_start", "time_end"}
 
@@ -53,27 +58,30 @@ class LabelledVideos:
     """
 
     where: str
-    paths: list[Path]
+    paths: list[VideoFile]
     labels: list[str]
     spans: list[Span | None]
     missing: int = 0
     example: str = ""
 
 
-def find_videos(folder: Path, split: str) -> LabelledVideos:
+def find_videos(folder: Path | str, split: str) -> LabelledVideos:
     """Find the videos of a split, in any of the layouts.
 
     Args:
-        folder: of the data.
+        folder: of the data, or its URL.
         split: an annotation of Kinetics within it (`train.csv` with the columns `label`, `youtube_id` and, for most
             downloaders, `time_start` and `time_end`), a list with a line `PATH LABEL` for each video, or a folder of
             class folders. Files that an annotation names are looked for in all of `folder`, as
             `ID_000010_000020.mp4` or `ID.mp4`, in the class's folder if there are several; class folders may have
             underscores for spaces, and lack quotes and brackets. Some videos of Kinetics are gone for ever, so missing
-            ones are counted.
+            ones are counted. Or a pattern of tars, such as `train-{000..099}.tar`: of class folders, or with a label
+            in `.cls` beside each video. Videos that an annotation names may lie in tars, too, and at a URL they must;
+            those of a list may be URLs.
 
     Raises:
         DataError: there is no such split, a line of it is malformed, or none of its videos exists.
+        FetchError: a server fails.
 
     Example:
         >>> import tempfile
@@ -83,10 +91,12 @@ def find_videos(folder: Path, split: str) -> LabelledVideos:
         >>> find_videos(folder, "train").labels
         ['high jump']
     """
-    place = Path(folder, split)
-    if place.is_dir():
+    place = joined(folder, split)
+    if split.endswith(".tar"):
+        found = _of_tars(place, find_tars(folder, split))
+    elif isinstance(place, Path) and place.is_dir():
         found = _of_class_folders(place)
-    elif not place.is_file():
+    elif isinstance(place, Path) and not place.is_file():
         raise DataError(f"{place} is neither a folder of class folders nor a file that lists videos.")
     else:
         text = _text_of(place)
@@ -109,9 +119,34 @@ def _of_class_folders(place: Path) -> LabelledVideos:
     return LabelledVideos(str(place), paths, labels, [None] * len(paths))
 
 
-def _text_of(place: Path) -> str:
+def _of_tars(place: Path | str, tars: Sequence[Path | RemoteFile]) -> LabelledVideos:
+    """Videos in class folders, or each with its label beside it."""
+    suffixes = (*VIDEO_SUFFIXES, _LABEL)
+    files = [file for found in in_threads(lambda tar: files_of_tar(tar, suffixes), tars) for file in found]
+    labels = {(file.tar, _stem(file)): file for file in files if file.name.endswith(_LABEL)}
+    videos = [file for file in files if not file.name.endswith(_LABEL)]
+    if labels:
+        if bare := [file for file in videos if (file.tar, _stem(file)) not in labels]:
+            raise DataError(f"{bare[0]} has no label: some videos have one in a file *{_LABEL} beside them.")
+        texts = [labels[file.tar, _stem(file)].open().read().decode(errors="replace") for file in videos]
+        named = list(zip(videos, map(_class_name, texts), strict=True))
+    else:
+        by_name = by_class(videos)
+        named = [(file, _class_name(name)) for name, found in by_name.items() if name for _, file in found]
+    if not named:
+        raise DataError(f"{place} holds neither class folders with videos nor videos with labels in *{_LABEL}.")
+    paths, names = map(list, zip(*named, strict=True))
+    return LabelledVideos(str(place), paths, names, [None] * len(paths))
+
+
+def _stem(file: TarFile) -> str:
+    return str(PurePosixPath(file.name).with_suffix(""))
+
+
+def _text_of(place: Path | str) -> str:
     """The text of a list, in UTF-8, or in UTF-16 as spreadsheets store it."""
-    data = place.read_bytes()
+    with place.open("rb") if isinstance(place, Path) else remote_file(place).open() as file:
+        data = file.read()
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         return data.decode(encoding)
@@ -138,14 +173,29 @@ def _header_of(text: str) -> tuple[list[str], str]:
     return found if is_header else [], separator
 
 
-def _of_annotation(place: Path, text: str, header: Sequence[str], separator: str, folder: Path) -> LabelledVideos:
+def _videos_in(folder: Path | str) -> Iterator[tuple[PurePath, VideoFile]]:
+    """All videos of a folder, in tars of it too, by their places in it; at a URL those in tars alone."""
+    tars: Sequence[Path | RemoteFile]
+    if isinstance(folder, Path):
+        files = find_in(folder, (*VIDEO_SUFFIXES, ".tar"))
+        tars = [path for path in files if path.suffix.lower() == ".tar"]
+        yield from ((path, path) for path in files if path.suffix.lower() != ".tar")
+    else:
+        tars = find_tars(folder, "*.tar")
+    for found in in_threads(lambda tar: files_of_tar(tar, VIDEO_SUFFIXES), tars):
+        yield from ((PurePosixPath(file.name), file) for file in found)
+
+
+def _of_annotation(
+    place: Path | str, text: str, header: Sequence[str], separator: str, folder: Path | str
+) -> LabelledVideos:
     if missing := [name for name in _NEEDED if name not in header]:
         raise DataError(
             f"{place} has no column {missing[0]}; it has {', '.join(header)}. (A list of videos has no header.)"
         )
-    by_name: dict[str, list[Path]] = defaultdict(list)
-    for path in find_in(folder, VIDEO_SUFFIXES):
-        by_name[path.stem].append(path)
+    by_name: dict[str, list[tuple[PurePath, VideoFile]]] = defaultdict(list)
+    for path, file in _videos_in(folder):
+        by_name[path.stem].append((path, file))
     paths, labels, spans, missing_ids = [], [], [], []
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     next(rows)
@@ -161,9 +211,9 @@ def _of_annotation(place: Path, text: str, header: Sequence[str], separator: str
         span, label, video = _span(where, row), _class_name(row["label"]), row["youtube_id"]
         if not video or not label:
             raise DataError(f"{where}: {'label' if video else 'youtube_id'} is empty.")
-        files = [path for name in _file_names(video, span) for path in by_name.get(name, ())]
-        if own := [path for path in files if _plain(path.parent.name) == _plain(label)] or files:
-            paths.append(own[0])
+        files = [found for name in _file_names(video, span) for found in by_name.get(name, ())]
+        if own := [found for found in files if _plain(found[0].parent.name) == _plain(label)] or files:
+            paths.append(own[0][1])
             labels.append(label)
             spans.append(span)
         else:
@@ -194,8 +244,8 @@ def _file_names(video: str, span: Span | None) -> list[str]:
     return [*([f"{video}_{int(span[0]):06d}_{int(span[1]):06d}"] if span else []), video]
 
 
-def _of_list(place: Path, text: str) -> LabelledVideos:
-    paths, labels, missing = [], [], []
+def _of_list(place: Path | str, text: str) -> LabelledVideos:
+    named = []
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if not line.strip():
             continue
@@ -204,16 +254,25 @@ def _of_list(place: Path, text: str) -> LabelledVideos:
         has_more = found and found["between"] != " " and found["between"] in label and label[:1] != '"'
         if found is None or not _class_name(label) or has_more or _NUMBERS.fullmatch(label):
             raise DataError(f"{place}, line {number} must be a path and a label, got {line.strip()!r}.")
-        path = place.parent / found["path"].strip()
-        # names with accents have two spellings, of which a copy from another system may have the other
-        spellings = [path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))]
-        if there := [path for path in spellings if os.path.isfile(path)]:
-            paths.append(there[0])
-            labels.append(_class_name(label))
-        else:
-            missing.append(path)
+        parent = place.parent if isinstance(place, Path) else place.rpartition("/")[0]
+        named.append((joined(parent, found["path"].strip()), _class_name(label)))
+    files = in_threads(_existing, [path for path, _ in named], "Looking for videos")
+    paths = [file for file in files if file is not None]
+    labels = [label for (_, label), file in zip(named, files, strict=True) if file is not None]
+    missing = [path for (path, _), file in zip(named, files, strict=True) if file is None]
     example = str(missing[0]) if missing else ""
     return LabelledVideos(str(place), paths, labels, [None] * len(paths), len(missing), example)
+
+
+def _existing(path: Path | str) -> VideoFile | None:
+    """The file of a list's line, if it is there."""
+    if isinstance(path, str):
+        with suppress(MissingError):
+            return remote_file(path)
+        return None
+    # names with accents have two spellings, of which a copy from another system may have the other
+    spellings = [path, *(Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))]
+    return next((spelt for spelt in spellings if os.path.isfile(spelt)), None)
 
 
 def _class_name(name: str) -> str:

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ensemblenet.data.video import ClipSampling, Decoder, Video, reader
+from ensemblenet.data.video import ClipSampling, Decoder, Video, VideoFile, reader
 from ensemblenet.errors import DataError
 
 __all__ = ["RandomView", "Span", "UniformViews", "ViewReader", "Views", "view_reader"]
@@ -129,10 +128,10 @@ class ViewReader:
     views: Views
     mean: Sequence[float]
     std: Sequence[float]
-    open: Callable[[Path], Video]
-    cache: dict[Path, tuple[np.ndarray, Tensor]] | None = field(default=None, repr=False)
+    open: Callable[[VideoFile], Video]
+    cache: dict[VideoFile, tuple[np.ndarray, Tensor]] | None = field(default=None, repr=False)
 
-    def __call__(self, path: Path, span: Span | None = None) -> Tensor:
+    def __call__(self, path: VideoFile, span: Span | None = None) -> Tensor:
         """Read a file.
 
         Args:
@@ -150,7 +149,7 @@ class ViewReader:
         ]
         return views[0] if len(views) == 1 else torch.stack(views)
 
-    def _clips(self, path: Path, span: Span | None) -> Sequence[Tensor]:
+    def _clips(self, path: VideoFile, span: Span | None) -> Sequence[Tensor]:
         """The frames of each clip."""
         if self.cache is None:
             with self.open(path) as video:
@@ -162,7 +161,7 @@ class ViewReader:
         return self._read(path, span, times, frames.__getitem__)
 
     def _read(
-        self, path: Path, span: Span | None, times: np.ndarray, read: Callable[[np.ndarray], Tensor]
+        self, path: VideoFile, span: Span | None, times: np.ndarray, read: Callable[[np.ndarray], Tensor]
     ) -> Sequence[Tensor]:
         """All clips, read at once: they may share frames."""
         first, last = 0, len(times)
