@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from ray.cluster_utils import Cluster as Nodes
 
 from ensemblenet.storage.atomic import write_json
@@ -58,21 +59,29 @@ def run(kind: str, number: int, trials: list[Trial]) -> dict[str, Any]:
         began = time.perf_counter()
         stack.enter_context(workers)
         list(workers.run([replace(trial, epochs=1) for trial in trials[: 2 * number]]))
-        ready = time.perf_counter()
+        ready, used = time.perf_counter(), cpu_seconds()
         outcomes = [outcome for _, outcome in workers.run(trials) if outcome["status"] != "running"]
-        ended = time.perf_counter()
+        ended, used = time.perf_counter(), cpu_seconds() - used
     training = sum(outcome["seconds"] for outcome in outcomes)
+    cpu = sum(outcome["cpu_seconds"] for outcome in outcomes)
     row = {
         "engine": f"{number} {kind}",
         "seconds_to_begin": ready - began,
         "seconds": ended - ready,
         "seconds_of_training": training,
-        "cpu_seconds_of_training": sum(outcome["cpu_seconds"] for outcome in outcomes),
+        "cpu_seconds_of_training": cpu,
+        "cpu_seconds_beside_training_per_trial": (used - cpu) / len(trials),
         "seconds_beside_training_per_trial": (number * (ended - ready) - training) / len(trials),
         "errors": [outcome["error"] for outcome in outcomes],
     }
     print({name: value for name, value in row.items() if name != "errors"}, flush=True)
     return row
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and all below it, Ray's own among them: other work on the machine does not add."""
+    here = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (here, *here.children(recursive=True)))
 
 
 if __name__ == "__main__":

@@ -301,6 +301,8 @@ class Planner:
             if found and self.is_fast(found[1]):
                 return found
             slow += [found] if found else []
+        if slow and self._wanted.depth is not None:
+            return slow[0]  # behind a later split there may be no such share of blocks
         if slow:
             return min(slow, key=lambda one: self._slowness(one[1]))
         if self._must_shorten and not self.runs:

@@ -90,6 +90,11 @@ class _OnDriver(FitCLI):
         """Refuse what Ray Train cannot do, and make the folder."""
         if self.config["plan"] == "search":
             raise TrainingError("--plan search trains one run after another by itself: leave out --engine ray.")
+        for place in map(str, (self.config["runs"], self.config["resume"])):
+            if "://" in place:
+                raise TrainingError(
+                    f"On Ray a run is kept in a folder that all nodes see, not in a bucket; got {place}."
+                )
         _processes(self.config["trainer"])
         _arguments_of_ddp(self.config["trainer"]["strategy"])
         self.folder = self.choose_folder()
@@ -171,8 +176,9 @@ def _train(settings: Mapping[str, Any], processes: int, on_gpus: bool, timeout: 
     from ray.train.torch import TorchConfig, TorchTrainer
 
     seconds = _TIMEOUT if timeout is None else timeout.total_seconds()
+    said = ""
     for repeat in range(1, REPEATS + 2):
-        with tempfile.TemporaryDirectory() as own, _stopped():
+        with tempfile.TemporaryDirectory() as own, _signals() as terminated:
             trainer = TorchTrainer(
                 _train_on_node,
                 train_loop_config=dict(settings),
@@ -188,12 +194,16 @@ def _train(settings: Mapping[str, Any], processes: int, on_gpus: bool, timeout: 
             try:
                 trainer.fit()
                 return
-            except (RayActorError, SystemExit) as error:  # how it ends where Ctrl-C was pressed
+            except SystemExit as error:  # of Ray's handler of Ctrl-C
                 raise KeyboardInterrupt from error
+            except RayActorError as error:
+                raise TrainingError(f"Ray Train's controller died: {first_line(error)}") from error
             except TrainingFailedError as error:
                 said = _why(error)
                 if repeat > REPEATS:
                     raise TrainingError(f"{said} That happened {repeat} times.") from error
+        if terminated:
+            raise SIGTERMException  # out here: no KeyboardInterrupt of Ray's is behind it
         print(f"{said} The run goes on from its last checkpoint; repeat {repeat} of at most {REPEATS}.", flush=True)
 
 
@@ -216,16 +226,24 @@ def _why(error: Any) -> str:
 
 
 @contextmanager
-def _stopped() -> Iterator[None]:
-    """Within it SIGTERM ends the run as it does elsewhere; Ray's handler of Ctrl-C does not outlive it."""
+def _signals() -> Iterator[list[int]]:
+    """Within it SIGTERM is noted in the list that is given, and ends what is done there; nothing is raised then.
 
-    def terminated(*_: Any) -> None:
-        raise SIGTERMException
+    Ray makes a KeyboardInterrupt of whatever a handler raises. Its own handler of Ctrl-C does not outlive this.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, note)
     try:
-        yield
+        yield noted
+    except BaseException:
+        if not noted:
+            raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
