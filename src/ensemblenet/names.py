@@ -23,33 +23,50 @@ _TIMM_RENAMED = r"^register_model_deprecations\(__name__, \{(.*?)^\}\)"
 _TORCHVISION = r"^@register_model\(\)\n(?:(?:@|    |\)).*\n)*def (\w+)"
 
 
-def arguments_of(file: str, name: str) -> list[str] | None:
-    """The arguments of a class or function.
+_OWN = ("ensemblenet.data", "ensemblenet.models")
+_FARTHEST = 8  # how many modules a name is followed through
+
+
+def arguments_of(path: str) -> list[str] | None:
+    """The arguments of a class or function, read from its source: nothing is imported, and nothing runs.
 
     Args:
-        file: its place in a package, such as `lightning/pytorch/trainer/trainer.py`.
-        name: what it is called there.
+        path: such as `lightning.pytorch.Trainer`.
 
     Returns:
-        None where it takes any, `**options`.
+        None where the source is not found, or does not say it: `**options` that go elsewhere than to a base class.
 
     Example:
-        >>> arguments_of("ensemblenet/models/mnist1d.py", "MNIST1DNet")
-        ['width', 'num_classes']
+        >>> arguments_of("ensemblenet.models.MNIST1DNet"), arguments_of("no.such.Thing")
+        (['width', 'num_classes'], None)
     """
-    made = next(node for node in _parsed(file).body if getattr(node, "name", None) == name)
-    body = made.body if isinstance(made, ast.ClassDef) else []
-    functions = [node for node in [made, *body] if isinstance(node, ast.FunctionDef)]
-    for node in functions:
-        if node is made or node.name == "__init__":
-            names = [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)]
-            return None if node.args.kwarg else [argument for argument in names if argument != "self"]
-    fields = [node.target for node in body if isinstance(node, ast.AnnAssign)]
-    return [field.id for field in fields if isinstance(field, ast.Name)]
+    found = _definition(path)
+    if found is None:
+        return None
+    made, module = found
+    if isinstance(made, ast.FunctionDef):
+        return None if made.args.kwarg else _named(made)
+    functions = {node.name: node for node in made.body if isinstance(node, ast.FunctionDef)}
+    if "__new__" in functions:
+        return None
+    if (init := functions.get("__init__")) is not None:
+        own = [name for name in _named(init) if name != "self"]
+        if init.args.kwarg is None:
+            return own
+        reads = [node for node in ast.walk(init) if isinstance(node, ast.Name) and node.id == init.args.kwarg.arg]
+        inherited = _inherited(made, module) if len(reads) == 1 and _passes_on(init) else None
+        return None if inherited is None else [*own, *inherited]
+    inherited = _inherited(made, module) if made.bases else []
+    if inherited is None or made.keywords:
+        return None
+    if any("dataclass" in ast.unparse(decorator) for decorator in made.decorator_list):
+        fields = [node.target for node in made.body if isinstance(node, ast.AnnAssign)]
+        return [*inherited, *(field.id for field in fields if isinstance(field, ast.Name))]
+    return None if made.decorator_list else inherited
 
 
 def check_class(path: str, argument: str | None = None) -> None:
-    """Refuse a class that this package has not, or an argument that it does not take; nothing is said of other classes.
+    """Refuse a class that its module has not, or an argument that it does not take; where in doubt, nothing is said.
 
     Args:
         path: of the class, such as `ensemblenet.data.MNIST1D`.
@@ -64,20 +81,18 @@ def check_class(path: str, argument: str | None = None) -> None:
         ...
         ensemblenet.errors.ModelNameError: ensemblenet.data.MNIST1D takes no num_trian. Did you mean num_train?
     """
-    room, _, name = path.rpartition(".")
-    if room not in ("ensemblenet.data", "ensemblenet.models"):
+    module, _, name = path.rpartition(".")
+    source = _source(module)
+    if source is None:
         return
-    homes = {
-        alias.name: f"{node.module.replace('.', '/')}.py"
-        for node in ast.walk(_parsed(f"{room.replace('.', '/')}/__init__.py"))
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(room)
-        for alias in node.names
-    }
-    if name not in homes:
-        raise ModelNameError(f"{room} has no {name}.{_suggest(name, list(homes), 1)}")
-    taken = arguments_of(homes[name], name)
+    known = {bound for node in ast.walk(_parsed(source)) for bound in _bound(node)}
+    if name not in known:
+        if module in _OWN or not known & {"*", "__getattr__"}:
+            raise ModelNameError(f"{module} has no {name}.{_suggest(name, sorted(known), 1)}")
+        return
+    taken = arguments_of(path)
     if argument is not None and taken is not None and argument not in taken:
-        near = _suggest(argument, taken, 1) or f" It takes {', '.join(taken)}."
+        near = _suggest(argument, taken, 1) or f" It takes {', '.join(taken) or 'nothing'}."
         raise ModelNameError(f"{path} takes no {argument}.{near}")
 
 
@@ -92,10 +107,10 @@ def check_network(name: str) -> None:
         (None, None, None)
     """
     source, colon, rest = name.partition(":")
-    timm = sys.modules.get("timm")
-    if not colon and timm is not None and timm.is_model(name):  # one that was registered in this process, too
-        return
     if not colon:
+        timm = sys.modules.get("timm")
+        if timm is not None and timm.is_model(name):  # one that was registered in this process, too
+            return
         known = _registered("timm", ("models/*.py",), _TIMM, _TIMM_RENAMED)
         source, rest = "timm", name
     elif source == "torchvision":
@@ -134,9 +149,83 @@ def _suggest(name: str, known: Sequence[str], most: int) -> str:
     return f" Did you mean {', '.join(near)}?" if near else ""
 
 
-def _parsed(file: str) -> ast.Module:
-    package, _, inner = file.partition("/")
-    return ast.parse(Path(*_package(package), inner).read_text(encoding="utf-8"))
+def _definition(path: str, farthest: int = _FARTHEST) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:
+    """The class or function of a path, and the module that it stands in; None where that is not plain."""
+    module, _, name = path.rpartition(".")
+    source = _source(module)
+    if source is None or farthest == 0:
+        return None
+    tree = _parsed(source)
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return node, module
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (alias := _alias(node, name)):
+            package = module.split(".") if source.name == "__init__.py" else module.split(".")[:-1]
+            above = package[: len(package) + 1 - node.level] if node.level else []
+            return _definition(".".join([*above, *filter(None, [node.module]), alias]), farthest - 1)
+    return None
+
+
+def _alias(node: ast.ImportFrom, name: str) -> str | None:
+    """What an import takes under a name."""
+    return next((alias.name for alias in node.names if name == (alias.asname or alias.name)), None)
+
+
+def _bound(node: ast.AST) -> list[str]:
+    """The names that a statement gives to something; `*` for names that it does not show."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name for alias in node.names]
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        return ["*"] if node.id in ("globals", "exec", "setattr") else []
+    if isinstance(node, ast.Name):
+        return [node.id]
+    return [node.name] if isinstance(node, ast.ClassDef | ast.FunctionDef) else []
+
+
+def _named(function: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+
+
+def _passes_on(init: ast.FunctionDef) -> bool:
+    """Whether it gives `**options` to the constructor of its base class."""
+    calls = [node for node in ast.walk(init) if isinstance(node, ast.Call)]
+    return any(
+        ast.unparse(call.func) == "super().__init__" and any(keyword.arg is None for keyword in call.keywords)
+        for call in calls
+    )
+
+
+def _inherited(made: ast.ClassDef, module: str) -> list[str] | None:
+    """The arguments of the one base class."""
+    if len(made.bases) != 1:
+        return None
+    base = ast.unparse(made.bases[0])
+    return arguments_of(f"{module}.{base}") if base.isidentifier() else None
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module, which is not imported, and neither are the packages that it lies in."""
+    package, *inner = module.split(".")
+    if not package.isidentifier() or package == "__main__" or (spec := find_spec(package)) is None:
+        return None
+    if not spec.submodule_search_locations:
+        places = [Path(spec.origin or "")] if not inner else []
+    else:
+        places = [
+            file
+            for place in spec.submodule_search_locations
+            for file in (Path(place, *inner, "__init__.py"), Path(place, *inner).with_suffix(".py"))
+        ]
+    return next((file for file in places if file.suffix == ".py" and file.is_file()), None)
+
+
+@cache
+def _parsed(file: Path) -> ast.Module:
+    try:
+        return ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError):  # whoever imports it says so
+        return ast.Module([ast.ImportFrom(None, [ast.alias("*")], 0)], [])
 
 
 def _package(name: str) -> list[str]:

@@ -104,9 +104,9 @@ def _check_cost(model: EnsembleNet, base: nn.Module, x: Tree, budget: float) -> 
     assert model.cost is not None
     assert model.cost.parameters == measured.parameters, f"cost says {model.cost}, measured {measured}"
     assert abs(model.cost.macs - measured.macs) <= 1e-6 * measured.macs, f"cost says {model.cost}, measured {measured}"
-    for name in ("activations", "time"):  # which are estimates: another layout in memory may need a copy more
+    for name in ("activations", "time"):  # estimates: another layout in memory may need a copy more
         said, found = getattr(model.cost, name), getattr(measured, name)
-        assert abs(said - found) <= 0.05 * found, f"cost says {said} of {name}, measured {found}"
+        assert abs(said - found) <= 0.25 * found, f"cost says {said} of {name}, measured {found}"
     parameters, macs, _, time_share = measured.shares_of(whole)
     assert parameters <= budget, f"the parameters are {parameters:.4f} of the base's"
     assert macs <= budget * (1 + 1e-6), f"the MACs are {macs:.4f} of the base's"

@@ -222,6 +222,8 @@ def test_videos_in_tars_and_at_urls_are_those_of_class_folders(tmp_path: Path) -
         server.faults["/single/run/1.mp4"] = [503] * 1000
         with pytest.warns(UserWarning, match="tried again"), pytest.raises(DataError, match=r"run/1\.mp4 cannot be"):
             list(data.val_dataloader())
+    shutil.rmtree(served / "single")  # an annotation finds its videos in tars of a disk, too
+    assert same(clips(served, "train.csv"), expected)
     with tarfile.open(served / "bare.tar", "w") as bare:
         bare.add(root / "train" / videos[0], "a.mp4")
     with pytest.raises(DataError, match=r"bare\.tar holds neither class folders with videos nor videos with labels"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 import ensemblenet
 from ensemblenet.cli.main import main
@@ -308,3 +310,29 @@ def test_names_of_images_that_follow_skipped_ones(folders: Path, tmp_path: Path,
     normalised = (np.stack(x) - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     with torch.inference_mode():
         check(rows, model(torch.from_numpy(normalised).float().permute(0, 3, 1, 2), per_head=True), "ab")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_predictions_on_a_full_disk_name_the_file(suffix: str, tmp_path: Path) -> None:
+    inputs = Inputs.of(torch.zeros(1, 4))
+    restored = Restored(nn.Linear(4, 2), "multiclass", inputs, {"classes": ["cat", "dog"]}, None, Path())
+    path = tmp_path / f"predictions{suffix}"
+
+    def write() -> None:
+        with PredictionFile(path, restored) as file:
+            for place in range(3):
+                file.write([str(place)] * 50, torch.zeros(2, 50, 2))
+
+    write()
+    whole = path.stat().st_size
+    path.unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for most in (0, 3, whole // 2, whole - 8, whole - 1):  # at the start, in the middle, and when it is closed
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+            with pytest.raises(OSError, match="File too large") as caught:
+                write()
+            assert (caught.value.filename, caught.value.strerror) == (str(path), "File too large")
+            assert list(tmp_path.iterdir()) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -110,6 +110,17 @@ def missing_weight(folder):
         (lambda f: (f / "model" / "data.json").write_text("["), "data.json is not JSON"),
         (lambda f: (f / "model" / "data.json").write_text("[]"), "must hold an object of JSON, got list"),
         (lambda f: (f / "model" / "data.json").unlink(), "does not name task and input_shape"),
+        *(
+            (lambda f, file=file, text=text: (f / file).write_text(text), rf"{file} (is not JSON|must hold)")
+            for file, text in (
+                ("results.json", ""),
+                ("results.json", '{"rows": [{"meth'),
+                ("results.json", "[1]"),
+                ("results.json", '{"rows": 3}'),
+                ("data.json", '{"task": '),
+                ("environment.json", "["),
+            )
+        ),
     ],
 )
 def test_a_damaged_run(tmp_path: Path, spoil: Callable[..., Any], message: str) -> None:

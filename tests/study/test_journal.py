@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from studies import lines, trial
 
 from ensemblenet.cli.compare import compare
 from ensemblenet.errors import TrainingError
+from ensemblenet.study import trials as trials_module
 from ensemblenet.study.journal import Journal
 
 
@@ -26,11 +28,36 @@ def test_a_journal_reads_what_it_wrote(tmp_path: Path) -> None:
     assert trial(seed=1) not in again
 
 
-def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line", ['{"cell"', "3", '{"cell": {}, "outcome": {}}', '{"cell": {}, "outcome": {"status": "done"}}', "\xff"]
+)
+def test_a_damaged_journal_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "cells.jsonl"
-    path.write_text('{"cell": {}, "outcome": {}}\n{"cell"\n')
+    path.write_text(f'{{"cell": {{}}, "outcome": {{"status": "failed"}}}}\n{line}\n', encoding="latin-1")
     with pytest.raises(TrainingError, match=re.escape("cells.jsonl, line 2 is no finished trial; remove that line.")):
         Journal(path)
+
+
+def test_a_journal_on_a_full_disk_names_its_file_and_goes_on(tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "cells.jsonl"
+    journal = Journal(path)
+    journal.add(trial(), {"status": "done", "error": 1.5})
+    with pytest.raises(OSError, match="File too large") as caught:
+        journal.add(trial(seed=1), {"status": "done", "reason": 20_000 * "x"})
+    assert caught.value.filename == str(path)
+    again = Journal(path)
+    assert trial() in again
+    assert trial(seed=1) not in again
+
+
+@pytest.mark.parametrize("full", ["teachers", "data"])
+def test_a_full_disk_is_no_failure_of_a_method(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "a file")
+
+    monkeypatch.setattr(trials_module, {"teachers": "keep_weights", "data": "open_data"}[full], no_space)
+    with pytest.raises(OSError, match="No space left"):
+        trials_module.run_trial(trial(method="base"), tmp_path)
 
 
 STORED = Path(__file__).parent / "stored"  # a finished study, as version 0.1 left it

@@ -164,7 +164,8 @@ def test_auto_resumes_the_newest_unfinished_run_or_starts_one(config):
 def test_a_loss_that_becomes_non_finite_stops_the_run_and_keeps_the_last_good_checkpoint(config):
     # 5 batches an epoch: the eighth call is batch 2 of epoch 1.
     with pytest.raises(
-        TrainingError, match=r"The loss became (nan|inf) at step 7 \(epoch 1, batch 2\) with .*rate 0\.0"
+        TrainingError,
+        match=r"The loss became (nan|inf) at step 7 \(epoch 1, batch 2\) with .*rate 0\.0.* good checkpoint is kept",
     ):
         fit([*options(config, model__base="mine.Breaking"), "--model.conversion", "null"])
 
@@ -173,6 +174,12 @@ def test_a_loss_that_becomes_non_finite_stops_the_run_and_keeps_the_last_good_ch
     assert saved["epoch"] == 0
     assert all(tensor.isfinite().all() for tensor in saved["state_dict"].values())
     assert not (folder / "results.json").exists()
+
+
+def test_a_loss_that_is_not_finite_at_the_first_step_promises_no_checkpoint(config, monkeypatch):
+    monkeypatch.setattr("ensemblenet.losses.CoDistillationLoss.forward", lambda self, z, *_: z.sum() * float("nan"))
+    with pytest.raises(TrainingError, match=r"The loss became nan at step 0 .*There is no checkpoint yet\. Lower"):
+        fit(options(config))
 
 
 def test_weights_that_become_non_finite_do_not_reach_the_checkpoint(config, monkeypatch):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ensemblenet.cli.options import command_parser, config_file
 from ensemblenet.cli.options import configs as shipped
+from ensemblenet.storage.atomic import atomic_path
 
 __all__ = ["configs"]
 
@@ -42,6 +45,8 @@ def configs(arguments: Sequence[str]) -> None:
     else:
         options.folder.mkdir(parents=True, exist_ok=True)
         copy = options.folder / options.name.name
-        with copy.open("xb") as file:
-            file.write(options.name.read_bytes())
+        if os.path.lexists(copy):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(copy))
+        with atomic_path(copy) as unfinished:
+            unfinished.write_bytes(options.name.read_bytes())
         print(copy)

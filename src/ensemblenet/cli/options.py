@@ -53,7 +53,7 @@ _BASE = (
     "a timm name such as resnet18, torchvision:NAME, transformers:NAME, or module.path:callable, a callable that "
     "returns a network; or a folder that `convert` wrote, for its base"
 )
-_SCHEMES = {f"{name}:" for name in ("s3", "s3a", "gs", "gcs", "hf", "http", "https")}  # as they stand in a path
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+:")  # of an address, as it stands in a path; a drive has one letter
 _TRAINED = "the folder of a run of `fit`, a saved model, or its address, s3://bucket/run or hf://owner/name"
 
 
@@ -424,11 +424,9 @@ def check_new(path: Path, what: str = "file") -> None:
 
 def check_place(folder: Path) -> None:
     """See that files can be made in a folder, or the folder itself."""
-    if scheme := _SCHEMES.intersection(folder.parts):
-        raise TrainingError(
-            f"Results are written to a disk, not to {scheme.pop()}//: give a folder, and copy it afterwards."
-        )
     place = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if scheme := next(filter(_SCHEME.fullmatch, folder.relative_to(place).parts), None):
+        raise TrainingError(f"Results are written to a disk, not to {scheme}//: give a folder, and copy it afterwards.")
     if not place.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
     if not os.access(place, os.W_OK | os.X_OK):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -28,22 +29,27 @@ _OWN = {
 }
 _CLASSES = {
     "fit": {
-        "model": ("ensemblenet/training/module.py", "Classifier"),
-        "model.conversion": ("ensemblenet/recipe.py", "Conversion"),
-        "model.optimization": ("ensemblenet/training/optimization.py", "Optimization"),
-        "trainer": ("lightning/pytorch/trainer/trainer.py", "Trainer"),
+        "model": "ensemblenet.training.module.Classifier",
+        "model.conversion": "ensemblenet.recipe.Conversion",
+        "model.optimization": "ensemblenet.training.optimization.Optimization",
+        "trainer": "lightning.pytorch.trainer.trainer.Trainer",
     },
     "compare": {
-        "": ("ensemblenet/study/settings.py", "Study"),
-        "tuning": ("ensemblenet/study/settings.py", "Tuning"),
+        "": "ensemblenet.study.settings.Study",
+        "tuning": "ensemblenet.study.settings.Tuning",
     },
 }
 _OF_STUDIES = {"weights": "base.init_args.weights", "teacher_temperature": "temperature"}  # names that `fit` has
 _COUNTS = ("data.init_args.batch_size", "trainer.max_epochs", "trainer.max_steps", "checkpoint_steps")
 _NUMBERS = ("model.codistillation_weight", "model.optimization.lr", "model.optimization.weight_decay", "ema")
 _OF_ANY_CLASS = {"help", "class_path", "init_args", "dict_kwargs"}  # as jsonargparse takes them
-_OF_CLASSES = ("data", "model.base", "base")
-_PARTS = {"model", "tuning", *_CLASSES["fit"], *_OF_CLASSES, *(f"{place}.init_args" for place in _OF_CLASSES)}
+_BY_NAME = {"data": "ensemblenet.data", "model.base": "ensemblenet.models", "base": "ensemblenet.models"}
+# settings that name a class, and where classes of short names are
+_OF_CLASSES = _BY_NAME | {
+    f"trainer.{name}": f"lightning.pytorch.{name.removesuffix('s')}s"
+    for name in ("callbacks", "logger", "strategy", "profiler", "plugins")
+}
+_PARTS = {"model", "tuning", *_CLASSES["fit"], *_BY_NAME, *(f"{place}.init_args" for place in _BY_NAME)}
 
 
 def check_settings(command: str, arguments: Sequence[str]) -> None:
@@ -77,8 +83,7 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
             found, where = _checked(dict(_leaves(settings)), of, f"{value}: "), f"{value}: "
         else:
             found, where = _checked({key: value}, command), ""
-        _check_classes(given, found, where)
-        given |= found
+        given |= _check_classes(given, found, where)
     if (resume := given.get("resume")) not in (None, "auto"):
         check_resumable(run_folder(resume), *(["auto"] if command == "fit" else []))
     check_place(runs_folder(given.get("runs") or "runs").absolute())
@@ -88,7 +93,7 @@ def check_settings(command: str, arguments: Sequence[str]) -> None:
     for base in ("base", "model.base"):
         weights = given.get(f"{base}.init_args.weights")
         named = given.get(f"{base}.class_path") == "ensemblenet.models.create"
-        if named and isinstance(weights, str) and weights != "pretrained":
+        if named and isinstance(weights, str) and "/" in weights:
             check_there(weights)
     _check_values(given, command)
 
@@ -136,7 +141,7 @@ def _leaves(settings: Mapping[Any, Any], place: str = "") -> Iterator[tuple[str,
 
 def _checked(settings: dict[str, Any], command: str, where: str = "") -> dict[str, Any]:
     """The settings, of which there is each."""
-    known = {place: arguments_of(*source) or [] for place, source in _CLASSES[command].items()}
+    known = {place: arguments_of(source) or [] for place, source in _CLASSES[command].items()}
     known[""] = [*known.get("", []), *_OWN[command].split()]
     for key in settings:
         place = ""
@@ -151,23 +156,65 @@ def _checked(settings: dict[str, Any], command: str, where: str = "") -> dict[st
     return settings
 
 
-def _check_classes(given: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> None:
-    """Refuse arguments that a class of this package does not take, and networks that there are not."""
+def _check_classes(given: Mapping[str, Any], settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Refuse classes and networks that there are not, and arguments that a class does not take.
+
+    Args:
+        given: the settings before these.
+        settings: by keys such as `data.init_args.folder`.
+        where: the file that they stand in, for messages.
+
+    Returns:
+        The settings, with the class that the name of one stands for.
+    """
+    settings = dict(settings)
+    for place, room in _OF_CLASSES.items():
+        if isinstance(name := settings.get(place), str) and re.fullmatch(r"([\w.]+\.)?[A-Z]\w*", name):
+            settings[f"{place}.class_path"] = name
+        if (name := settings.get(f"{place}.class_path")) is not None:
+            settings[f"{place}.class_path"] = _whole(str(name), room)
     now = {**given, **settings}
-    for place in _OF_CLASSES:
-        kind = str(now.get(f"{place}.class_path"))
-        for key, value in settings.items():
-            name = key.removeprefix(f"{place}.").removeprefix("init_args.").partition(".")[0]
-            try:
-                if key in (place, f"{place}.class_path"):
-                    check_class(str(value))
-                if not key.startswith(f"{place}.") or name in _OF_ANY_CLASS:
-                    continue
-                check_class(kind, name)
-                if (kind, name) == ("ensemblenet.models.create", "name") and isinstance(value, str):
-                    check_network(value)
-            except ModelNameError as error:
-                raise ModelNameError(f"{where}{key}: {error}") from error
+    for key, value in settings.items():
+        place = next((place for place in _OF_CLASSES if key.startswith(f"{place}.")), "")
+        name = key.removeprefix(f"{place}.").removeprefix("init_args.").partition(".")[0]
+        kind = str(now.get(f"{place}.class_path", ""))
+        try:
+            if place:
+                check_class(kind, None if name in _OF_ANY_CLASS else name)
+            if (kind, name) == ("ensemblenet.models.create", "name") and isinstance(value, str):
+                check_network(value)
+            for path, argument in _named_classes(value, _OF_CLASSES.get(key, "")):
+                check_class(path, argument)
+        except ModelNameError as error:
+            raise ModelNameError(f"{where}{key}: {error}") from error
+    return settings
+
+
+def _whole(name: str, room: str) -> str:
+    """The path of a class whose name may be short; one that is not known by it stays short."""
+    return name if "." in name or arguments_of(f"{room}.{name}") is None else f"{room}.{name}"
+
+
+def _named_classes(value: Any, room: str) -> Iterator[tuple[str, str | None]]:
+    """The classes that a setting describes by class_path and init_args, alone and with each of their arguments."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:  # the parser says so
+            return
+    if isinstance(value, list):
+        for item in value:
+            yield from _named_classes(item, room)
+    if not isinstance(value, Mapping):
+        return
+    if isinstance(name := value.get("class_path"), str):
+        path = _whole(name, room)
+        arguments = value.get("init_args")
+        yield path, None
+        yield from ((path, str(name)) for name in (arguments if isinstance(arguments, Mapping) else ()))
+    for item in value.values():
+        if not isinstance(item, str):
+            yield from _named_classes(item, "")
 
 
 def study_arguments(arguments: Sequence[str]) -> list[str]:
@@ -194,7 +241,7 @@ def _check_values(given: Mapping[str, Any], command: str) -> None:
                     kind(value)
                 except (TypeError, ValueError, OverflowError) as error:
                     raise TrainingError(f"{key} must be {what}, got {value!r}.") from error
-    of_fit = {f"model.conversion.{name}": name for name in arguments_of(*_CLASSES["fit"]["model.conversion"]) or []}
+    of_fit = {f"model.conversion.{name}": name for name in arguments_of(_CLASSES["fit"]["model.conversion"]) or []}
     own = {name: name for name in of_fit.values()} if command == "compare" else {}
     found = {name: given[key] for key, name in (of_fit | own).items() if given.get(key) is not None}
     if not found or given.get("resume") is not None:  # what goes on has stored settings as well

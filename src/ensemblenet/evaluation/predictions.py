@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -89,18 +90,18 @@ class PredictionFile:
         self._writer: Any = None
 
     def __enter__(self) -> PredictionFile:
-        self._atomic = atomic_path(self.path)
-        self._unfinished = self._atomic.__enter__()
+        self._open = ExitStack()
+        self._unfinished = self._open.enter_context(atomic_path(self.path))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        elif error[0] is None:
-            empty = DataError(f"There is no example to predict; {self.path} was not written.")
-            self._atomic.__exit__(DataError, empty, None)
-            raise empty
-        self._atomic.__exit__(*error)
+        if error[0] is None:
+            self._open.callback(self._refuse_empty)
+        self._open.__exit__(*error)  # the writer, which may find the disk full as well, before the file gets its name
+
+    def _refuse_empty(self) -> None:
+        if self._writer is None:
+            raise DataError(f"There is no example to predict; {self.path} was not written.")
 
     def write(self, ids: Sequence[str], head_outputs: Tensor, labels: Tensor | None = None) -> None:
         """Add N examples.
@@ -113,7 +114,7 @@ class PredictionFile:
         table = self._table(ids, head_outputs, labels)
         if self._writer is None:
             kind = pcsv.CSVWriter if self.path.suffix == ".csv" else pq.ParquetWriter
-            self._writer = kind(self._unfinished, table.schema)
+            self._writer = self._open.enter_context(kind(self._unfinished, table.schema))
         self._writer.write_table(table)
         self.count += len(ids)
 

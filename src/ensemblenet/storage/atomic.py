@@ -143,7 +143,7 @@ def errors_name(path: Path, unfinished: Path) -> Iterator[None]:
         named = error.filename is not None and not str(error.filename).startswith(str(unfinished))
         if named or error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # PyArrow says it at length
     except (RuntimeError, SafetensorError) as error:
         if not _NOT_WRITTEN.search(str(error)):
             raise

@@ -136,7 +136,10 @@ def read_model(folder: Path, base: nn.Module | Callable[[], nn.Module] | None, t
         trust: run code of the model's author, and make a network of any size.
     """
     text = _read_recipe(folder)
-    recipe = Recipe.from_json(text)
+    try:
+        recipe = Recipe.from_json(text)
+    except LoadError as error:
+        raise LoadError(f"{folder / RECIPE}: {error}") from error
     header = read_header(folder / _WEIGHTS)
     sizes = check_heads(recipe, header)
     header.check_seal()

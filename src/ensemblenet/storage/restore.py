@@ -20,12 +20,12 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import EnsembleNetError, LoadError, first_line
 from ensemblenet.functional import ClassifierTask
 from ensemblenet.inputs import Inputs, InputSpec, call, tensors_in
-from ensemblenet.storage.atomic import atomic_folder
+from ensemblenet.storage.atomic import atomic_folder, read_json
 from ensemblenet.storage.checkpoint import load, read_model, write_model
 from ensemblenet.storage.descriptions import DESCRIPTION, check_classes, read_description, write_description
 from ensemblenet.storage.hub import PREFIX, local_folder
 from ensemblenet.storage.limits import ACTIVATIONS, build_within, check_inputs, written
-from ensemblenet.storage.runs import CONFIG, MODEL, check_trained
+from ensemblenet.storage.runs import CONFIG, ENVIRONMENT, MODEL, RESULTS, check_trained
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.storage.trust import read_config
 from ensemblenet.weights import read_header, read_weights, write_weights
@@ -151,6 +151,7 @@ def restore(directory: str | os.PathLike[str], base: nn.Module | None = None, *,
             make = partial(_made, nn.Module, _without_weights(spec), folder)
         case _:
             raise LoadError(f"{folder / CONFIG} does not say by class_path what model.base and data are.")
+    _check_kept(folder)
     if model.get("conversion") is not None:
         network = read_model(folder / MODEL, make, trust)
     else:
@@ -224,6 +225,16 @@ def _restored(
             raise LoadError(f"{folder}: the network does not take the inputs that are stored: {error}") from error
         check_classes(described, num_classes, f"{folder}: {DESCRIPTION}")
     return restored
+
+
+def _check_kept(folder: Path) -> None:
+    """Refuse a run whose results or descriptions are damaged, as the rest of it may be, too."""
+    read_description(folder)
+    for path in (folder / ENVIRONMENT, folder / RESULTS):
+        if path.is_file():
+            kept = read_json(path)
+            if path.name == RESULTS and not isinstance(kept.get("rows"), list):
+                raise LoadError(f"{path} must hold the rows of a run, got {', '.join(map(repr, kept)) or 'nothing'}.")
 
 
 def _inputs(described: Mapping[str, Any]) -> Inputs | None:

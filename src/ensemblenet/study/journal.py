@@ -10,10 +10,13 @@ from typing import Any
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.metrics.scores import current_name
+from ensemblenet.storage.atomic import errors_name
 from ensemblenet.storage.bucket import push
 from ensemblenet.study.trials import Outcome, Trial, trial_key
 
 __all__ = ["Journal"]
+
+_STATUSES = ("done", "failed")
 
 
 class Journal:
@@ -50,6 +53,8 @@ class Journal:
             try:
                 entry = json.loads(line)
                 outcome: dict[str, Any] = entry["outcome"]
+                if outcome["status"] not in _STATUSES or (outcome["status"] == "done" and "error" not in outcome):
+                    raise ValueError(outcome["status"])
                 self.outcomes[trial_key(entry["cell"])] = {current_name(k): value for k, value in outcome.items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TrainingError(f"{path}, line {number} is no finished trial; remove that line.") from error
@@ -63,7 +68,7 @@ class Journal:
     def add(self, trial: Trial, outcome: Outcome) -> None:
         """Keep a finished trial, in a bucket, too, if the study is kept in one."""
         line = json.dumps({"cell": asdict(trial), "outcome": outcome}) + "\n"  # "cell": as version 0.1 wrote it
-        with self.path.open("a", encoding="utf-8") as file:
+        with errors_name(self.path, self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())

@@ -203,7 +203,7 @@ def _complete(name: str, spec: str) -> str:
 
 
 def run_trial(trial: Trial, weights: Path | None = None) -> Outcome:
-    """Train and measure; an error is an outcome as well, so that a study goes on.
+    """Train and measure; an error of the training is an outcome as well, so that a study goes on.
 
     Args:
         trial: what to train.
@@ -228,6 +228,8 @@ def run_trial(trial: Trial, weights: Path | None = None) -> Outcome:
             keep_weights(task.network, weights, trial.key)
         loader = data.val_dataloader() if trial.phase == "tune" else data.test_dataloader()
         return {"status": "done", **_measure(task, loader, trial.setup.task, trial.precision), **effort}
+    except OSError:  # a full disk, or data that is gone, says nothing of the method
+        raise
     except Exception as error:
         return {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -337,10 +338,13 @@ class Classifier(LightningModule):
 
     def _where(self, batch_index: int | None = None) -> str:
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        place = f"epoch {self.current_epoch}" + ("" if batch_index is None else f", batch {batch_index}")
+        when = f"epoch {self.current_epoch}" + ("" if batch_index is None else f", batch {batch_index}")
+        places = [getattr(writer, "dirpath", None) for writer in self.trainer.checkpoint_callbacks]
+        saved = any(next(Path(place).glob("*.ckpt"), None) for place in places if place is not None)
+        kept = "The last good checkpoint is kept." if saved else "There is no checkpoint yet."
         return (
-            f"at step {self.global_step} ({place}) with learning rate {lr:.3g}. The last good checkpoint is kept. "
-            "Lower --model.optimization.lr, warm up for longer (--model.optimization.warmup), clip gradients "
+            f"at step {self.global_step} ({when}) with learning rate {lr:.3g}. {kept} Lower "
+            "--model.optimization.lr, warm up for longer (--model.optimization.warmup), clip gradients "
             "(--trainer.gradient_clip_val), or look at the data of the steps before."
         )
 
