@@ -13,7 +13,7 @@ import pytest
 
 from ensemblenet.cli.compare import read_study
 from ensemblenet.cli.completion import parser_of
-from ensemblenet.cli.fit import written_out
+from ensemblenet.cli.fit import taken_engine, written_out
 from ensemblenet.cli.options import CommandParser
 from ensemblenet.errors import EnsembleNetError
 from ensemblenet.training.settings import FitCLI, complete_arguments
@@ -66,7 +66,7 @@ def complaint(command: str, capsys: pytest.CaptureFixture[str]) -> str:
         arguments[at : at + 2] = ["--config", RESUMED[name]]
     try:
         if name == "fit":
-            Parsed(complete_arguments(written_out(arguments)), ExitStack())
+            Parsed(complete_arguments(written_out(taken_engine(arguments)[1])), ExitStack())
         elif name == "compare":
             read_study(arguments)
         else:

@@ -14,7 +14,7 @@ from ensemblenet.cli.options import add_device, budget_share, command_parser, un
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
 
-__all__ = ["fit", "written_out"]
+__all__ = ["fit", "taken_engine", "written_out"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def fit(arguments: Sequence[str]) -> Path:
     from ensemblenet.storage.runs import RESULTS
     from ensemblenet.training.processes import is_first_process
 
-    address, arguments = _taken_engine(arguments)
+    address, arguments = taken_engine(arguments)
     if address is None:
         from ensemblenet.training.fit import fit as train
 
@@ -112,8 +112,16 @@ def fit(arguments: Sequence[str]) -> Path:
     return folder
 
 
-def _taken_engine(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The address of the cluster that `--engine ray` names, None for this machine; and the other arguments."""
+def taken_engine(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The address of the cluster that `--engine ray` names, None for this machine; and the other arguments.
+
+    Raises:
+        TrainingError: another engine, or an address without one.
+
+    Example:
+        >>> taken_engine(["mine.yaml", "--engine", "ray", "--epochs", "3"])
+        ('auto', ['mine.yaml', '--epochs', '3'])
+    """
     finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--engine", choices=("local", "ray"), default="local")
     finder.add_argument("--address")
