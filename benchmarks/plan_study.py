@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -439,19 +438,21 @@ def line(plan: str, weight: float, rows: list[dict[str, Any]]) -> str:
         ([row["test"]["error"] for row in rows], ".2f"),
         ([fmean(row["test"]["head_errors"]) for row in rows], ".2f"),
         ([row["test"]["nll"] for row in rows], ".3f"),
-        ([row["test"].get("ece", math.nan) for row in rows], ".3f"),
+        ([row["test"]["ece"] for row in rows if "ece" in row["test"]], ".3f"),  # tagging has none
         ([row["capacity"]["train_loss"] for row in rows], ".3f"),
         ([Capacity(**row["capacity"]).ratio for row in rows], ".3f"),
     ]
-    cells = [
-        f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
-        for values, form in columns
-    ]
-    cells = [cell.replace("nan ± nan", "").replace("nan", "") for cell in cells]  # tagging has no ECE
+    cells = [_mean_and_spread(values, form) for values, form in columns]
     costs = [f"{fmean(values):.2f}" for values in zip(*(row["shares"].values() for row in rows), strict=True)]
     step = fmean(row.get("step", 1.0) for row in rows)
     first = (plan, f"{weight:g}", shape_of(rows[0]), str(len(rows)))
     return f"| {' | '.join((*first, *cells, *costs, f'{step:.2f}'))} |"
+
+
+def _mean_and_spread(values: list[float], form: str) -> str:
+    if not values:
+        return ""
+    return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
 
 
 def main() -> None:
