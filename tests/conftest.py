@@ -28,6 +28,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("steady")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background process would ignore
+
 # What a process has once: how it is asked for, and set.
 _STATE = [
     (os.getcwd, os.chdir),

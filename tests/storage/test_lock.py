@@ -332,7 +332,7 @@ def test_a_run_of_other_settings_is_refused_and_passed_over(
     change: list[str],
     said: str,
 ) -> None:
-    monkeypatch.setattr("ensemblenet.training.fit._finished", lambda cli: cli.folder)  # which folder is all we ask
+    monkeypatch.setattr("ensemblenet.training.fit.finished", lambda cli: cli.folder)  # which folder is all we ask
     monkeypatch.setattr("ensemblenet.training.fit._searched", lambda cli: pytest.fail("it began"))
     run = fit(make(tmp_path)[1:])
     before = (run / "config.yaml").read_text()
@@ -351,7 +351,7 @@ def test_a_run_of_other_settings_is_refused_and_passed_over(
     ("change", "said"),
     [
         (["--model.optimization.lr", "0.5"], "model.optimization.lr 0.01, not 0.5"),
-        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val null, not 1"),
+        (["--trainer.gradient_clip_val", "0.5"], "trainer.gradient_clip_val null, not 0.5"),
     ],
 )
 def test_a_run_whose_course_changes_goes_on_where_it_is_named(
@@ -361,7 +361,7 @@ def test_a_run_whose_course_changes_goes_on_where_it_is_named(
     change: list[str],
     said: str,
 ) -> None:
-    monkeypatch.setattr("ensemblenet.training.fit._finished", lambda cli: cli.folder)
+    monkeypatch.setattr("ensemblenet.training.fit.finished", lambda cli: cli.folder)
     run = fit(make(tmp_path)[1:])
     assert fit([*make(tmp_path)[1:], *change, "--resume", "auto"]) != run
     assert f"Passed over: {run}, made with {said}.\n" in capsys.readouterr().out

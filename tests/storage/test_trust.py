@@ -25,7 +25,7 @@ from ensemblenet.models import MNIST1DNet
 from ensemblenet.models.sources import ModelNameError, create
 from ensemblenet.storage.restore import data_module, restore
 from ensemblenet.storage.trust import read_config
-from ensemblenet.training.fit import _opened, fit
+from ensemblenet.training.fit import fit, opened
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
 CREATE, IMAGES = "ensemblenet.models.create", "ensemblenet.data.ImageData"
@@ -322,7 +322,7 @@ def test_a_text_is_refused_or_names_nothing_that_is_run(evil: Path, run: Path) -
         with suppress(EnsembleNetError), ExitStack() as held:
             read_config(run / "config.yaml")
             accepted.add(".".join(place))
-            _opened(["--resume", str(run)], held)
+            opened(["--resume", str(run)], held)
         with suppress(EnsembleNetError):
             data_module(restore(run))
     assert accepted == {
@@ -341,7 +341,7 @@ def test_no_file_of_the_name_of_a_setting_is_read(
     shutil.copy(evil / "settings.yaml", run / name)
     shutil.copy(evil / "trainer.yaml", run / "1e5")
     with ExitStack() as held:
-        assert _opened(["--resume", str(run)], held).config["trainer"]["accelerator"] == name
+        assert opened(["--resume", str(run)], held).config["trainer"]["accelerator"] == name
     monkeypatch.chdir(run)
     assert main(["fit", "--resume", "."]) == 2
     assert f"'trainer.accelerator' is '{name}'" in capsys.readouterr().err

@@ -299,8 +299,8 @@ def test_the_classes_of_data_and_network_must_be_as_many(tmp_path, capsys):
     assert main(["fit", *make(tmp_path), "--model.base.init_args.num_classes", "5"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.endswith(
-        "The data has 3 classes and the network 5 outputs: give the base num_classes=3, or the data as many classes as "
-        "the network."
+        "The data has 3 classes and the network 5 outputs: give the base num_classes=3, or where it was trained for "
+        "others --num-classes 3, or the data as many classes as the network."
     )
 
 

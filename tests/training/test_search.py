@@ -317,7 +317,7 @@ def test_another_run_than_the_bases_is_refused(
     said: str,
 ) -> None:
     monkeypatch.setattr(Trainer, "fit", lambda *given, **named: None)  # no training is needed to know
-    monkeypatch.setattr("ensemblenet.training.fit._finished", lambda cli: cli.folder)
+    monkeypatch.setattr("ensemblenet.training.fit.finished", lambda cli: cli.folder)
     own = base_run(tmp_path, *(made if made[0:1] == ["--model.conversion"] else []))
     if made != ["unfinished"]:
         (own / "results.json").write_text("{}")

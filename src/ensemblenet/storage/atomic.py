@@ -143,7 +143,8 @@ def errors_name(path: Path, unfinished: Path) -> Iterator[None]:
         named = error.filename is not None and not str(error.filename).startswith(str(unfinished))
         if named or error.errno is None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # PyArrow says it at length
+        reason, said = os.strerror(error.errno), error.strerror or ""  # PyArrow's is long, and no text of the system
+        raise OSError(error.errno, said if said.startswith(reason) else reason, str(path)) from error
     except (RuntimeError, SafetensorError) as error:
         if not _NOT_WRITTEN.search(str(error)):
             raise
