@@ -138,6 +138,8 @@ def test_a_killed_run_goes_on_elsewhere_to_the_same_weights(
     saved = ["--format", "safetensors", "--output", str(tmp_path / "exported")]
     assert main(["export", f"{url}/model", *saved]) == 0
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 50
+    assert main(["info", url]) == 2
+    assert f"{url} trained a conversion" in capsys.readouterr().err
     assert "train/loss" in read_curves(local_folder(url))  # which a report shows
     assert not list((tmp_path / "third").rglob("last.ckpt"))
     capsys.readouterr()

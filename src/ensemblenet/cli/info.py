@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -23,6 +22,7 @@ from ensemblenet.heads import choose
 from ensemblenet.inputs import InputSpec
 from ensemblenet.recipe import Conversion
 from ensemblenet.reports.tables import COST_NOTE
+from ensemblenet.storage.hub import local_folder
 
 __all__ = ["info"]
 
@@ -37,10 +37,9 @@ def info(arguments: Sequence[str]) -> None:
         ConversionError: there is no such network, or it cannot be converted.
     """
     options, _ = read("info", arguments)
-    run = Path(options.model)
     capacity = None
-    if (run / "config.yaml").is_file():
-        base, x, capacity = _trained(run, options.trust)
+    if (local_folder(options.model) / "config.yaml").is_file():
+        base, x, capacity = _trained(options.model, options.trust)
     else:
         base, x = base_of(options)
     wanted = conversion_of(options)
@@ -97,7 +96,7 @@ def _measured(
     return table
 
 
-def _trained(run: Path, trust: bool) -> tuple[nn.Module, Tensor, Capacity]:
+def _trained(run: str, trust: bool) -> tuple[nn.Module, Tensor, Capacity]:
     """A run's base, an input for it, and its spare capacity."""
     from ensemblenet.storage.restore import restore  # slow to import
     from ensemblenet.training.capacity import capacity_of

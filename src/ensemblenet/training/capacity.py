@@ -27,7 +27,8 @@ def capacity_of(restored: Restored) -> Capacity:
     """
     if isinstance(restored.network, EnsembleNet):
         raise ConversionError(
-            f"{restored.folder} trained a conversion; spare capacity is a base's: give the run of one."
+            f"{restored.address or restored.folder} trained a conversion; spare capacity is a base's: give the run of "
+            "one."
         )
     data: Any = data_module(restored)
     data.prepare_data()
