@@ -298,6 +298,7 @@ def test_no_setting_that_there_is_is_refused_early(config: Path) -> None:
         (AssertionError("Torch not compiled with CUDA enabled"), "The device cannot be used: Torch not compiled"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "Memory ran out: CUDA out of memory. Use smaller"),
         (RuntimeError("[../gloo/tcp/pair.cc:545] Read error: Connection reset by peer"), "Another process of the run"),
+        (RuntimeError("Timed out after 1801 seconds waiting for clients. 1/2 clients joined."), "Another process of"),
         (MemoryError(), "Memory ran out. Use smaller batches"),
         (
             PermissionError("Caught PermissionError in DataLoader worker process 0.\nOriginal Traceback:\n  x\nP: no"),

@@ -25,7 +25,7 @@ __all__ = [
 # what PyTorch says, in a RuntimeError, to a process that waits for one that has ended or stands still
 LOST_PROCESS = (
     r"(?i)gloo.*(timed out|closed by peer|reset by peer|refused)|NCCL.*(timeout|remote process|aborted)|"
-    r"Connection (closed|reset) by peer|socket has (timed out|failed)|wait timeout after"
+    r"Connection (closed|reset) by peer|socket has (timed out|failed)|wait timeout after|waiting for clients"
 )
 
 
