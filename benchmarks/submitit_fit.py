@@ -1,6 +1,6 @@
 """Runs of `fit` as jobs of submitit, by its executor without Slurm: one is told that its time is up, and goes on.
 
-python benchmarks/submitit_fit.py --folder /tmp/submitit
+python benchmarks/submitit_fit.py --folder FOLDER
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import torch
 import yaml
 from commands import own_environment
 from studies import BASE, DATA
+from tiny_runs import TINY, weights
 
 from ensemblenet.cli.main import main
 from ensemblenet.data.remote import RemoteFile
@@ -41,18 +42,7 @@ class Killed(Callback):
         if trainer.global_step == 8:  # in the second epoch of 5 batches
             os.kill(os.getpid(), signal.SIGKILL)
 """
-SETTINGS = {
-    "name": "tiny",
-    "seed_everything": 3,
-    "model": {
-        "base": {"class_path": "ensemblenet.models.MNIST1DNet", "init_args": {"width": 8}},
-        "conversion": {"num_heads": 2, "budget": 1.0},
-        "heads": "looped",
-    },
-    "data": {
-        "class_path": "ensemblenet.data.MNIST1D",
-        "init_args": {"num_train": 100, "num_val": 20, "num_test": 50, "batch_size": 20},
-    },
+SETTINGS = TINY | {
     "trainer": {"max_epochs": 3, "accelerator": "cpu", "log_every_n_steps": 1, "enable_progress_bar": False},
 }
 BUCKETS = (f"runs-{number}" for number in itertools.count())
@@ -89,10 +79,6 @@ def content(url: str) -> bytes:
 
 def another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     monkeypatch.setenv("ENSEMBLENET_CACHE", str(tmp_path / name))
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.mark.usefixtures("one_thread")

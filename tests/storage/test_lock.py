@@ -23,6 +23,7 @@ from commands import FORKS, start_apart
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from made_images import make_folders
+from tiny_runs import TINY, weights
 
 from ensemblenet.cli import compare as study
 from ensemblenet.cli.main import main
@@ -96,20 +97,8 @@ def is_alive(pid: int) -> bool:
 
 def make(folder: Path, hold: int | None = None, **more: Any) -> list[str]:
     """The arguments of a run of 2 epochs of 5 steps, which stands still after a step if asked."""
-    settings = {
-        "name": "tiny",
-        "seed_everything": 3,
-        "model": {
-            "base": {"class_path": "ensemblenet.models.MNIST1DNet", "init_args": {"width": 8}},
-            "conversion": {"num_heads": 2, "budget": 1.0},
-            "heads": "looped",
-        },
-        "data": {
-            "class_path": "ensemblenet.data.MNIST1D",
-            "init_args": {"num_train": 100, "num_val": 20, "num_test": 50, "batch_size": 20},
-        },
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False},
-    } | more
+    trainer = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+    settings = TINY | {"trainer": trainer} | more
     if hold is not None:
         callback = {"class_path": "holding.Hold", "init_args": {"step": hold, "folder": str(folder)}}
         settings["trainer"] = {**settings["trainer"], "callbacks": [callback]}
@@ -127,10 +116,6 @@ def make_images(folder: Path, hold: int | None = None) -> list[str]:
     data = {"class_path": "ensemblenet.data.ImageData", "init_args": options}
     base = {"class_path": "ensemblenet.models.CifarResNet", "init_args": {"depth": 8, "width": 4, "num_classes": 3}}
     return make(folder, hold, data=data, model={"base": base, "conversion": None})
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 def unfinished(folder: Path) -> Path:

@@ -21,6 +21,7 @@ import torch
 from commands import own_environment
 from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
+from tiny_runs import weights
 
 from ensemblenet.cli import main
 from ensemblenet.cli.failures import explain
@@ -55,7 +56,7 @@ def test_a_run_that_lost_a_process_has_the_figures_of_two_undisturbed_ones(
     [one], [other] = (tmp_path / "local").iterdir(), (tmp_path / "runs").iterdir()
     assert "ensemblenet" in said.splitlines()[-1]
     assert said.endswith(f"Results and logs: {other.relative_to(tmp_path)}\n")
-    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, other)]
+    states = [weights(run) for run in (one, other)]
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     rows = [json.loads((run / "results.json").read_text())["rows"][0]["test"] for run in (one, other)]
     assert rows[0] == rows[1]

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 import yaml
 from commands import own_environment, run_apart
 from made_images import make_folders
+from tiny_runs import weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -148,10 +149,6 @@ def logged(folder):
         for place, name in enumerate(header)
         if name.startswith(("train/", "val/", "test/"))
     }
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 def taught(folder):

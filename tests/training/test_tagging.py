@@ -17,6 +17,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 from shards import AUDIO, CLASSES, RGB, videos, write
+from tiny_runs import weights
 
 import ensemblenet
 from ensemblenet.cli.main import main
@@ -132,10 +133,6 @@ def test_two_processes_count_every_video_once_where_their_shares_differ(tmp_path
     alone = run_test([str(run)])[0]
     for name in ("gap", "map", "hit1"):
         assert together[name] == pytest.approx(alone[name], abs=1e-6), name
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

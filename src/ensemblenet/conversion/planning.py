@@ -300,7 +300,8 @@ class Planner:
             found = self._best(near)
             if found and self.is_fast(found[1]):
                 return found
-            slow += [found] if found else []
+            if found:
+                slow.append(found)
         if slow and self._wanted.depth is not None:
             return slow[0]  # behind a later split there may be no such share of blocks
         if slow:

@@ -25,7 +25,7 @@ from ensemblenet.storage.atomic import write_json
 if TYPE_CHECKING:
     from ensemblenet.data.remote import RemoteFile
 
-__all__ = ["address", "claim", "discard", "fetch_outlines", "pull", "push", "run_folder", "runs_folder"]
+__all__ = ["address", "claim", "discard", "fetch_outlines", "is_address", "pull", "push", "run_folder", "runs_folder"]
 
 Result = TypeVar("Result")
 
@@ -131,6 +131,16 @@ def _ask(do: Callable[[Any, str], Result], url: str, done: str) -> Result:
 # -- places
 
 
+def is_address(place: object) -> bool:
+    """Whether a place is a URL, of whatever kind, and no path.
+
+    Example:
+        >>> is_address("s3://bucket/runs"), is_address(Path("runs"))
+        (True, False)
+    """
+    return "://" in str(place)
+
+
 def run_folder(place: str | Path) -> Path:
     """The folder of this machine that is, or stands for, a run's; what the bucket has newer is fetched.
 
@@ -138,7 +148,7 @@ def run_folder(place: str | Path) -> Path:
         TrainingError: a URL at which runs cannot be kept, or are none.
         FetchError: there is no such bucket, no rights, or the server fails.
     """
-    if "://" not in str(place):
+    if not is_address(place):
         return Path(place)
     folder = runs_folder(place)
     from filelock import FileLock
@@ -167,7 +177,7 @@ def runs_folder(place: str | Path) -> Path:
         >>> runs_folder("runs").name, runs_folder("s3://bucket/runs").parts[-3:]
         ('runs', ('s3', 'bucket', 'runs'))
     """
-    if "://" not in str(place):
+    if not is_address(place):
         return Path(place)
     from ensemblenet.data.remote import cache_folder, checked_place
 
@@ -276,7 +286,7 @@ def fetch_outlines(runs: str | Path, name: str, has: str, lacks: str) -> None:
         has: the file's name.
         lacks: the other's.
     """
-    if "://" not in str(runs):
+    if not is_address(runs):
         return
     from ensemblenet.data.remote import find_urls, remote_file
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ensemblenet.errors import LoadError
 from ensemblenet.extras import require
+from ensemblenet.storage.bucket import is_address
 
 __all__ = ["PREFIX", "download", "local_folder", "upload"]
 
@@ -28,7 +29,7 @@ def local_folder(directory: str | os.PathLike[str]) -> Path:
         LoadError: there is nothing at the address, or the hub cannot be reached.
         DataError: a bucket cannot be read.
     """
-    if not isinstance(directory, str) or "://" not in directory:
+    if not isinstance(directory, str) or not is_address(directory):
         return Path(directory)
     if directory.startswith(PREFIX):
         return download(directory)

@@ -92,7 +92,7 @@ def create_run_folder(runs: str | Path, name: str) -> Path:
         except FileExistsError:
             continue
         try:
-            is_new = "://" not in str(runs) or bucket.claim(folder, here, str(runs))
+            is_new = not bucket.is_address(runs) or bucket.claim(folder, here, str(runs))
         except BaseException:
             folder.rmdir()
             raise

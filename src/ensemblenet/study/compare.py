@@ -30,7 +30,7 @@ from ensemblenet.study.on_ray import Cluster, RayWorkers
 from ensemblenet.study.settings import Study, tuning_points
 from ensemblenet.study.trials import Outcome, Phase, Trial, Workers, open_data, training_memory
 from ensemblenet.timing import measure, step
-from ensemblenet.training.module import compare_classes
+from ensemblenet.training.module import check_num_classes
 
 __all__ = ["JOURNAL", "Watcher", "paired_test", "run_study"]
 
@@ -173,7 +173,7 @@ def _costs(study: Study, device: str) -> dict[str, dict[str, Any]]:
         task = trial.task(x, calibration=[(x, y)])
         with torch.no_grad():
             _, prediction = call(task.eval(), x)
-        compare_classes(prediction.shape[1], data, y, study.task)
+        check_num_classes(prediction.shape[1], data, y, study.task)
         costs[trial.name] = {
             "cost": task.cost(one_example(x)),
             "training_only_parameters": task.training_only(),

@@ -39,7 +39,7 @@ from ensemblenet.training.optimization import (
 )
 from ensemblenet.training.teacher import Teacher
 
-__all__ = ["Classifier", "Conversion", "compare_classes", "head_outputs", "plan_in_words", "seen_outputs"]
+__all__ = ["Classifier", "Conversion", "check_num_classes", "head_outputs", "plan_in_words", "seen_outputs"]
 
 _METRICS = {"multiclass": HeadMetrics, "multilabel": TaggingMetrics}
 Loss = Literal["cross_entropy", "binary_cross_entropy"]
@@ -173,7 +173,7 @@ class Classifier(LightningModule):
             num_classes = head_outputs(self.network.eval(), self.example_inputs).shape[2]
         self.network.train()
         self._meant = _non_finite(self.network)
-        compare_classes(num_classes, self.trainer.datamodule, targets, self.task)  # pyright: ignore
+        check_num_classes(num_classes, self.trainer.datamodule, targets, self.task)  # pyright: ignore
         self.num_classes = num_classes
         self.mix = None if self.mixing is None else self.mixing.mixer(num_classes)
         if self.teacher is not None:
@@ -194,7 +194,7 @@ class Classifier(LightningModule):
         with torch.no_grad():
             classes = head_outputs(base, to_device(one_example(inputs), device)).shape[2]
         data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        compare_classes(conversion.num_classes or classes, data, targets, self.task)
+        check_num_classes(conversion.num_classes or classes, data, targets, self.task)
         batches = calibration_batches(data.train_dataloader())
         if self.trainer.world_size > 1:  # each process has other batches
             batches = self.trainer.strategy.broadcast(batches)
@@ -464,7 +464,7 @@ def head_outputs(network: nn.Module, x: Tree) -> Tensor:
     return outputs
 
 
-def compare_classes(num_classes: int, data: Any, targets: Tensor, task: ClassifierTask) -> None:
+def check_num_classes(num_classes: int, data: Any, targets: Tensor, task: ClassifierTask) -> None:
     """Refuse a network whose outputs are not the classes of the data, where the data says what they are.
 
     Args:
@@ -477,7 +477,7 @@ def compare_classes(num_classes: int, data: Any, targets: Tensor, task: Classifi
         TrainingError: they differ.
 
     Example:
-        >>> compare_classes(3, None, torch.zeros(2, 3), "multilabel")
+        >>> check_num_classes(3, None, torch.zeros(2, 3), "multilabel")
     """
     description = getattr(data, "description", None)
     names = description().get("classes") if description else None

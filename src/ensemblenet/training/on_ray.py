@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from ensemblenet.errors import LOST_PROCESS, EnsembleNetError, TrainingError, first_line
+from ensemblenet.storage.bucket import is_address
 from ensemblenet.storage.lock import NOTE
 from ensemblenet.training.cluster import (
     REPEATS,
@@ -91,7 +92,7 @@ class _OnDriver(FitCLI):
         if self.config["plan"] == "search":
             raise TrainingError("--plan search trains one run after another by itself: leave out --engine ray.")
         for place in map(str, (self.config["runs"], self.config["resume"])):
-            if "://" in place:
+            if is_address(place):
                 raise TrainingError(
                     f"On Ray a run is kept in a folder that all nodes see, not in a bucket; got {place}."
                 )

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from ensemblenet.errors import BusyError
-from ensemblenet.storage.bucket import address, pull
+from ensemblenet.storage.bucket import address, is_address, pull
 from ensemblenet.storage.lock import read_writer, sole_writer
 from ensemblenet.storage.runs import CONFIG, RESULTS, unfinished_runs
 
@@ -131,7 +131,7 @@ def _is_allowed(name: str, old: Any, new: Any, named: bool) -> bool:
     if named and name in _MAY_STEER:
         return True
     if name in _MAY_MOVE and isinstance(old, str) and isinstance(new, str):
-        return named or ("://" not in old and (not Path(old).exists() or Path(old).resolve() == Path(new).resolve()))
+        return named or (not is_address(old) and (not Path(old).exists() or Path(old).resolve() == Path(new).resolve()))
     return False
 
 

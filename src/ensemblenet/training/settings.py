@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
-from ensemblenet.storage.bucket import address, push, run_folder
+from ensemblenet.storage.bucket import address, is_address, push, run_folder
 from ensemblenet.storage.lock import KeepFolder, sole_writer
 from ensemblenet.storage.runs import (
     CHECKPOINT,
@@ -278,9 +278,10 @@ class FitCLI(LightningCLI):
 
     def _resumable(self, folder: Path, new: bool = False) -> Path:
         self.held.enter_context(resumable(folder, self.command, partial(self._begun, folder), new))
-        if address(folder) != str(folder) and self.config["trainer"]["num_nodes"] > 1:
+        place = address(folder)
+        if is_address(place) and self.config["trainer"]["num_nodes"] > 1:
             raise TrainingError(
-                f"{address(folder)}: runs in a bucket are for one machine, got num_nodes "
+                f"{place}: runs in a bucket are for one machine, got num_nodes "
                 f"{self.config['trainer']['num_nodes']}: give a folder that all machines see."
             )
         push(folder, always=not new)  # early, to see that one may, and to say that the run goes on here
