@@ -5,9 +5,10 @@
 
 The bases are those of plan_study.py whose training overfits: a ResNet of three blocks a stage, a deeper perceptron, a
 small ViT. Conversions cost at most 0.95 of the parameters and MACs and 1.05 of the predicted time. They and the base
-are trained on for 5, 10, 30 and 100 % of the base's epochs, each with a schedule of its own. Seed 0 tries three
-learning rates at each length, as shares of the base's; the best by validation error is taken for the other seeds, and
-that of 30 % for 100 %. All else is measured on test examples. Finished runs are lines of results/finetune_study.jsonl.
+are trained on for 5, 10, 30 and 100 % of the base's epochs, each with a schedule of its own; some of them also with
+the base as teacher. Seed 0 tries three learning rates at each length, as shares of the base's; the best by validation
+error is taken for the other seeds, and that of 30 % for 100 %. All else is measured on test examples. Finished runs are
+lines of results/finetune_study.jsonl.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, product
 from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
@@ -74,6 +75,9 @@ STARTS = {
     "late narrow, dealt": Start("narrow", "dealt", split="late"),
     "late short, dealt": Start("short", "dealt", split="late"),
 }
+LONG = ("base", "fresh short", "narrow, dealt", "short, dealt", "late short, dealt")
+TAUGHT = ("base", "narrow, dealt", "short, dealt", "late short, dealt")
+PARTS = ((STARTS, LENGTHS[:-1], 0.0), (LONG, LENGTHS[-1:], 0.0), (TAUGHT, LENGTHS[:-1], 1.0))
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,13 @@ class Results(plan_study.Results):
 
 
 def runs(names: list[str], results: Results) -> Iterator[Run]:
-    """All runs in order: those with the base as teacher, and the longest, come last."""
-    for teacher in (0.0, 1.0):
-        for lengths in (LENGTHS[:-1], LENGTHS[-1:]):
-            for seed in SEEDS:
-                for setting in names:
-                    for start, length in ((start, length) for start in STARTS for length in lengths):
-                        run = Run(setting, start, length, 1.0, seed, teacher)
-                        tuned = {"setting": setting, "start": start, "length": min(length, 0.3), "teacher": teacher}
-                        tried = RATES if seed == 0 and length < 1 else [results.best_rate(**tuned)]
-                        yield from (replace(run, rate=rate) for rate in tried)
+    """All runs in order: the longest, and those with the base as teacher, come last."""
+    for starts, lengths, teacher in PARTS:
+        for seed, setting, start, length in product(SEEDS, names, starts, lengths):
+            run = Run(setting, start, length, 1.0, seed, teacher)
+            tuned = {"setting": setting, "start": start, "length": min(length, 0.3), "teacher": teacher}
+            tried = RATES if seed == 0 and length < 1 else [results.best_rate(**tuned)]
+            yield from (replace(run, rate=rate) for rate in tried)
 
 
 def finish(run: Run, results: Results, folder: Path, kept: Path) -> dict[str, Any]:
