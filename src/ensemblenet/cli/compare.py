@@ -32,9 +32,9 @@ from ensemblenet.storage.specs import plain, with_data_folder
 from ensemblenet.storage.trust import config_option, resumed
 from ensemblenet.study.compare import JOURNAL, Watcher, run_study
 from ensemblenet.study.from_fit import study_settings
-from ensemblenet.study.on_ray import Cluster
 from ensemblenet.study.settings import Study, study_of
 from ensemblenet.study.trials import Outcome, Phase, Trial
+from ensemblenet.training.executor import Cluster
 from ensemblenet.training.resume import changed_setting
 
 __all__ = ["compare", "progress", "read_study"]
@@ -113,7 +113,7 @@ def progress() -> Iterator[Watcher]:
                 (running.add if outcome["status"] == "running" else running.discard)(trial.key)
                 failed[phase] += outcome["status"] == "failed"
                 if "reason" in outcome:
-                    line = f"{outcome['status']}: {trial.name}, seed {trial.seed}: {outcome['reason']}"
+                    line = f"{outcome['status']}: {trial.title}: {outcome['reason']}"
                     bars.console.print(line, markup=False, soft_wrap=True)
             counts = {"running": len(running), "waiting": total - done - len(running), "failed": failed[phase]}
             shown = ("running", "waiting", "failed") if running else ("failed",)  # processes here do not say

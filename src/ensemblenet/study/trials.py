@@ -34,6 +34,7 @@ from ensemblenet.study.halves import halve_validation
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS
 from ensemblenet.study.task import Setup, Source, TrainingTask
+from ensemblenet.training.executor import Outcome
 from ensemblenet.training.inheriting import calibration_batches
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule, layer_depths
 
@@ -55,7 +56,6 @@ __getattr__ = renamed(__name__, {"Cell": "Trial", "run_cell": "run_trial"})
 
 Phase = Literal["tune", "test"]
 Precision = Literal["32", "bf16"]
-Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,11 @@ class Trial:
     def key(self) -> str:
         """A text that two trials share exactly if they are the same."""
         return trial_key(asdict(self))
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.name}, seed {self.seed}"
 
     @property
     def inherits(self) -> bool:
