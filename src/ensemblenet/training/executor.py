@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 
@@ -98,7 +98,7 @@ class RayTasks(Generic[T]):
         self.work = work
         self.tasks: dict[Any, tuple[T, int, int]] = {}  # of each: the task, its number there, how often it died
 
-    def __enter__(self) -> RayTasks[T]:
+    def __enter__(self) -> Self:
         with ExitStack() as held:
             held.enter_context(joined(self.cluster.address))
             import ray
