@@ -174,7 +174,10 @@ def test_a_wrong_engine_is_one_line(capsys: pytest.CaptureFixture[str], options:
     ("options", "message"),
     [
         (["--trainer.devices", "auto"], "a number as --trainer.devices: that of processes on a node; got auto."),
-        (["--trainer.strategy", "fsdp"], "with --trainer.strategy ddp, or DDPStrategy with its arguments; got fsdp."),
+        (
+            ["--trainer.strategy", "fsdp"],
+            "--trainer.strategy ddp or fsdp2, or DDPStrategy with its arguments; got fsdp.",
+        ),
         (["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"], "got lightning.pytorch.strat"),
         (["--runs", "s3://bucket/runs"], "in a folder that all nodes see, not in a bucket; got s3://bucket/runs."),
         (["--plan", "search", "--trainer.accelerator", "gpu"], "with cpu and none; got gpu and 0."),

@@ -54,6 +54,7 @@ from ensemblenet.training.search import (
     validate,
 )
 from ensemblenet.training.settings import FitCLI, complete_arguments
+from ensemblenet.training.sharding import FullyShardedStrategy
 
 __all__ = ["finished", "fit", "opened", "searched", "tried"]
 
@@ -90,6 +91,8 @@ def finished(cli: FitCLI) -> Path:
         _check_base_run(cli)
     _train(cli)
     cli.keep_settings()  # where no step was left to train
+    strategy = cli.trainer.strategy
+    whole = strategy.gathered() if isinstance(strategy, FullyShardedStrategy) else module.network
     with _lightning_errors():
         [metrics] = cli.trainer.test(module, data, verbose=False)
     if not is_first_process():
@@ -97,6 +100,7 @@ def finished(cli: FitCLI) -> Path:
     if batches := cli.config["trainer"]["fast_dev_run"]:
         print(f"A trial of {int(batches)} batch(es): it keeps no results.")
         return folder
+    module.network = whole
     description = data.description() if isinstance(data, Describes) else {}
     store(module.network, module.task, Inputs.of(module.example_inputs), description, folder)
     row = _row(cli, metrics)

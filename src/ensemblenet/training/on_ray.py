@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -38,6 +39,7 @@ from ensemblenet.training.fit import finished, opened, searched, tried
 from ensemblenet.training.options import listed
 from ensemblenet.training.search import Candidate
 from ensemblenet.training.settings import FitCLI
+from ensemblenet.training.sharding import FSDP2, FullyShardedStrategy
 
 __all__ = ["fit_on_ray"]
 
@@ -129,11 +131,22 @@ class _OnNode(_OfDriver):
         from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
         from ray.train.torch import get_device
 
-        chosen = self.config_init["trainer"]
-        chosen["strategy"] = RayDDPStrategy(**_arguments_of_ddp(self.config["trainer"]["strategy"]))
+        chosen, strategy = self.config_init["trainer"], self.config["trainer"]["strategy"]
+        shards = strategy == FSDP2
+        chosen["strategy"] = _ShardedOnRay() if shards else RayDDPStrategy(**_arguments_of_ddp(strategy))
         chosen["plugins"] = [*listed(chosen["plugins"]), RayLightningEnvironment()]
         chosen["accelerator"], chosen["devices"], chosen["num_nodes"] = get_device().type, "auto", 1
-        return prepare_trainer(super().instantiate_trainer(**kwargs))
+        trainer = super().instantiate_trainer(**kwargs)
+        return trainer if shards else prepare_trainer(trainer)  # which knows Ray's own strategies alone
+
+
+class _ShardedOnRay(FullyShardedStrategy):
+    @property
+    def root_device(self) -> torch.device:
+        """Which Ray gave to this process."""
+        from ray.train.torch import get_device
+
+        return get_device()
 
 
 def _searched(run: _OnDriver, cluster: Cluster) -> Path:
@@ -191,17 +204,19 @@ def _processes(trainer: Mapping[str, Any]) -> int:
 
 
 def _arguments_of_ddp(strategy: Any) -> dict[str, Any]:
-    """What a configuration gives for DDP.
+    """What a configuration gives for DDP; nothing for FSDP2.
 
     Raises:
         TrainingError: it names another strategy.
     """
-    if strategy in ("auto", "ddp"):
+    if strategy in ("auto", "ddp", FSDP2):
         return {}
     if isinstance(strategy, Namespace) and strategy["class_path"].rpartition(".")[2] in (_DDP, f"Ray{_DDP}"):
         return {name: value for name, value in strategy.get("init_args", {}).items() if value is not None}
     name = strategy["class_path"] if isinstance(strategy, Namespace) else strategy
-    raise TrainingError(f"On Ray fit trains with --trainer.strategy ddp, or {_DDP} with its arguments; got {name}.")
+    raise TrainingError(
+        f"On Ray fit trains with --trainer.strategy ddp or {FSDP2}, or {_DDP} with its arguments; got {name}."
+    )
 
 
 def _on_gpus(accelerator: str) -> bool:
