@@ -94,7 +94,12 @@ def plain(value: Any) -> Any:
         (["--engine", "ray", "--address", "nowhere.invalid:6379"], "Nothing answers at --address nowhere.invalid:6379"),
         (["--engine", "ray", "--address", "head"], "--address must be auto, HOST:PORT or ray://HOST:PORT, got 'head'"),
         (["--engine", "ray", "--cpus_per_trial", "0"], "--cpus_per_trial must be at least 1, got 0"),
-        (["--engine", "ray", "--gpus_per_trial", "2", "--device", "cuda"], "between 0 and 1, as a trial trains on one"),
+        (
+            ["--engine", "ray", "--gpus_per_trial", "1.5", "--device", "cuda"],
+            "must be a fraction, or a whole number of at",
+        ),
+        (["--engine", "ray", "--gpus_per_trial", "2", "--device", "cuda"], "--devices 1 needs --gpus_per_trial 1; got"),
+        (["--engine", "ray", "--devices", "2"], "--devices 2 needs --cpus_per_trial 2; got 1."),
         (["--engine", "ray", "--device", "cuda"], "got --device cuda and --gpus_per_trial 0."),
         (["--engine", "ray", "--device", "cuda", "--gpus_per_trial", "0.5"], "No node of the cluster has 1 CPUs and 0"),
         (["--engine", "ray", "--cpus_per_trial", "9"], "there are nodes of 1 CPUs and 0 GPUs. Lower --cpus_per_trial"),

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
@@ -149,6 +150,10 @@ def _cluster(study: Study, plain: Mapping[str, Any]) -> Cluster | None:
     if plain["engine"] != "ray":
         if given:
             raise TrainingError(f"--{next(iter(given))} needs --engine ray.")
+        if study.device == "cuda" and torch.cuda.device_count() < study.devices:
+            raise TrainingError(
+                f"--devices {study.devices} is more than the {torch.cuda.device_count()} GPUs there are."
+            )
         return None
     require("ray", "ray")
     cluster = Cluster(**given)
@@ -157,6 +162,10 @@ def _cluster(study: Study, plain: Mapping[str, Any]) -> Cluster | None:
             "On Ray a trial trains with --device cuda and --gpus_per_trial above 0, or with --device cpu and none; got "
             f"--device {study.device} and --gpus_per_trial {cluster.gpus_per_trial:g}."
         )
+    name, share = ("gpus", cluster.gpus_per_trial) if study.device == "cuda" else ("cpus", cluster.cpus_per_trial)
+    several = max(study.devices, share if name == "gpus" else 1) > 1
+    if several and (share != study.devices if name == "gpus" else share % study.devices):
+        raise TrainingError(f"--devices {study.devices} needs --{name}_per_trial {study.devices}; got {share:g}.")
     return cluster
 
 

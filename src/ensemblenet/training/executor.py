@@ -54,7 +54,7 @@ class Cluster:
     Args:
         address: as [`check_address`][ensemblenet.training.cluster.check_address] takes it.
         cpus_per_trial: threads of a trial. Sums depend on their number, so 1 gives the figures of local processes.
-        gpus_per_trial: at most 1, as a trial trains on one device; a fraction shares a GPU.
+        gpus_per_trial: a fraction below 1 shares a GPU.
 
     Raises:
         TrainingError: an address of another form, or a share that a trial cannot use.
@@ -72,9 +72,9 @@ class Cluster:
         check_address(self.address)
         if self.cpus_per_trial < 1:
             raise TrainingError(f"--cpus_per_trial must be at least 1, got {self.cpus_per_trial}.")
-        if not 0 <= self.gpus_per_trial <= 1:
+        if self.gpus_per_trial < 0 or (self.gpus_per_trial > 1 and self.gpus_per_trial % 1):
             raise TrainingError(
-                f"--gpus_per_trial must be between 0 and 1, as a trial trains on one device; got {self.gpus_per_trial}."
+                f"--gpus_per_trial must be a fraction, or a whole number of at least 0; got {self.gpus_per_trial:g}."
             )
 
 
@@ -140,6 +140,7 @@ class RayTasks(Generic[T]):
             exceptions.WorkerCrashedError: "its process died",
             exceptions.OutOfMemoryError: "its node ran out of memory",
             exceptions.ObjectLostError: "its outcome was lost with a node",
+            ChildProcessError: "one of its processes died",
         }
         common = (self.work, self.cluster.cpus_per_trial, versions(), os.getcwd(), self.board)
         numbers = count()
