@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from ensemblenet.cli.failures import INTERRUPTED, explain
+from ensemblenet.cli.failures import INTERRUPTED, explain, said_once
 
 __all__ = ["COMMANDS", "main"]
 
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require("study" if name in _STUDIES else "train")
             _check(name, arguments[1:])
         command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
-        command(arguments[1:])
+        with said_once():
+            command(arguments[1:])
         return 0
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         status, said = explain(error)
