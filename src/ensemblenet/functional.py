@@ -302,11 +302,9 @@ def _plain_loss(
 def _with_divergence(z: Tensor, task: Task, combine: Combine) -> tuple[Tensor, Tensor]:
     """The ensemble, and mean_k KL(ensemble || head k): (N, 1, *) for multiclass, else for each output, (N, C, *)."""
     if combine == "logits" or task == "regression":
-        combined, gap = _MeanAndGap.apply(z, task)  # pyright: ignore[reportGeneralTypeIssues]
-    else:
-        combined = combine_heads(z, combine, task)
-        gap = _distance(combined, z, task)
-    return combined, _not_below_0(gap)
+        return _MeanAndGap.apply(z, task)  # pyright: ignore[reportReturnType]
+    combined = combine_heads(z, combine, task)
+    return combined, _not_below_0(_distance(combined, z, task))
 
 
 def _not_below_0(gap: Tensor) -> Tensor:
@@ -328,7 +326,8 @@ class _MeanAndGap(torch.autograd.Function):
         mean = z.mean(0)
         if task == "regression":
             return mean, (z - mean).square().mean(0) / 2
-        return mean, _gap_of_softmax(z, mean) if task == "multiclass" else _gap_of_sigmoid(z, mean)
+        gap = _gap_of_softmax(z, mean) if task == "multiclass" else _gap_of_sigmoid(z, mean)
+        return mean, gap.relu_()  # rounding may have left almost zero below it
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Task], output: tuple[Tensor, Tensor]) -> None:
@@ -361,9 +360,20 @@ def _gap_of_softmax(z: Tensor, mean: Tensor) -> Tensor:
 
 def _gap_of_sigmoid(z: Tensor, mean: Tensor) -> Tensor:
     """mean_k A(z_k) - A(mean) for A = softplus, (N, C, *)."""
-    # softplus(z) = z - logsigmoid(z) = -logsigmoid(-z), and z drops out of the gap: take what is near zero.
-    sign = torch.where(mean > 0, 1.0, -1.0).to(z.dtype)
-    return F.logsigmoid(sign * mean) - F.logsigmoid(sign * z).mean(0)
+    # softplus(z) = max(z, 0) + log(1 + exp(-|z|)). Less z where the mean is positive, which drops out of the gap, its
+    # first term is 0 for a head of the mean's sign and |z| for another: nothing large is subtracted.
+    against = torch.where(mean > 0, -1.0, 1.0).to(z.dtype)
+    return (against * z).relu_().add_(_log1p_exp(z)).mean(0) - _log1p_exp(mean)
+
+
+def _log1p_exp(z: Tensor) -> Tensor:
+    """log(1 + exp(-|z|))."""
+    small = z.abs().neg_().exp_()
+    if z.device.type != "cpu":
+        return small.log1p_()
+    # There PyTorch's log1p takes as long as twenty logarithms: what rounding took from the sum is put back instead.
+    sum_ = small + 1
+    return small.sub_(sum_ - 1).div_(sum_).add_(sum_.log_())
 
 
 def _distance(one: Tensor, z: Tensor, task: Task) -> Tensor:
