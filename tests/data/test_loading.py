@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ensemblenet.data.loading import ExampleLoader, Part
+from ensemblenet.data.shards import Shards, shards_of
 from ensemblenet.errors import DataError
 
 
@@ -60,6 +62,43 @@ def test_processes_share_the_batches_of_one_process() -> None:
     assert len(alone) == 6
     assert len({index for batch in alone for index in batch}) == 48
     assert Part(50, 8, train=True, seed=1).batches(3) != alone
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 3), st.integers(1, 30))
+def test_files_are_read_one_after_another_and_every_example_once(
+    sizes: list[int], batch_size: int, world_size: int, buffer: int
+) -> None:
+    total = sum(sizes)
+    if total < batch_size * world_size:
+        return
+    of = np.repeat(np.arange(len(sizes)), sizes)
+    shards = Shards([Path(f"{number}.tar") for number in range(len(sizes))], of, buffer)
+    parts = [Part(total, batch_size, True, 1, rank, world_size, shards) for rank in range(world_size)]
+    taken = [[index for batch in part.batches(2) for index in batch] for part in parts]
+    whole = [index for own in taken for index in own]
+    assert len(set(whole)) == len(whole) == total // (batch_size * world_size) * batch_size * world_size
+    size = max(1, buffer // batch_size) * batch_size
+    files = [[set(of[own[first : first + size]].tolist()) for first in range(0, len(own), size)] for own in taken]
+    for windows in files:  # neighbours share at most one file
+        assert sum(map(len, windows)) <= len(set().union(*windows)) + len(windows) - 1
+    assert sum(len(set().union(*windows)) for windows in files) <= len(sizes) + world_size - 1
+
+
+def test_the_order_of_files_and_of_their_examples_is_new_in_each_epoch() -> None:
+    shards = Shards([Path(name) for name in "abcde"], np.repeat(np.arange(5), 8), buffer=16)
+    part = Part(40, 4, train=True, seed=1, shards=shards)
+    first, second = part.batches(0), part.batches(1)
+    files = [
+        [sorted({index // 8 for batch in epoch[at : at + 4] for index in batch}) for at in (0, 4, 8)]
+        for epoch in (first, second)
+    ]
+    assert [len(window) for epoch in files for window in epoch] == [2, 2, 1] * 2
+    assert files[0] != files[1]
+    assert [index for batch in first for index in batch][:16] != sorted(index for batch in first[:4] for index in batch)
+    assert part.batches(0) == first
+    assert [part.windows(start)[0] for start in (0, 5)] == [slice(0, 4), slice(5, 8)]
+    with pytest.raises(DataError, match="shuffle_buffer is for shards"):
+        shards_of(Numbers(), 16)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

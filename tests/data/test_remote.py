@@ -153,6 +153,49 @@ def test_files_make_room_for_others_and_are_fetched_again(
     assert len(list((tmp_path / "cache").glob("*.file"))) == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*Skipped")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shards_that_do_not_all_fit_are_read_one_after_another(
+    workers: int, folder: Path, server: FailingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shards(folder, train=12, val=6, shards=6)  # 6 images in a shard
+    sizes = [path.stat().st_size for path in folder.glob("train-*.tar")]
+    monkeypatch.setenv("ENSEMBLENET_CACHE_GB", str(2.5 * max(sizes) / 1e9))
+    settings = {"train": "train-{0000..0005}.tar", "batch_size": 3, "shuffle_buffer": 7}
+
+    def opened(place: Any, workers: int = 0) -> ImageData:
+        data = images(place, workers, **settings)
+        data.setup("fit")
+        return data
+
+    expected = list(opened(folder).train_dataloader())
+    data = opened(server.url, workers)
+    server.requests.clear()
+    begun = iter(data.train_dataloader())
+    first = [next(begun) for _ in range(5)]
+    resumed = opened(server.url, workers)
+    resumed.load_state_dict(data.state_dict())
+    rest = list(resumed.train_dataloader())
+    assert same([*first, *rest], expected)
+    assert len(expected) == 12
+    assert len(list((tmp_path / "cache").glob("*.file"))) <= 2 + workers  # one may come while another is read
+    assert len([path for path in server.requests if "train-" in path]) >= 6 - 2  # fetched again, as room was made
+
+    seen = [image.sum().item() for x, _ in data.val_dataloader() for image in x]
+    assert len(seen) == len(set(seen)) == 6 * len(CLASSES)
+    other = images(server.url, **{**settings, "shuffle_buffer": 6})
+    other.setup("fit")
+    other.load_state_dict(data.state_dict())
+    with pytest.raises(DataError, match=r"cannot go on .*: shuffle_buffer was 7 and is 6\.$"):
+        other.train_dataloader()
+    large = images(server.url, **{**settings, "shuffle_buffer": 36})
+    large.setup("fit")
+    with pytest.raises(
+        DataError, match=r"^Two times shuffle_buffer=36 examples lie in files of .*set ENSEMBLENET_CACHE_GB"
+    ):
+        list(large.train_dataloader())
+
+
 def test_parquet_files_are_read_from_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     root = tmp_path / "parquet"
@@ -175,9 +218,9 @@ def test_parquet_files_are_read_from_a_bucket(tmp_path: Path, monkeypatch: pytes
         ParquetImages(f"{url}/nothing").setup("fit")
 
 
-def clips(folder: Any, split: str, workers: int = 0) -> list[Any]:
+def clips(folder: Any, split: str, workers: int = 0, **settings: Any) -> list[Any]:
     small = {"num_frames": 4, "stride": 2, "image_size": 16, "batch_size": 2, "num_workers": workers, "seed": 0}
-    data = Kinetics(folder, split, split, **small)
+    data = Kinetics(folder, split, split, **small, **settings)
     data.setup("fit")
     assert data.classes == ["high jump", "run"]
     return [*data.train_dataloader(), *data.val_dataloader()]
@@ -214,6 +257,9 @@ def test_videos_in_tars_and_at_urls_are_those_of_class_folders(tmp_path: Path) -
             for split in ("train-{0..1}.tar", "wds-*.tar", "list.txt", "urls.csv", "train.csv"):
                 assert same(clips(place, split), expected), (place, split)
         assert same(clips(server.url, "train-{0..1}.tar", workers=1), expected)
+        near = [clips(place, "train-{0..1}.tar", shuffle_buffer=2) for place in (served, server.url)]
+        assert same(*near)
+        assert not same(near[0], expected)
 
         data = Kinetics(server.url, "urls.csv", "urls.csv", num_workers=0, on_broken="skip")
         data.setup("fit")

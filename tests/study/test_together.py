@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from commands import killed_trial
 from studies import DATA, trial
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from ensemblenet.study import together
 from ensemblenet.study.together import in_processes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,7 +41,6 @@ __all__ = ["ImageSet", "open_images"]
 _VALIDATION = ("val", "validation", "valid", "test")
 _CLASSES = "classes.txt"
 _LABEL = ".cls"
-_LONGEST_LABEL = 100  # bytes
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class ImageSet:
         read: gives an image by index: a file, open or not, or decoded.
         name: gives the name of an image by index, for messages.
         numbered: whether the data itself numbers its classes; if not, their names alone count.
+        files: what each image lies in, (N,); None where a library reads.
     """
 
     where: str
@@ -62,6 +63,7 @@ class ImageSet:
     read: Callable[[int], BinaryIO | Path | Image.Image]
     name: Callable[[int], str]
     numbered: bool = True
+    files: Sequence[Path | RemoteFile | TarFile] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,6 +110,7 @@ def open_images(
     classes: Sequence[str] | None,
     complete: bool,
     options: Mapping[str, Any],
+    fit: bool = True,
 ) -> ImageSet:
     """Find the images of a split, and their labels.
 
@@ -120,6 +123,7 @@ def open_images(
         classes: the names in the order of their labels; None takes them from the data.
         complete: whether the split must have all of these classes.
         options: arguments of timm's reader.
+        fit: whether shards at a URL must all fit on this machine at once.
 
     Raises:
         ClassesError: the data has other classes.
@@ -127,7 +131,7 @@ def open_images(
         FetchError: its server fails.
     """
     kind, _, _ = dataset.partition("/")
-    openers = {"": _class_folders, "wds": _shards, "torch": _torchvision, "hfds": _hugging_face}
+    openers = {"": _class_folders, "wds": partial(_shards, fit=fit), "torch": _torchvision, "hfds": _hugging_face}
     if kind not in openers:
         raise DataError(f"dataset must begin with one of {', '.join(map(repr, openers))}, got {dataset!r}.")
     images = openers[kind](folder, dataset, split, options)
@@ -181,6 +185,7 @@ def _class_folders(folder: Path | str, dataset: str, split: str, options: Mappin
         lambda index: _opened(samples[index][1]),
         lambda index: samples[index][0],
         numbered=class_map is not None,
+        files=[file for _, file, _ in samples],
     )
 
 
@@ -290,9 +295,9 @@ def _hugging_face(folder: Path | str, dataset: str, split: str, options: Mapping
 # -- shards of WebDataset
 
 
-def _shards(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
+def _shards(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any], fit: bool) -> ImageSet:
     """Images in tars where the files of one stem are a sample: an image, and its label in `.cls`."""
-    shards = find_tars(folder, split)
+    shards = find_tars(folder, split, fit)
     samples = [sample for found in in_threads(_samples, shards, "Reading shards") for sample in found]
     return ImageSet(
         str(joined(folder, split)),
@@ -300,6 +305,7 @@ def _shards(folder: Path | str, dataset: str, split: str, options: Mapping[str, 
         _named_classes(joined(folder, _CLASSES)),
         lambda index: samples[index][0].open(),
         lambda index: f"{samples[index][0].name} of {samples[index][0].tar.name}",
+        files=[file for file, _ in samples],
     )
 
 
@@ -319,7 +325,7 @@ def _named_classes(path: Path | str) -> list[str] | None:
 
 def _samples(shard: Path | RemoteFile) -> list[tuple[TarFile, int]]:
     """The images of a shard, and their labels."""
-    grouped = groupby(files_of_tar(shard, (*IMAGE_SUFFIXES, _LABEL)), key=lambda file: _stem(file.name))
+    grouped = groupby(files_of_tar(shard, IMAGE_SUFFIXES, _LABEL), key=lambda file: _stem(file.name))
     return [_sample(shard, stem, list(files)) for stem, files in grouped]
 
 
@@ -334,7 +340,7 @@ def _sample(shard: Path | RemoteFile, stem: str, files: Sequence[TarFile]) -> tu
     if len(images) != 1 or len(labels) != 1:
         found = ", ".join(file.name for file in files)
         raise DataError(f"{shard}: the sample {stem} must have one image and one label (.cls); it has {found}.")
-    text = replace(labels[0], size=min(labels[0].size, _LONGEST_LABEL)).open().read().decode(errors="replace").strip()
+    text = labels[0].text.strip()
     try:
         return images[0], int(np.int64(int(text)))
     except (ValueError, OverflowError):

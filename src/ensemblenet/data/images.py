@@ -17,7 +17,8 @@ from ensemblenet.data.image_files import IMAGE_SUFFIXES, check_view, decode_imag
 from ensemblenet.data.image_sets import ImageSet, open_images
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
-from ensemblenet.data.remote import checked_place
+from ensemblenet.data.remote import RemoteFile, checked_place
+from ensemblenet.data.tars import TarFile
 from ensemblenet.errors import DataError
 
 __all__ = ["ImageData"]
@@ -61,6 +62,8 @@ class ImageData(DataModule):
         reader: arguments of timm's reader, such as `input_key` and `target_key` for `hfds/`; for class folders
             `class_map` alone: numbers of classes by name, or a file with a name a line.
         seed: of order and augmentation; None takes the run's own.
+        shuffle_buffer: how many training images are shuffled together, of each process: the files are then read one
+            after another, in a new order each epoch, and need not all fit on this machine. None shuffles all images.
 
     Raises:
         DataError: at setup, what is wrong with the data; while loading, which image is broken.
@@ -97,9 +100,12 @@ class ImageData(DataModule):
         max_broken: int = 100,
         reader: dict[str, Any] | None = None,
         seed: int | None = None,
+        shuffle_buffer: int | None = None,
     ) -> None:
         check_view(image_size, crop_pct, std)
-        super().__init__(batch_size, eval_batch_size or 2 * batch_size, num_workers, on_broken, max_broken, seed)
+        super().__init__(
+            batch_size, eval_batch_size or 2 * batch_size, num_workers, on_broken, max_broken, seed, shuffle_buffer
+        )
         self.folder = checked_place(folder)
         self.dataset = dataset
         self.splits: dict[Split, str] = {"train": train, "val": val, "test": test or val}
@@ -124,7 +130,8 @@ class ImageData(DataModule):
         """Find the images of a split and their labels."""
         if split == "test" and self.splits["test"] == self.splits["val"]:
             return self.examples("val")
-        images = open_images(self.folder, self.dataset, self.splits[split], self.classes, split == "train", self.reader)
+        place, fit = self.splits[split], self.shuffle_buffer is None
+        images = open_images(self.folder, self.dataset, place, self.classes, split == "train", self.reader, fit)
         classes = images.classes
         assert classes is not None
         unseen = set(range(len(classes))) - set(images.labels.tolist())
@@ -188,6 +195,11 @@ class TransformedImages:
     def labels(self) -> list[int]:
         """(N,)."""
         return self.images.labels.tolist()
+
+    @property
+    def files(self) -> Sequence[Path | RemoteFile | TarFile] | None:
+        """What each image lies in, (N,); None where a library reads."""
+        return self.images.files
 
     def __len__(self) -> int:
         return len(self.images)

@@ -67,6 +67,8 @@ class Kinetics(DataModule):
         on_broken: "error" or "skip", for a video that cannot be decoded; a skipped one is left out, counted and named.
         max_broken: how many videos of a split may be skipped.
         seed: of order, clips and augmentation; None takes the run's own.
+        shuffle_buffer: how many training videos are shuffled together, of each process: tars, or other files, are then
+            read one after another, in a new order each epoch, and need not all fit on this machine. None shuffles all.
 
     Raises:
         DataError: at setup, what is wrong with the data; while loading, which video is broken.
@@ -117,6 +119,7 @@ class Kinetics(DataModule):
         on_broken: OnBroken = "error",
         max_broken: int = 100,
         seed: int | None = None,
+        shuffle_buffer: int | None = None,
     ) -> None:
         check_view(image_size, crop_pct, std)
         if num_crops not in (1, 3) or num_clips < 1:
@@ -126,7 +129,7 @@ class Kinetics(DataModule):
         if cache and num_workers:
             raise DataError("cache=true needs num_workers=0: each worker would fill a cache of its own, every epoch.")
         ClipSampling(num_frames, stride, seconds, short)  # refuses numbers out of range
-        super().__init__(batch_size, eval_batch_size, num_workers, on_broken, max_broken, seed)
+        super().__init__(batch_size, eval_batch_size, num_workers, on_broken, max_broken, seed, shuffle_buffer)
         self.folder = checked_place(folder)
         self.splits: dict[Split, str] = {"train": train, "val": val, "test": test or val}
         for split in self.splits.values():
@@ -155,7 +158,7 @@ class Kinetics(DataModule):
     def open_split(self, split: Split) -> LabelledViews:
         """Find the videos of a split and their labels."""
         assert self.preprocessing is not None
-        videos = find_videos(self.folder, self.splits[split])
+        videos = find_videos(self.folder, self.splits[split], fit=self.shuffle_buffer is None)
         classes = self.classes or order_of_labels(videos.labels)
         if split == "train":
             refuse_other_classes(videos.where, order_of_labels(classes), order_of_labels(videos.labels))
@@ -207,6 +210,11 @@ class LabelledViews:
     labels: list[int]
     spans: Sequence[Span | None]
     read: ViewReader
+
+    @property
+    def files(self) -> list[VideoFile]:
+        """What each video lies in, (N,)."""
+        return self.paths
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
+from ensemblenet.data.shards import Shards
 from ensemblenet.data.tensors import TensorExamples
 from ensemblenet.errors import DataError, FetchError
 
@@ -172,6 +174,7 @@ class Part:
         seed: of the shuffling.
         rank: number of this process.
         world_size: number of processes.
+        shards: the files of the examples, to be read one after another; None shuffles all examples together.
 
     Raises:
         DataError: there are too few examples for one batch (in evaluation: one example) on every process.
@@ -187,6 +190,7 @@ class Part:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    shards: Shards | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -206,9 +210,21 @@ class Part:
         if not self.train:
             own = np.array_split(np.arange(self.total), self.world_size)[self.rank]
             return [part.tolist() for part in np.array_split(own, len(self))]
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.total)
-        whole = order[: len(self) * self.world_size * self.batch_size]
-        return whole.reshape(len(self), self.world_size, self.batch_size)[:, self.rank].tolist()
+        chance, taken = np.random.default_rng((self.seed, epoch)), len(self) * self.world_size * self.batch_size
+        if self.shards is None:
+            whole = chance.permutation(self.total)[:taken]
+            return whole.reshape(len(self), self.world_size, self.batch_size)[:, self.rank].tolist()
+        # each process has files of its own, so that machines need not all fetch all files
+        batches = self.shards.order(chance)[:taken].reshape(self.world_size, len(self), self.batch_size)[self.rank]
+        for window in self.windows():
+            batches[window] = chance.permutation(batches[window].ravel()).reshape(-1, self.batch_size)
+        return batches.tolist()
+
+    def windows(self, start: int = 0) -> list[slice]:
+        """The batches whose examples are shuffled together, from number `start` on; without shards all of them."""
+        size = len(self) if self.shards is None else max(1, self.shards.buffer // self.batch_size)
+        firsts = range(start // size * size, len(self), size)
+        return [slice(max(start, first), min(first + size, len(self))) for first in firsts]
 
 
 class ExampleLoader(ResumableLoader):
@@ -250,7 +266,7 @@ class ExampleLoader(ResumableLoader):
         self.part = part
         self.finish = finish
         self.trainer: Any = None
-        self._keys = _Keys(part)
+        self._keys = _Keys(part, in_process=num_workers > 0)
         self._loader = DataLoader(
             _Seeded(examples, part.seed, beside),
             batch_sampler=self._keys,
@@ -265,9 +281,11 @@ class ExampleLoader(ResumableLoader):
         return len(self.part)
 
     def fixed(self) -> dict[str, Any]:
-        """Data, seed and the batches of all processes; the number of processes may change."""
+        """Data, seed and the batches of all processes; without shards the number of processes may change."""
         part = self.part
-        return {"examples": part.total, "seed": part.seed, "global_batch_size": part.batch_size * part.world_size}
+        fixed = {"examples": part.total, "seed": part.seed, "global_batch_size": part.batch_size * part.world_size}
+        near = part.shards and {"shuffle_buffer": part.shards.buffer, "processes": part.world_size}
+        return fixed | (near or {"shuffle_buffer": None})
 
     def read(self, epoch: int, start: int) -> Iterator[tuple[Any, Sequence[Broken]]]:
         """The batches of an epoch from number `start` on, and what is broken in each."""
@@ -285,14 +303,21 @@ class ExampleLoader(ResumableLoader):
 class _Keys:
     """The batch sampler: the epoch and the index of each example of each batch."""
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, in_process: bool) -> None:
         self.part = part
+        self.in_process = in_process
         self.epoch = 0
         self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for batch in self.part.batches(self.epoch)[self.start :]:
-            yield [(self.epoch, index) for index in batch]
+        batches = self.part.batches(self.epoch)
+        windows = [batches[window] for window in self.part.windows(self.start)]
+        here: Iterable[None] = [None] * len(windows)
+        if self.part.shards is not None:
+            here = self.part.shards.ahead([list(chain(*window)) for window in windows], self.in_process)
+        for window, _ in zip(windows, here, strict=True):
+            for batch in window:
+                yield [(self.epoch, index) for index in batch]
 
     def __len__(self) -> int:
         return len(self.part)

@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 from ensemblenet.data.classes import KnownClasses, training_data_if_any
 from ensemblenet.data.files import FileReader
 from ensemblenet.data.loading import ExampleLoader, OnBroken, Part, ResumableLoader
+from ensemblenet.data.shards import shards_of
 from ensemblenet.data.tensors import TensorExamples
 from ensemblenet.errors import DataError
 
@@ -38,6 +39,8 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         on_broken: "error" or "skip", for an example that raises `DataError`.
         max_broken: how many examples of a split may be skipped; None for any number.
         seed: of order and augmentation; None takes the run's own.
+        shuffle_buffer: how many examples of training are shuffled together, of each process, where the files are read
+            one after another, in a new order each epoch; see [`ensemblenet.data.shards`][]. None shuffles all.
 
     Attributes:
         preprocessing: how inputs were made, as plain data; None where there is nothing to say.
@@ -70,11 +73,14 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         on_broken: OnBroken = "error",
         max_broken: int | None = 100,
         seed: int | None = None,
+        shuffle_buffer: int | None = None,
     ) -> None:
         super().__init__()
-        for name, number in (("num_workers", num_workers), ("max_broken", max_broken)):
-            if number is not None and number < 0:
-                raise DataError(f"{name} must be at least 0, got {number}.")
+        least = {"num_workers": (num_workers, 0), "max_broken": (max_broken, 0), "shuffle_buffer": (shuffle_buffer, 1)}
+        for name, (number, lowest) in least.items():
+            if number is not None and number < lowest:
+                raise DataError(f"{name} must be at least {lowest}, got {number}.")
+        self.shuffle_buffer = shuffle_buffer
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers
@@ -128,7 +134,8 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
             process: `seed`, `rank` and `world_size`.
         """
         train, examples = split == "train", self.examples(split)
-        part = Part(len(examples), self.batch_size if train else self.eval_batch_size, train, **process)
+        shards = None if self.shuffle_buffer is None else shards_of(examples, self.shuffle_buffer)
+        part = Part(len(examples), self.batch_size if train else self.eval_batch_size, train, **process, shards=shards)
         beside = self._beside if train else None
         return self._examples_loader(examples, part, beside)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import random
@@ -39,6 +40,7 @@ __all__ = [
     "checked_place",
     "expanded",
     "find_below",
+    "find_remote",
     "find_urls",
     "find_whole",
     "folder_of",
@@ -259,8 +261,7 @@ class RemoteFile:
         Raises:
             FetchError: the server does not give it, or there is no room.
         """
-        key = hashlib.sha256(f"{self.url} {self.size} {self.version}".encode()).hexdigest()[:32]
-        place = cache_folder() / f"{key}.file"
+        place = self._place("file")
         if not place.exists():
             with FileLock(f"{place}.lock", thread_local=False), random_numbers_kept():
                 if not place.exists():
@@ -269,6 +270,24 @@ class RemoteFile:
                     self.copy_to(part)
                     part.replace(place)
         return place
+
+    def kept(self, what: str, find: Callable[[], Result]) -> Result:
+        """What is found in the file, as plain data: found once, and kept when its copy has made room for others.
+
+        Raises:
+            DataError: what `find` raises.
+        """
+        place = self._place(f"{hashlib.sha256(what.encode()).hexdigest()[:8]}.json")
+        with FileLock(f"{place}.lock", thread_local=False):  # so processes of a machine need not all fetch it
+            if not place.exists():
+                part = place.with_suffix(".part")
+                part.write_text(json.dumps(find()), encoding="utf-8")
+                part.replace(place)
+        return json.loads(place.read_text(encoding="utf-8"))
+
+    def _place(self, suffix: str) -> Path:
+        key = hashlib.sha256(f"{self.url} {self.size} {self.version}".encode()).hexdigest()[:32]
+        return cache_folder() / f"{key}.{suffix}"
 
     def copy_to(self, place: Path) -> None:
         """Write it to a place of this machine, where a failure may leave a part of it.
@@ -337,6 +356,16 @@ def _described(url: str, info: Mapping[str, Any]) -> RemoteFile:
     return RemoteFile(url, info.get("size"), next((str(info[mark]) for mark in marks if info.get(mark)), ""))
 
 
+def find_remote(pattern: str) -> list[RemoteFile]:
+    """The files that a URL names, as their servers describe them.
+
+    Raises:
+        DataError: there are none.
+        FetchError: the server fails.
+    """
+    return in_threads(remote_file, find_urls(pattern), "Looking for files")
+
+
 def find_whole(pattern: str) -> list[RemoteFile]:
     """The files that a URL names, which may all be kept here at once, as reading at random wants it.
 
@@ -344,13 +373,14 @@ def find_whole(pattern: str) -> list[RemoteFile]:
         DataError: there are none, or too little room for them.
         FetchError: the server fails.
     """
-    files = in_threads(remote_file, find_urls(pattern), "Looking for files")
+    files = find_remote(pattern)
     _kept.setdefault(cache_folder(), set()).update(files)
     needed, limit = sum(file.size or 0 for file in _kept[cache_folder()]), cache_limit()
     if needed > limit:
         raise DataError(
             f"The files of {pattern}, and those of other splits, take {needed / 1e9:,.3g} GB; {cache_folder()} may "
-            f"hold {limit / 1e9:,.3g} GB: set ENSEMBLENET_CACHE_GB, or name a folder with room in ENSEMBLENET_CACHE."
+            f"hold {limit / 1e9:,.3g} GB: set ENSEMBLENET_CACHE_GB, or name a folder with room in ENSEMBLENET_CACHE. "
+            "Shards of images and tars of videos can also be read one after another: --data.shuffle_buffer NUMBER."
         )
     return files
 
@@ -378,10 +408,18 @@ _kept: dict[Path, set[RemoteFile]] = {}  # by the folder of copies
 
 
 def in_threads(do: Callable[[Item], Result], items: Sequence[Item], what: str = "Reading") -> list[Result]:
-    """What a function makes of each item, several at once, as for files that a network brings; shows how far it is."""
+    """What a function makes of each item, several at once, as for files that a network brings.
+
+    Args:
+        do: the function.
+        items: what it is called with.
+        what: names the progress bar; "" shows none.
+    """
     with ThreadPoolExecutor(_THREADS) as pool, random_numbers_kept():
         try:
-            return list(track(pool.map(do, items), what, total=len(items), transient=True, disable=len(items) < 2))
+            return list(
+                track(pool.map(do, items), what, total=len(items), transient=True, disable=not what or len(items) < 2)
+            )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             _stop.set()  # those that wait for their server

@@ -8,17 +8,18 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from ensemblenet.data.classes import class_name
 from ensemblenet.data.listing import is_hidden
-from ensemblenet.data.remote import RemoteFile, expanded, find_whole, is_url, joined
+from ensemblenet.data.remote import RemoteFile, expanded, find_remote, find_whole, is_url, joined
 from ensemblenet.errors import DataError, first_line
 
 __all__ = ["TarFile", "by_class", "files_of_tar", "find_tars"]
 
+_LONGEST_LABEL = 1000  # bytes
 _LONGEST_END = 2**20  # bytes of zeros behind the files that are looked at; most programs write up to 10 KiB
 
 
@@ -31,12 +32,14 @@ class TarFile:
         name: of the file in it; in a tar within the tar it begins with that one's name without `.tar`.
         begin: its first byte in the outer tar.
         size: its length in bytes.
+        text: of a label, its beginning.
     """
 
     tar: Path | RemoteFile
     name: str
     begin: int
     size: int
+    text: str = ""
 
     def __str__(self) -> str:
         return f"{self.name} of {self.tar}"
@@ -48,19 +51,20 @@ class TarFile:
             return io.BytesIO(file.read(self.size))
 
 
-def find_tars(folder: Path | str, pattern: str) -> Sequence[Path | RemoteFile]:
-    """The tars that a pattern such as `train-{0000..1023}.tar` names, sorted; those at a URL may all be kept here.
+def find_tars(folder: Path | str, pattern: str, fit: bool = True) -> Sequence[Path | RemoteFile]:
+    """The tars that a pattern such as `train-{0000..1023}.tar` names, sorted.
 
     Args:
         folder: of the data, or its URL.
         pattern: in the folder, or a URL.
+        fit: whether those at a URL must all fit on this machine at once.
 
     Raises:
         DataError: there are none, or too little room for them.
         FetchError: their server fails.
     """
     if is_url(place := joined(folder, pattern)):
-        return find_whole(str(place))
+        return find_whole(str(place)) if fit else find_remote(str(place))
     if found := sorted({path for part in expanded(pattern) for path in Path(folder).glob(part)}):
         return found
     raise DataError(f"No shards match {pattern} in {folder}; a pattern is such as train-*.tar.")
@@ -78,12 +82,15 @@ def by_class(files: Sequence[TarFile]) -> dict[str, list[tuple[str, TarFile]]]:
     return found
 
 
-def files_of_tar(path: Path | RemoteFile, suffixes: Sequence[str]) -> list[TarFile]:
+def files_of_tar(path: Path | RemoteFile, suffixes: Sequence[str], label: str | None = None) -> list[TarFile]:
     """The files of a tar, in its order: those with some suffixes, through links within it and in tars within it.
+
+    Of a tar on a server the list is kept on this machine: it needs to be fetched for it once.
 
     Args:
         path: an uncompressed tar, here or on a server.
         suffixes: in small letters; capitals in a file's name do not matter.
+        label: the suffix of labels, which are listed with their texts.
 
     Raises:
         FetchError: its server does not give it.
@@ -99,18 +106,29 @@ def files_of_tar(path: Path | RemoteFile, suffixes: Sequence[str]) -> list[TarFi
         >>> [(file.name, file.open().read()) for file in files_of_tar(path, [".png"])]
         [('cat/0.png', b'abc')]
     """
-    try:
-        with path.open("rb") as file:
-            return list(_files(path, file, suffixes))
-    except DataError:
-        raise
-    except Exception as error:  # of a damaged header tarfile raises nearly any
-        raise DataError(f"{path} is not a readable tar: {first_line(error)}") from error
+
+    def find() -> list[list[Any]]:
+        try:
+            with path.open("rb") as file:
+                return list(_files(path, file, suffixes, label))
+        except DataError:
+            raise
+        except Exception as error:  # of a damaged header tarfile raises nearly any
+            raise DataError(f"{path} is not a readable tar: {first_line(error)}") from error
+
+    found = path.kept(f"files {suffixes} {label}", find) if isinstance(path, RemoteFile) else find()
+    return [TarFile(path, *of) for of in found]
 
 
 def _files(
-    path: Path | RemoteFile, file: IO[bytes], suffixes: Sequence[str], folder: str = "", first: int = 0
-) -> Iterator[TarFile]:
+    path: Path | RemoteFile,
+    file: IO[bytes],
+    suffixes: Sequence[str],
+    label: str | None,
+    folder: str = "",
+    first: int = 0,
+) -> Iterator[list[Any]]:
+    """Name, first byte, size and text of each file."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
         members = list(_members(path, tar, file))
         by_name = {member.name: member for member in members}
@@ -126,9 +144,11 @@ def _files(
             if name.suffix.lower() == ".tar" and not folder:
                 inner = tar.extractfile(target)
                 assert inner is not None
-                yield from _files(path, inner, suffixes, f"{name.with_suffix('')}/", target.offset_data)
-            elif name.suffix.lower() in suffixes:
-                yield TarFile(path, f"{folder}{name}", first + target.offset_data, target.size)
+                yield from _files(path, inner, suffixes, label, f"{name.with_suffix('')}/", target.offset_data)
+            elif (suffix := name.suffix.lower()) in suffixes or suffix == label:
+                file.seek(target.offset_data)
+                text = file.read(min(target.size, _LONGEST_LABEL)).decode(errors="replace") if suffix == label else ""
+                yield [f"{folder}{name}", first + target.offset_data, target.size, text]
 
 
 def _members(path: Path | RemoteFile, tar: tarfile.TarFile, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:

@@ -65,7 +65,7 @@ class LabelledVideos:
     example: str = ""
 
 
-def find_videos(folder: Path | str, split: str) -> LabelledVideos:
+def find_videos(folder: Path | str, split: str, fit: bool = True) -> LabelledVideos:
     """Find the videos of a split, in any of the layouts.
 
     Args:
@@ -78,6 +78,7 @@ def find_videos(folder: Path | str, split: str) -> LabelledVideos:
             ones are counted. Or a pattern of tars, such as `train-{000..099}.tar`: of class folders, or with a label
             in `.cls` beside each video. Videos that an annotation names may lie in tars, too, and at a URL they must;
             those of a list may be URLs.
+        fit: whether tars at a URL must all fit on this machine at once.
 
     Raises:
         DataError: there is no such split, a line of it is malformed, or none of its videos exists.
@@ -93,7 +94,7 @@ def find_videos(folder: Path | str, split: str) -> LabelledVideos:
     """
     place = joined(folder, split)
     if split.endswith(".tar"):
-        found = _of_tars(place, find_tars(folder, split))
+        found = _of_tars(place, find_tars(folder, split, fit))
     elif isinstance(place, Path) and place.is_dir():
         found = _of_class_folders(place)
     elif isinstance(place, Path) and not place.is_file():
@@ -102,7 +103,7 @@ def find_videos(folder: Path | str, split: str) -> LabelledVideos:
         text = _text_of(place)
         try:
             header, separator = _header_of(text)
-            found = _of_annotation(place, text, header, separator, folder) if header else _of_list(place, text)
+            found = _of_annotation(place, text, header, separator, folder, fit) if header else _of_list(place, text)
         except csv.Error as error:
             raise DataError(f"{place} cannot be read: {error}.") from error
     if not found.paths:
@@ -121,15 +122,15 @@ def _of_class_folders(place: Path) -> LabelledVideos:
 
 def _of_tars(place: Path | str, tars: Sequence[Path | RemoteFile]) -> LabelledVideos:
     """Videos in class folders, or each with its label beside it."""
-    suffixes = (*VIDEO_SUFFIXES, _LABEL)
-    files = [file for found in in_threads(lambda tar: files_of_tar(tar, suffixes), tars) for file in found]
-    labels = {(file.tar, _stem(file)): file for file in files if file.name.endswith(_LABEL)}
+    files = [
+        file for found in in_threads(lambda tar: files_of_tar(tar, VIDEO_SUFFIXES, _LABEL), tars) for file in found
+    ]
+    labels = {(file.tar, _stem(file)): file.text for file in files if file.name.endswith(_LABEL)}
     videos = [file for file in files if not file.name.endswith(_LABEL)]
     if labels:
         if bare := [file for file in videos if (file.tar, _stem(file)) not in labels]:
             raise DataError(f"{bare[0]} has no label: some videos have one in a file *{_LABEL} beside them.")
-        texts = [labels[file.tar, _stem(file)].open().read().decode(errors="replace") for file in videos]
-        named = list(zip(videos, map(_class_name, texts), strict=True))
+        named = [(file, _class_name(labels[file.tar, _stem(file)])) for file in videos]
     else:
         by_name = by_class(videos)
         named = [(file, _class_name(name)) for name, found in by_name.items() if name for _, file in found]
@@ -173,7 +174,7 @@ def _header_of(text: str) -> tuple[list[str], str]:
     return found if is_header else [], separator
 
 
-def _videos_in(folder: Path | str) -> Iterator[tuple[PurePath, VideoFile]]:
+def _videos_in(folder: Path | str, fit: bool) -> Iterator[tuple[PurePath, VideoFile]]:
     """All videos of a folder, in tars of it too, by their places in it; at a URL those in tars alone."""
     tars: Sequence[Path | RemoteFile]
     if isinstance(folder, Path):
@@ -181,20 +182,20 @@ def _videos_in(folder: Path | str) -> Iterator[tuple[PurePath, VideoFile]]:
         tars = [path for path in files if path.suffix.lower() == ".tar"]
         yield from ((path, path) for path in files if path.suffix.lower() != ".tar")
     else:
-        tars = find_tars(folder, "*.tar")
+        tars = find_tars(folder, "*.tar", fit)
     for found in in_threads(lambda tar: files_of_tar(tar, VIDEO_SUFFIXES), tars):
         yield from ((PurePosixPath(file.name), file) for file in found)
 
 
 def _of_annotation(
-    place: Path | str, text: str, header: Sequence[str], separator: str, folder: Path | str
+    place: Path | str, text: str, header: Sequence[str], separator: str, folder: Path | str, fit: bool
 ) -> LabelledVideos:
     if missing := [name for name in _NEEDED if name not in header]:
         raise DataError(
             f"{place} has no column {missing[0]}; it has {', '.join(header)}. (A list of videos has no header.)"
         )
     by_name: dict[str, list[tuple[PurePath, VideoFile]]] = defaultdict(list)
-    for path, file in _videos_in(folder):
+    for path, file in _videos_in(folder, fit):
         by_name[path.stem].append((path, file))
     paths, labels, spans, missing_ids = [], [], [], []
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)

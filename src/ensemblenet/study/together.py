@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ensemblenet.errors import LOST_PROCESS, TrainingError
 from ensemblenet.inputs import inputs_and_targets
@@ -88,7 +88,7 @@ def _process(rank: int, run: Callable[[], Outcome], number: int, device: str, th
     write_json(Path(meeting) / f"{rank}.json", outcome)
     while outcome["status"] == "done" and not (Path(meeting) / "0.json").exists():
         time.sleep(_LOOK)  # the first one may not have heard all that this one said
-    util._exit_function()  # as where a process ends by itself
+    getattr(util, "_exit_function")()  # noqa: B009  as where a process ends by itself; no part of its types
     os._exit(outcome["status"] == "failed")  # Gloo's threads would abort an interpreter that ends (PyTorch 179291)
 
 
