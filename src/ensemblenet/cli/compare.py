@@ -85,7 +85,7 @@ def compare(arguments: Sequence[str]) -> Path:
         console.print(kept, soft_wrap=True)
         if said := begins_with(asdict(study) | {"init": study.begins}):
             console.print(said, highlight=False, soft_wrap=True)
-        with progress() as watch:
+        with progress(tells=cluster is not None) as watch:
             rows = run_study(folder, study, cluster or plain["workers"], watch=watch)
         push(folder)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
@@ -98,8 +98,12 @@ def compare(arguments: Sequence[str]) -> Path:
 
 
 @contextmanager
-def progress() -> Iterator[Watcher]:
-    """Shows how far a study is; yields what [`ensemblenet.study.compare.run_study`][] takes as `watch`."""
+def progress(tells: bool = False) -> Iterator[Watcher]:
+    """Shows how far a study is; yields what [`ensemblenet.study.compare.run_study`][] takes as `watch`.
+
+    Args:
+        tells: whether it is told when trials begin, so that it knows which ones wait.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bars:
         phases = {}
@@ -117,7 +121,7 @@ def progress() -> Iterator[Watcher]:
                     line = f"{outcome['status']}: {trial.title}: {outcome['reason']}"
                     bars.console.print(line, markup=False, soft_wrap=True)
             counts = {"running": len(running), "waiting": total - done - len(running), "failed": failed[phase]}
-            shown = ("running", "waiting", "failed") if running else ("failed",)  # processes here do not say
+            shown = ("running", "waiting", "failed") if tells else ("failed",)
             told = ", ".join(f"{counts[name]} {name}" for name in shown if counts[name])
             bars.update(phases[phase], completed=done, total=total, description=f"{title}: {told}" if told else title)
 
