@@ -100,13 +100,13 @@ class Node:
                 os.kill(process, signal.SIGKILL)
 
 
-def run(folder: Path, happens: str) -> dict[str, Any]:
+def run(folder: Path, happens: str, strategy: str) -> dict[str, Any]:
     """Train on two nodes while something happens; what came of it."""
     folder.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [*RUN, json.dumps(LIMITED) if happens == "hang" else "ddp"]
+    arguments = [*RUN, json.dumps(LIMITED) if happens == "hang" else strategy]
     low, high = "127.0.0.1", "127.0.0.2"
     host, other = (high, low) if happens == "first" else (low, high)
     began = time.monotonic()
@@ -162,15 +162,16 @@ def main() -> int:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("happens", nargs="+", choices=["whole", "node", "first", "worker", "hang"])
+    parser.add_argument("--strategy", default="ddp", help="or fsdp2, which takes no `hang`")
     parser.add_argument("--folder", type=Path, help="where runs and logs stay; a temporary one by default")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        rows = [run(folder / "whole", "whole")]
+        rows = [run(folder / "whole", "whole", options.strategy)]
         for happens in options.happens:
             if happens != "whole":
-                row = run(folder / happens, happens)
+                row = run(folder / happens, happens, options.strategy)
                 rows.append(row | {"same_as_whole": same(folder / "whole", folder / happens)})
     for row in rows:
         print(json.dumps(row))
