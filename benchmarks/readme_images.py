@@ -19,6 +19,7 @@ from ensemblenet.storage.atomic import atomic_path
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "benchmarks" / "results" / "compare_mnist1d_residual" / "results.json"
+NAMES = ("base", "2 heads", "one shorter, wider network", "two whole bases")  # of its rows, as in the table
 
 
 def network() -> Design:
@@ -30,7 +31,9 @@ def network() -> Design:
 
 def main() -> None:
     """Draw both."""
-    design, rows, costs = network(), json.loads(STUDY.read_text())["rows"], {"macs": "MACs", "time": "estimated time"}
+    design, rows = network(), json.loads(STUDY.read_text())["rows"]
+    rows = [row | {"method": name} for row, name in zip(rows, NAMES, strict=True)]
+    costs = {"time": "estimated time"}
     for figure in (
         Figure("network", "", lambda: draw_design(design, BLUE)),
         Figure("error-against-cost", "", lambda: draw_against_cost(rows, costs, "test error, %", lower_is_better=True)),

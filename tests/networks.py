@@ -156,6 +156,20 @@ def wave_net() -> nn.Module:
     )  # fmt: skip
 
 
+class SpreadOfBatch(nn.Module):
+    """The last layers of a discriminator: with one example alone its outputs are no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3, 2, 1), nn.Conv2d(33, 32, 3, 2, 1)
+        self.classifier = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        spread = x.std(0).mean().expand(len(x), 1, *x.shape[2:])
+        return self.classifier(self.second(torch.cat([x, spread], 1)).relu().mean((2, 3)))
+
+
 def perceptron() -> nn.Module:
     """A plain perceptron."""
     return nn.Sequential(

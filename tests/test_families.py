@@ -170,6 +170,18 @@ def test_other_models_have_none_of_it() -> None:
         assert not hasattr(model, name)
 
 
+def test_what_a_model_lacks_is_said() -> None:
+    base = timm.create_model("test_resnet", num_classes=5)
+    late = convert(base, images(32), 2, 2.0, split_at="global_pool.pool")
+    for name in ("num_features", "head_hidden_size"):
+        with pytest.raises(AttributeError, match="features are not one tensor within the heads; split the base in"):
+            getattr(late, name)
+    with pytest.raises(AttributeError, match="config: the base of this model has none"):
+        _ = late.config
+    with pytest.raises(AttributeError, match="no attribute 'trnk'"):
+        _ = late.trnk
+
+
 # -- timm's training task
 
 

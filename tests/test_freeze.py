@@ -69,8 +69,10 @@ def test_every_way_to_a_model_keeps_it(tmp_path: Path) -> None:
         assert not any(layer.training for layer in one.trunk.modules())
         assert all(layer.training for layer in one.heads.modules())
         assert not any(own.requires_grad for own in one.trunk.parameters())
-    model.head(0)
-    assert not model.trunk.training
+    single = model.head(0).train()
+    assert single.head.training
+    assert not any(layer.training for layer in model.trunk.modules())
+    assert model.freeze_trunk(False).head(0).trunk.training
 
 
 def test_a_trunk_that_learns_again_is_stored_so(tmp_path: Path) -> None:

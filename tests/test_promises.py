@@ -6,13 +6,16 @@ import json
 import math
 import os
 import signal
-from contextlib import ExitStack
+import threading
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import nn
 
 import ensemblenet
@@ -21,7 +24,9 @@ from ensemblenet.cli.compare import _parser as study_parser
 from ensemblenet.cli.main import main
 from ensemblenet.cli.settings import check_settings
 from ensemblenet.deploy.export import export
+from ensemblenet.errors import TrainingError
 from ensemblenet.storage.lock import sole_writer
+from ensemblenet.training.checkpoints import AtomicCheckpointIO
 from ensemblenet.training.settings import FitCLI
 
 OWN = """
@@ -392,6 +397,27 @@ def test_other_changes_are_refused_in_one_line_and_write_nothing(
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_what_is_written_to_a_configuration_before_its_run_is_locked_counts_and_is_not_trusted(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit("--epochs", "1") == 0
+    [folder] = runs()
+    stored = (folder / "config.yaml").read_text()
+    for written, said in (
+        (stored.replace("seed_everything: 3", "seed_everything: 4"), "was made with seed_everything 4, not 3."),
+        (stored.replace("ensemblenet.models.MNIST1DNet", "own.Statistics"), "--trust"),
+    ):
+        (folder / "config.yaml").write_text(stored)
+
+        def locked(path: Path, text: str = written) -> AbstractContextManager[None]:
+            (path / "config.yaml").write_text(text)
+            return sole_writer(path)
+
+        monkeypatch.setattr("ensemblenet.training.settings.sole_writer", locked)
+        assert main(["fit", "--resume", str(folder), "--epochs", "2"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_finished_run_goes_on_for_more_epochs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("--trainer.max_epochs", "1") == 0
     [folder] = runs()
@@ -484,6 +510,36 @@ def test_an_export_to_a_full_disk_names_the_file(
         export(model, path, form)  # pyright: ignore[reportArgumentType]
     assert caught.value.filename == str(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_thread_that_writes_tensorboards_logs_leaves_its_error_to_the_main_one(
+    tmp_path: Path, small_files: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    monkeypatch.setattr(threading, "excepthook", lambda failed: said.append(str(failed.exc_value)))
+    with failures.said_once():
+        writer = EventFileWriter(str(tmp_path))
+        before = threading.enumerate()
+        events = [event_pb2.Event(file_version="x" * 1000)] * 1000
+        with pytest.raises(OSError, match="File too large"):
+            list(map(writer.add_event, events))
+        other = threading.Thread(target=Path("nowhere").read_text)
+        other.start()
+        for thread in (other, *(one for one in before if type(one).__module__.startswith("tensorboard."))):
+            thread.join()
+    assert said == ["[Errno 2] No such file or directory: 'nowhere'"]
+
+
+def test_a_checkpoint_on_a_full_disk_promises_what_there_is(tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    for is_first in (True, False):
+        with pytest.raises(
+            TrainingError, match=r"last\.ckpt cannot be written: .*[Ss]ee that there is space"
+        ) as caught:
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(10_000)}, path)
+        assert ("The last good one is kept" in str(caught.value)) != is_first
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(10)}, path)
+    assert torch.load(path)["weights"].numel() == 10
 
 
 def test_one_process_writes_a_folder(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

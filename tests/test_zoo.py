@@ -8,7 +8,7 @@ import torch
 import torchvision
 from kinds import BY_HAND, TRANSFORMERS, Entry
 from kinds import check as check_kind
-from networks import ODD
+from networks import ODD, SpreadOfBatch
 from torch import nn
 
 from ensemblenet.inputs import CheckSizes
@@ -67,6 +67,11 @@ def test_odd_graphs(name: str, num_heads: int, budget: float) -> None:
     base, x = make(), torch.randn(3, *shape)
     report = check_conversion(base, x, num_heads, budget)
     assert 0 < report.width < 1 or report.depth < 1
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_a_base_that_is_nothing_with_one_example() -> None:
+    check_conversion(SpreadOfBatch(), torch.randn(3, 3, 16, 16), 2, 0.9)
 
 
 SAMPLE = {

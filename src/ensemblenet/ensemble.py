@@ -25,7 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["EnsembleNet", "SingleHead", "as_tuple", "combining_cost"]
 
 
-class EnsembleNet(FamilyModel):
+class _OnTrunk(nn.Module):
+    """A network on a trunk, which may be frozen."""
+
+    trunk: nn.Module
+    trunk_is_frozen: bool
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a frozen trunk stays in evaluation mode."""
+        super().train(mode)
+        if self.trunk_is_frozen:
+            self.trunk.eval()
+        return self
+
+
+class EnsembleNet(_OnTrunk, FamilyModel):
     """A shared trunk with K heads whose outputs combine into one prediction.
 
     [`ensemblenet.convert`][] makes one from a single network; build it by hand for a network that cannot
@@ -180,18 +194,15 @@ class EnsembleNet(FamilyModel):
         """
         if not 0 <= k < self.num_heads:
             raise IndexError(f"head index must be in [0, {self.num_heads}), got {k}.")
-        single = SingleHead(self.trunk, self.heads[k]).train(self.training)
-        if self.trunk_is_frozen:
-            self.trunk.eval()
-        return single
+        return SingleHead(self.trunk, self.heads[k], self.trunk_is_frozen).train(self.training)
 
     def freeze_trunk(self, frozen: bool = True) -> Self:
         """Train the heads alone: the trunk's parameters get no gradients, and training leaves it in evaluation mode.
 
         So its dropout is off and its running statistics stay. The trunk then costs a training step its forward pass
         alone: its share of the MACs of the backward pass, and of the activations that are kept for it, is saved.
-        What is saved and loaded again is frozen too. Make optimizers after it, or after `freeze_trunk(False)`, which
-        lets all parameters of the trunk learn.
+        What is saved and loaded again is frozen too, and so is what `head` and `first` give. Make optimizers and
+        take single heads after it, or after `freeze_trunk(False)`, which lets all parameters of the trunk learn.
 
         Args:
             frozen: whether it is to be.
@@ -217,13 +228,6 @@ class EnsembleNet(FamilyModel):
         if self.recipe is not None:
             self.recipe = replace(self.recipe, freeze="trunk" if frozen else None)
         return self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; a frozen trunk stays in evaluation mode."""
-        super().train(mode)
-        if self.trunk_is_frozen:
-            self.trunk.eval()
-        return self
 
     def first(self, k: int) -> EnsembleNet:
         """The multi-headed model of the first `k` heads, sharing parameters with this one.
@@ -270,18 +274,24 @@ def combining_cost(
     return total
 
 
-class SingleHead(nn.Module):
+class SingleHead(_OnTrunk):
     """A trunk and one head: a plain network.
+
+    Args:
+        trunk: of a multi-headed model.
+        head: one of its heads.
+        trunk_is_frozen: whether the trunk stays in evaluation mode.
 
     Example:
         >>> SingleHead(nn.Linear(8, 16), nn.Linear(16, 3))(torch.randn(5, 8)).shape
         torch.Size([5, 3])
     """
 
-    def __init__(self, trunk: nn.Module, head: nn.Module) -> None:
+    def __init__(self, trunk: nn.Module, head: nn.Module, trunk_is_frozen: bool = False) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
+        self.trunk_is_frozen = trunk_is_frozen
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the head on what the trunk gives."""

@@ -323,6 +323,14 @@ class FamilyModel(nn.Module):
 
     family: Family | None = None
 
+    if not TYPE_CHECKING:  # type checkers would then take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Say why there is no such attribute: Python asks here again, and PyTorch alone would not know."""
+            if isinstance(getattr(FamilyModel, name, None), _OfFamily):
+                return getattr(FamilyModel, name).__get__(self)
+            return super().__getattr__(name)
+
     num_classes, num_features, head_hidden_size = _OfFamily(False), _OfFamily(False), _OfFamily(False)
     pretrained_cfg, default_cfg, config = _OfFamily(False), _OfFamily(False), _OfFamily(False)
     get_classifier, reset_classifier = _OfFamily(True), _OfFamily(True)

@@ -159,6 +159,8 @@ def check_full_width(base: nn.Module, x: Tree, split_at: str, output: Output = N
     whole = convert_as(wanted, base, x).eval()
     for inputs in (x, *_other_sizes(x, 1, 3)):
         expected, got = pick(call(base.eval(), inputs), output), as_tuple(call(whole, inputs))
+        if not all(one.isfinite().all() for one in expected):
+            continue  # one example has no standard deviation, for instance
         for one, other in zip(expected, got, strict=True):
             error = (other - one).abs().max() / one.abs().max().clamp(min=1e-6)
             assert error <= 1e-5, f"the split at full width differs from the base by {error:.2g}"

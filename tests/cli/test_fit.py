@@ -32,6 +32,7 @@ def test_a_file_needs_no_option_and_short_names_are_those_of_other_commands(
 ) -> None:
     short = ["--num-heads", "3", "--budget", "macs=0.9,time=9", "--weight=1.5", "--epochs", "0", "--device", "cpu"]
     short += ["--split_at", "input", "--min-width", "0.1", "--seed", "7", "--model.label-smoothing", "0.1"]
+    short += ["--shape", "narrow", "--lr", "0.02", "--batch-size", "9", "--warmup=0.2", "--precision", "bf16-mixed"]
     assert main(["fit", str(config), *short]) == 0
     [run] = (tmp_path / "runs").iterdir()
     stored = yaml.safe_load((run / "config.yaml").read_text())
@@ -40,7 +41,9 @@ def test_a_file_needs_no_option_and_short_names_are_those_of_other_commands(
     assert conversion["budget"] == {"parameters": 1.0, "macs": 0.9, "activations": None, "time": 9.0, "measured": False}
     assert (stored["model"]["codistillation_weight"], stored["model"]["label_smoothing"]) == (1.5, 0.1)
     assert (stored["seed_everything"], stored["trainer"]["max_epochs"]) == (7, 0)
-    assert stored["trainer"]["accelerator"] == "cpu"
+    assert [stored["trainer"][name] for name in ("accelerator", "precision")] == ["cpu", "bf16-mixed"]
+    assert [stored["model"]["optimization"][name] for name in ("lr", "warmup")] == [0.02, 0.2]
+    assert (conversion["shape"], stored["data"]["init_args"]["batch_size"]) == ("narrow", 9)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +91,14 @@ def test_the_help_has_the_settings_that_matter_and_all_the_rest_on_demand(capsys
         with pytest.raises(SystemExit) as exit_:
             main(["fit", "--help", *more])
         assert exit_.value.code == 0
-    short, whole = capsys.readouterr().out.split("usage: ")[1:]
-    assert short.count("\n") < 80  # a screenful or so, of over a thousand lines
+    short, named, whole = capsys.readouterr().out.split("usage: ")[1:]
+    assert short.count("\n  -") == 20
+    assert short.count("\n") < 45  # a screenful or so, of over a thousand lines
     for option in ("--num-heads", "--budget", "--data FOLDER", "--weight", "--help all"):
         assert option in short
+    for option in ("--min-width", "--engine", "--trust"):
+        assert option not in short
+        assert option in named
     assert "--trainer.limit_test_batches" not in short
     assert "--trainer.limit_test_batches" in whole
 

@@ -207,7 +207,7 @@ def test_a_search_that_lives_is_left_alone_and_a_killed_one_goes_on(
 
     arguments = [*make(tmp_path), "--plan", "search", "--resume", "auto"]
     assert main([*arguments, "--model.conversion.budget", "0.9", "--trainer.fast_dev_run", "1"]) == 2
-    assert f"Passed over: {folder}, made with model.conversion.budget 1.0, not 0.9." in capsys.readouterr().out
+    assert f"Passed over: {folder}, made with model.conversion.budget 1, not 0.9." in capsys.readouterr().out
     assert fit(arguments[1:]) == folder
     assert len(list((folder / "search").glob("base-*"))) == 1  # the run that was killed went on
     assert not [path for name in (LOCK, NOTE) for path in folder.rglob(name)]

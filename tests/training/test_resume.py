@@ -102,6 +102,12 @@ def test_data_of_a_run_that_the_user_names_may_lie_elsewhere(tmp_path: Path) -> 
     assert changed_setting(stored, other, named=True) == "data.init_args.batch_size 8, not 9"
 
 
+def test_a_whole_number_is_written_in_one_way() -> None:
+    said = changed_setting({"ema": 1}, {"ema": 2.0})
+    assert said == changed_setting({"ema": 1.0}, {"ema": 2}) == "ema 1, not 2"
+    assert changed_setting({"ema": "1"}, {"ema": 0.5}) == 'ema "1", not 0.5'
+
+
 def begun(runs: Path, *names: str) -> list[Path]:
     for name in names:
         (runs / name).mkdir()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ensemblenet.errors import LOST_PROCESS, EnsembleNetError, first_line
 
-__all__ = ["INTERRUPTED", "explain"]
+__all__ = ["INTERRUPTED", "explain", "said_once"]
 
 INTERRUPTED, _TERMINATED, _MENDABLE = 130, 143, 2  # exit codes: as a shell's for the signals, and as argparse's
 
@@ -85,3 +88,20 @@ def _mendable(error: BaseException) -> str | None:
             if re.search(words, text):
                 return line.format(f"{said.split('. ')[0].rstrip('.')}.")  # what follows are guesses of the library
     return None
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """No traceback of the thread that writes TensorBoard's logs, as on a full disk: the next call raises the same."""
+    before = threading.excepthook
+
+    def of_thread(failed: threading.ExceptHookArgs) -> None:
+        in_tensorboard = type(failed.thread).__module__.startswith("tensorboard.")
+        if not (in_tensorboard and isinstance(failed.exc_value, OSError)):
+            before(failed)
+
+    threading.excepthook = of_thread
+    try:
+        yield
+    finally:
+        threading.excepthook = before

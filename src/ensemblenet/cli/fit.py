@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentError, ArgumentParser, ArgumentTypeError
+from argparse import Action, ArgumentError, ArgumentParser, ArgumentTypeError, HelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,33 +47,40 @@ _SETTINGS = [
         lambda text: json.dumps(budget_share(text)),
     ),
     _Setting("model.conversion.split_at", "a split point that `info` lists", "split-at", "NAME"),
-    _Setting("model.conversion.min_width", "the least width of heads", "min-width", "SHARE"),
-    _Setting("model.conversion.init", "fresh, or inherit the weights of a trained base", metavar="WAY"),
+    _Setting("model.conversion.init", "fresh, or inherit the weights of a trained base", "init", "WAY"),
+    _Setting("model.base.init_args.weights", "of the base: pretrained, or a file", "weights", "FILE"),
     _Setting("model.conversion.num_classes", "of another task: fresh classifiers in the heads", "num-classes", "N"),
     _Setting("model.conversion.freeze", "trunk: train the heads alone", "freeze", "trunk"),
-    _Setting("model.base.init_args.weights", "of the base: pretrained, or a file", "weights", "FILE"),
     _Setting("plan", "search: train the base and the plans for it in full, keep the best", metavar="search"),
-    _Setting("base_run", "with --plan search: a finished run of the base", metavar="FOLDER"),
     _Setting("model.codistillation_weight", "lambda of co-distillation", "weight", "LAMBDA"),
     _Setting("model.teacher", "a finished run or saved model that teaches the heads", "teacher", "FOLDER"),
+    _Setting("model.optimization.lr", "the highest learning rate", "lr"),
+    _Setting("data.init_args.batch_size", "examples of a step, on each device", "batch-size", "N"),
+    _Setting("trainer.max_epochs", "passes over the training data", "epochs", "N"),
+    _Setting("trainer.precision", "such as bf16-mixed", "precision"),
+    _Setting("seed_everything", "of weights, order and augmentation", "seed", "N"),
+    _Setting("runs", "where run folders are made, such as s3://bucket/runs", metavar="FOLDER"),
+    _Setting("resume", "go on with a killed run: its folder or URL, or auto", metavar="FOLDER"),
+]
+_RARE = [  # `--help all` shows these
+    _Setting("model.conversion.min_width", "the least width of heads", "min-width", "SHARE"),
+    _Setting("model.conversion.shape", "of heads: narrow, short (fewer blocks) or auto", "shape", "WORD"),
+    _Setting("model.conversion.width", "of its channels that a head keeps", "width", "SHARE"),
+    _Setting("model.conversion.depth", "of the blocks that it may drop", "depth", "SHARE"),
+    _Setting("model.conversion.importance", "which channels and blocks heads inherit", "importance", "WAY"),
+    _Setting("base_run", "with --plan search: a finished run of the base", metavar="FOLDER"),
     _Setting("model.teacher_weight", "of the teacher; without --teacher, of the trained base", "teacher-weight"),
     _Setting("model.teacher_temperature", "of the teacher's distillation, 1 by default", "teacher-temperature", "T"),
     _Setting("model.heads", "how heads run: auto, looped, fused, compiled, checkpointed", metavar="WAY"),
     _Setting("model.optimization.optimizer", "adamw, sgd, or a name of timm's", metavar="NAME"),
-    _Setting("model.optimization.lr", "the highest learning rate"),
+    _Setting("model.optimization.warmup", "the share of all steps in which the learning rate rises", "warmup", "SHARE"),
     _Setting("model.optimization.layer_decay", "of each layer's learning rate, as 0.75", "layer-decay", "SHARE"),
-    _Setting("model.optimization.weight_decay", "of the optimizer"),
-    _Setting("data.init_args.batch_size", "examples of a step, on each device", metavar="N"),
-    _Setting("trainer.max_epochs", "passes over the training data", "epochs", "N"),
-    _Setting("trainer.precision", "such as bf16-mixed"),
+    _Setting("model.optimization.weight_decay", "of the optimizer", "weight-decay"),
     _Setting("ema", "keep an average of the weights, such as 0.9999", metavar="DECAY"),
-    _Setting("seed_everything", "of weights, order and augmentation", "seed", "N"),
     _Setting("name", "begins the name of the run's folder"),
-    _Setting("runs", "where run folders are made, such as s3://bucket/runs", metavar="FOLDER"),
     _Setting("checkpoint_steps", "save also after every so many steps", metavar="N"),
-    _Setting("resume", "go on with a killed run: its folder or URL, or auto", metavar="FOLDER"),
 ]
-_SHORT = {setting.option: setting for setting in _SETTINGS if setting.option}
+_SHORT = {setting.option: setting for setting in (*_SETTINGS, *_RARE) if setting.option}
 
 
 def fit(arguments: Sequence[str]) -> Path:
@@ -88,8 +95,12 @@ def fit(arguments: Sequence[str]) -> Path:
     Raises:
         TrainingError: bad arguments, or what training raises.
     """
-    if {"-h", "--help"} & set(arguments) and "all" not in arguments:
-        _help()
+    if {"-h", "--help"} & set(arguments):
+        parser = _parser()
+        if "all" not in arguments:
+            parser.formatter_class = _Short
+            parser.parse_args(["--help"])
+        parser.print_help()
     from ensemblenet.reports.tables import results_table  # slow to import, and nothing that the help needs
     from ensemblenet.storage import bucket
     from ensemblenet.storage.runs import RESULTS
@@ -136,7 +147,8 @@ def taken_engine(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, others
 
 
-def _help() -> None:
+def _parser() -> ArgumentParser:
+    """What has a short name, for the help and for shells; LightningCLI's parser takes all settings."""
     parser = command_parser(
         "fit",
         "Train a network, or the multi-headed model that it converts to. It needs a YAML file, such as "
@@ -144,14 +156,34 @@ def _help() -> None:
         "configuration, logs, checkpoints, results and model.",
         "`ensemblenet fit --help all` lists every setting, those of Lightning's Trainer among them.",
     )
+    parser.usage = "ensemblenet fit FILE [--SETTING VALUE ...]"
     parser.add_argument("config", metavar="FILE", help="or a name in `ensemblenet configs list`; or --config FILE")
     for setting in _SETTINGS:
         parser.add_argument(f"--{setting.option or setting.key}", metavar=setting.metavar, help=setting.help)
-    parser.add_argument("--engine", metavar="ENGINE", help="local, or ray: processes of a cluster; docs/scale.md")
-    parser.add_argument("--address", help="of Ray: auto (default), HOST:PORT or ray://HOST:PORT")
     add_device(parser, default="the file's")
-    parser.add_argument("--trust", action="store_true", help=TRUST_HELP)
-    parser.parse_args(["--help"])
+    rare = parser.add_argument_group(_Short.left_out)
+    for setting in _RARE:
+        rare.add_argument(f"--{setting.option or setting.key}", metavar=setting.metavar, help=setting.help)
+    rare.add_argument("--engine", metavar="ENGINE", help="local, or ray: processes of a cluster; docs/scale.md")
+    rare.add_argument("--address", help="of Ray: auto (default), HOST:PORT or ray://HOST:PORT")
+    rare.add_argument("--trust", action="store_true", help=TRUST_HELP)
+    return parser
+
+
+class _Short(HelpFormatter):
+    """Help without the group of settings that few runs need."""
+
+    left_out = "more settings"
+
+    def start_section(self, heading: str | None) -> None:
+        """Take all that follows until the section's end."""
+        self.is_shown = heading != self.left_out
+        super().start_section(heading)
+
+    def add_argument(self, action: Action) -> None:
+        """Take it where its section is shown; a section without any is not."""
+        if self.is_shown:
+            super().add_argument(action)
 
 
 def written_out(arguments: Sequence[str]) -> list[str]:

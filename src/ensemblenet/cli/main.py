@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from ensemblenet.cli.failures import INTERRUPTED, explain
+from ensemblenet.cli.failures import INTERRUPTED, explain, said_once
 
 __all__ = ["COMMANDS", "main"]
 
@@ -36,8 +36,8 @@ _SPELLED = (
     ("ensemblenet.split_points(base, x) lists", "`ensemblenet info` lists"),
     ("pass trust=True (on the command line --trust); else pass base, a fresh instance", "add --trust"),
     ("add --trust (in Python: trust=True)", "add --trust"),
-    ('pass init="inherit"', "use --init inherit (of fit: --model.conversion.init inherit)"),
-    ('Pass init="inherit"', "Use --init inherit (of fit: --model.conversion.init inherit)"),
+    ('pass init="inherit"', "use --init inherit"),
+    ('Pass init="inherit"', "Use --init inherit"),
     ("pass calibration=, a loader of inputs and targets", "name it by --calibrate"),
     ("output= takes", "--model.conversion.output takes"),
     ("a smaller min_width", "a smaller --min-width"),
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require("study" if name in _STUDIES else "train")
             _check(name, arguments[1:])
         command = getattr(importlib.import_module(f"ensemblenet.cli.{name}"), name)
-        command(arguments[1:])
+        with said_once():
+            command(arguments[1:])
         return 0
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         status, said = explain(error)

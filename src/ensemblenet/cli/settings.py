@@ -39,7 +39,11 @@ _CLASSES = {
         "tuning": "ensemblenet.study.settings.Tuning",
     },
 }
-_OF_STUDIES = {"weights": "base.init_args.weights", "teacher_temperature": "temperature"}  # names that `fit` has
+_OF_STUDIES = {  # names that `fit` has
+    "weights": "base.init_args.weights",
+    "batch_size": "data.init_args.batch_size",
+    "teacher_temperature": "temperature",
+}
 _COUNTS = ("data.init_args.batch_size", "trainer.max_epochs", "trainer.max_steps", "checkpoint_steps")
 _NUMBERS = ("model.codistillation_weight", "model.optimization.lr", "model.optimization.weight_decay", "ema")
 _OF_ANY_CLASS = {"help", "class_path", "init_args", "dict_kwargs"}  # as jsonargparse takes them

@@ -151,7 +151,7 @@ def errors_name(path: Path, unfinished: Path) -> Iterator[None]:
         number = re.search(r"os error (\d+)", str(error))
         if number:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        said = f"It cannot be written; is the disk full? ({first_line(error)})"
+        said = f"Write error; is the disk full? ({first_line(error)})"
         raise OSError(errno.EIO, said, str(path)) from error
 
 

@@ -47,9 +47,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 if path.parts[-2:] == CHECKPOINT.parts and path.exists():
                     path.replace(path.with_name(_BEFORE.name))
         except OSError as error:
+            kept = "The last good one is kept; see" if any(path.parent.glob("*.ckpt")) else "See"
             raise TrainingError(
-                f"The checkpoint {path} cannot be written: {error.strerror}. The last good one is kept; see that "
-                "there is space."
+                f"The checkpoint {path} cannot be written: {error.strerror}. {kept} that there is space."
             ) from error
         push(path)
 

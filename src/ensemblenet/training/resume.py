@@ -76,7 +76,7 @@ def changed_setting(
     for name, old, new in _changes(stored, now):
         is_allowed = _is_allowed(name, old, new, named) and (grows or name not in _MAY_GROW)
         if _decides(name, fixed) and not is_allowed:
-            return f"{name} {json.dumps(old)}, not {json.dumps(new)}"
+            return f"{name} {_in_words(old)}, not {_in_words(new)}"
     return None
 
 
@@ -88,7 +88,7 @@ def applied_settings(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[
         ['trainer.max_epochs is 8, and was 5']
     """
     return [
-        f"{name} is {json.dumps(new)}, and was {json.dumps(old)}"
+        f"{name} is {_in_words(new)}, and was {_in_words(old)}"
         for name, old, new in _changes(stored, now)
         if _decides(name, _FIXED)
     ]
@@ -109,6 +109,11 @@ def _changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tupl
     for name in before | after:
         if before.get(name) != after.get(name):
             yield name, before.get(name), after.get(name)
+
+
+def _in_words(value: Any) -> str:
+    """A value; a whole number in one way, which one file has as 1 and another as 1.0."""
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def _decides(name: str, fixed: Sequence[str]) -> bool:

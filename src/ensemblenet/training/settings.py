@@ -264,9 +264,9 @@ class FitCLI(LightningCLI):
             self.held.enter_context(sole_writer(folder))
             return self._resumable(folder, new=True)
         folder = run_folder(resume)
-        # settings newer than the run get their defaults; what may be named was checked with the arguments
-        stored = self._plain(self.parser.parse_args(config_option(folder / CONFIG, trust=True)))
         self.held.enter_context(sole_writer(folder))
+        # read again, and as warily: another process may have written it until now; newer settings get their defaults
+        stored = self._plain(self.parser.parse_args(config_option(folder / CONFIG, self.trust)))
         if change := self._change(folder, stored, named=True):
             raise TrainingError(f"{resume} was made with {change}. Leave that out, or --resume for a new run.")
         if (folder / RESULTS).exists() and not is_longer(stored, self._plain(self.config)):
