@@ -31,7 +31,7 @@ from ensemblenet.reports.tables import (
     with_spread,
 )
 
-__all__ = ["PAGE", "begins_with", "comparison_table", "ranked", "summary", "tested_on", "write_comparison"]
+__all__ = ["PAGE", "begins_with", "comparison_table", "noise", "ranked", "summary", "tested_on", "write_comparison"]
 
 PAGE = "index.html"
 
@@ -85,7 +85,7 @@ def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
     verdict = f"Best at no more than the base's cost is {found} ({_more_or_less(best, base, task)})"
     if (best["error_mean"] < base["error_mean"]) != _lower(task):
         verdict = f"Nothing at no more than the base's cost beats it. Closest is {found}"
-    text = f"{verdict}; {_noise(best, base)}."
+    text = f"{verdict}; {noise(best, base)}."
     if not rest:
         return text
     wins = [row for row in others if row["difference"] is not None and row["difference"] < 0]
@@ -103,8 +103,13 @@ def _more_or_less(row: Row, base: Row, task: Task) -> str:
     return f"{change[1:]}{'' if _lower(task) else ' points'} {word}"
 
 
-def _noise(row: Row, base: Row) -> str:
-    """Whether a method's difference from the base is noise, in words."""
+def noise(row: Row, base: Row) -> str:
+    """Whether a method's difference from the base is noise, in words.
+
+    Example:
+        >>> noise({"seeds": 5, "p": 0.01}, {"seeds": 5}), noise({"seeds": 1, "p": None}, {"seeds": 5})
+        ('that is more than noise (5 seeds, p = 0.010)', 'one seed, so nobody knows whether that is noise')
+    """
     seeds = min(row["seeds"], base["seeds"])
     if row["p"] is None:
         return "one seed, so nobody knows whether that is noise" if seeds < 2 else "whether that is noise is not known"
