@@ -55,9 +55,9 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 def comparison_table(rows: Sequence[Row], title: str | None = None, task: Task = "multiclass") -> TerminalTable:
     """The rows for a terminal of 80 characters, ranked."""
     shown = _as_shown(rows, task)
-    columns = _columns(shown, task)[:_TERMINAL_COLUMNS]
-    head = Column("head, %", lambda row: f"{row['head_error_mean']:.2f}" if row["num_heads"] > 1 else "")
-    return results_table(shown, title, [*columns, head])
+    columns = [*_columns(shown, task)[:_TERMINAL_COLUMNS], *time_columns(shown)[1:]]
+    head = Column("head", lambda row: f"{row['head_error_mean']:.2f}" if row["num_heads"] > 1 else "")
+    return results_table(shown, title, [*columns, head], left_out=())
 
 
 def _as_shown(rows: Sequence[Row], task: Task) -> list[Row]:
@@ -347,7 +347,7 @@ def _change(row: Row, base: Row, task: Task) -> str:
 
 def _p(row: Row, base: Row) -> str:
     if row["p"] is None:
-        return "one seed" if min(row["seeds"], base["seeds"]) < 2 else "unknown"
+        return "1 seed" if min(row["seeds"], base["seeds"]) < 2 else "unknown"
     return p_text(row["p"])
 
 
