@@ -17,9 +17,10 @@ from ray.cluster_utils import Cluster as Nodes
 
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.runs import environment
-from ensemblenet.study.on_ray import Cluster, RayWorkers
+from ensemblenet.study.on_ray import RayWorkers
 from ensemblenet.study.task import Setup
 from ensemblenet.study.trials import Trial, Workers
+from ensemblenet.training.executor import Cluster
 from ensemblenet.training.optimization import Optimization
 
 BASE = {"class_path": "ensemblenet.models.MNIST1DResNet", "init_args": {"width": 16}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -71,3 +72,10 @@ def own_environment(folder: Path) -> dict[str, str]:
     """Of a process of one thread that finds the user's module in a folder, and the package where tests find it."""
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def killed_trial() -> dict[str, str]:
+    """A trial in two processes, one of which is killed."""
+    if os.environ["LOCAL_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"status": "failed", "reason": "RuntimeError: Connection reset by peer"}  # what the other one sees of it

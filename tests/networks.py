@@ -252,3 +252,10 @@ def graph_batch(nodes: int = 10, edges: int = 30) -> tuple[Tensor, Tensor]:
     """Nodes and edges, the same every time."""
     generator = torch.Generator().manual_seed(nodes * edges)
     return torch.randn(nodes, 8, generator=generator), torch.randint(nodes, (2, edges), generator=generator)
+
+
+class Plain(nn.Sequential):
+    """Without batch normalisation, whose statistics are of one process."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(40, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))

@@ -62,12 +62,13 @@ class Waiting(torch.nn.Linear):
 
 
 class Dies(Callback):
-    """Kills the second process of a run in its second epoch, once."""
+    """Kills the last process of a run of heads in its second epoch, once, if it has stored a step."""
 
     def __init__(self, died: str) -> None:
         self.died = Path(died)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.global_rank == 1 and trainer.global_step == 4 and not self.died.exists():
+        is_last = trainer.global_rank == trainer.world_size - 1
+        if is_last and pl_module.num_heads > 1 and trainer.current_epoch == 1 and batch_idx and not self.died.exists():
             self.died.touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -318,7 +318,7 @@ def test_a_run_of_other_settings_is_refused_and_passed_over(
     said: str,
 ) -> None:
     monkeypatch.setattr("ensemblenet.training.fit.finished", lambda cli: cli.folder)  # which folder is all we ask
-    monkeypatch.setattr("ensemblenet.training.fit._searched", lambda cli: pytest.fail("it began"))
+    monkeypatch.setattr("ensemblenet.training.fit.searched", lambda cli, run: pytest.fail("it began"))
     run = fit(make(tmp_path)[1:])
     before = (run / "config.yaml").read_text()
     assert main(["fit", "--resume", str(run), *change]) == 2

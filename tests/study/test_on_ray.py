@@ -24,11 +24,12 @@ from ensemblenet import extras
 from ensemblenet.cli import main
 from ensemblenet.errors import MissingExtraError, TrainingError
 from ensemblenet.study import compare as module
-from ensemblenet.study import on_ray
 from ensemblenet.study.compare import run_study
-from ensemblenet.study.on_ray import Cluster, RayWorkers
+from ensemblenet.study.on_ray import RayWorkers
 from ensemblenet.study.settings import Tuning, Variant
 from ensemblenet.study.trials import Outcome, Trial, run_trial
+from ensemblenet.training import executor
+from ensemblenet.training.executor import Cluster
 
 SMALL = replace(
     STUDY,
@@ -93,7 +94,12 @@ def plain(value: Any) -> Any:
         (["--engine", "ray", "--address", "nowhere.invalid:6379"], "Nothing answers at --address nowhere.invalid:6379"),
         (["--engine", "ray", "--address", "head"], "--address must be auto, HOST:PORT or ray://HOST:PORT, got 'head'"),
         (["--engine", "ray", "--cpus_per_trial", "0"], "--cpus_per_trial must be at least 1, got 0"),
-        (["--engine", "ray", "--gpus_per_trial", "2", "--device", "cuda"], "between 0 and 1, as a trial trains on one"),
+        (
+            ["--engine", "ray", "--gpus_per_trial", "1.5", "--device", "cuda"],
+            "must be a fraction, or a whole number of at",
+        ),
+        (["--engine", "ray", "--gpus_per_trial", "2", "--device", "cuda"], "--devices 1 needs --gpus_per_trial 1; got"),
+        (["--engine", "ray", "--devices", "2"], "--devices 2 needs --cpus_per_trial 2; got 1."),
         (["--engine", "ray", "--device", "cuda"], "got --device cuda and --gpus_per_trial 0."),
         (["--engine", "ray", "--device", "cuda", "--gpus_per_trial", "0.5"], "No node of the cluster has 1 CPUs and 0"),
         (["--engine", "ray", "--cpus_per_trial", "9"], "there are nodes of 1 CPUs and 0 GPUs. Lower --cpus_per_trial"),
@@ -180,14 +186,14 @@ def test_a_trial_that_fails_by_itself_is_an_outcome_and_not_repeated(
 
 
 def test_nodes_with_other_versions_are_refused(connected: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_ray, "versions", lambda: {"ensemblenet": "9.9", "torch": "9.9"})
+    monkeypatch.setattr(executor, "versions", lambda: {"ensemblenet": "9.9", "torch": "9.9"})
     message = r"A node of the cluster cannot run trials: it has ensemblenet \S+ and torch \S+, the driver \S+ 9"
     with pytest.raises(TrainingError, match=message), RayWorkers(connected) as workers:
         list(workers.run([trial()]))
 
 
 def test_an_interrupt_ends_the_trials_of_the_study_and_nothing_else(connected: Cluster, tmp_path: Path) -> None:
-    other = on_ray.board()
+    other = executor.board()
 
     def interrupted(workers: RayWorkers) -> None:
         for _ in workers.run([waiting(tmp_path)]):
@@ -230,7 +236,7 @@ def test_a_trial_whose_node_or_process_dies_is_run_again_and_says_so(
 def test_repeats_are_counted_and_the_other_trials_are_finished(
     connected: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_ray, "REPEATS", 0)
+    monkeypatch.setattr(executor, "REPEATS", 0)
     found = []
 
     def watched(workers: RayWorkers) -> None:

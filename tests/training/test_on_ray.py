@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,9 +28,10 @@ from ensemblenet.cli import main
 from ensemblenet.cli.failures import explain
 from ensemblenet.cli.fit import written_out
 from ensemblenet.errors import TrainingError
-from ensemblenet.training import on_ray
+from ensemblenet.training import executor, on_ray
 from ensemblenet.training.cluster import REPEATS, versions
 from ensemblenet.training.fit import opened
+from ensemblenet.training.search import Candidate
 
 FIT = [
     *("mnist1d/ensemblenet", "--model.heads", "looped", "--model.base.init_args.width", "16"),
@@ -37,6 +39,7 @@ FIT = [
     *("--data.init_args.batch_size", "20", "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"),
     *("--model.conversion.num_heads", "2", "--trainer.enable_progress_bar", "false"),
 ]
+RAY = ["--engine", "ray", "--address"]
 
 
 def test_a_run_that_lost_a_process_has_the_figures_of_two_undisturbed_ones(
@@ -63,6 +66,74 @@ def test_a_run_that_lost_a_process_has_the_figures_of_two_undisturbed_ones(
     files = [{path.name for path in run.iterdir()} for run in (one, other)]
     assert files[0] == files[1]
     assert "engine" not in (other / "config.yaml").read_text()
+
+
+def test_a_search_that_lost_a_process_has_the_figures_of_a_local_one(
+    nodes: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    one_thread: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    search = ["fit", *FIT, "--plan", "search", "--budget", "0.9"]
+    assert main([*search, "--runs", "local"]) == 0
+    dies = json.dumps([{"class_path": "on_nodes.Dies", "init_args": {"died": "died"}}])
+    capsys.readouterr()
+    assert main([*search, *RAY, nodes.address, "--runs", "runs", "--trainer.callbacks", dies]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"2-heads: again: its \w+ died; repeat 1 of at most 3 \(\d running, \d waiting, 0 failed\)", said)
+
+    [one], [other] = (tmp_path / "local").iterdir(), (tmp_path / "runs").iterdir()
+    plans = [json.loads((run / "plan.json").read_text()) for run in (one, other)]
+    for outcome in (*plans[0]["candidates"].values(), *plans[1]["candidates"].values()):
+        outcome["run"] = outcome["run"].rpartition("-2")[0]  # the time behind it
+    assert plans[0] == plans[1]
+    assert len(list((other / "search").iterdir())) == len(plans[0]["candidates"])  # the one that died went on
+    states = [weights(run) for run in (one, other)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_candidate_that_cannot_be_trained_ends_the_search_behind_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcomes = {
+        "a": {"status": "failed", "reason": "the loss is not finite"},
+        "b": {"status": "again", "reason": "its node died"},
+    }
+
+    class Workers:
+        def __enter__(self) -> Workers:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def run(self, tasks: list[Candidate]) -> Iterator[tuple[Candidate, dict[str, Any]]]:
+            yield tasks[1], {"status": "running"}
+            yield from ((one, outcomes[one.name]) for one in tasks)
+            yield tasks[1], {"status": "running"}
+            yield tasks[1], {"status": "done", "run": "b"}
+
+    done = []
+
+    def searched(run: Any, on_nodes: Callable[..., Any]) -> Path:
+        done.extend(one.name for one, _ in on_nodes([Candidate("a"), Candidate("b")]))
+        return tmp_path
+
+    monkeypatch.setattr(on_ray, "searched", searched)
+    monkeypatch.setattr(on_ray, "_settings", lambda run: {})
+    monkeypatch.setattr(on_ray, "RayTasks", {Candidate: lambda *_: Workers()})
+    run: Any = SimpleNamespace(config={"trainer": {"accelerator": "auto"}}, given={})
+    with pytest.raises(TrainingError, match=r"^a: failed: the loss is not finite$"):
+        on_ray._searched(run, executor.Cluster())
+    assert done == ["b"]
+    assert capsys.readouterr().out.splitlines() == [
+        "b: running (1 running, 1 waiting, 0 failed)",
+        "a: failed: the loss is not finite (1 running, 0 waiting, 1 failed)",
+        "b: again: its node died (0 running, 1 waiting, 1 failed)",
+        "b: running (1 running, 0 waiting, 1 failed)",
+        "b: done (0 running, 0 waiting, 1 failed)",
+    ]
 
 
 def test_no_room_is_one_line_and_leaves_nothing(
@@ -103,10 +174,13 @@ def test_a_wrong_engine_is_one_line(capsys: pytest.CaptureFixture[str], options:
     ("options", "message"),
     [
         (["--trainer.devices", "auto"], "a number as --trainer.devices: that of processes on a node; got auto."),
-        (["--trainer.strategy", "fsdp"], "with --trainer.strategy ddp, or DDPStrategy with its arguments; got fsdp."),
+        (
+            ["--trainer.strategy", "fsdp"],
+            "--trainer.strategy ddp or fsdp2, or DDPStrategy with its arguments; got fsdp.",
+        ),
         (["--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"], "got lightning.pytorch.strat"),
         (["--runs", "s3://bucket/runs"], "in a folder that all nodes see, not in a bucket; got s3://bucket/runs."),
-        (["--plan", "search"], "--plan search trains one run after another by itself: leave out --engine ray."),
+        (["--plan", "search", "--trainer.accelerator", "gpu"], "with cpu and none; got gpu and 0."),
     ],
 )
 def test_what_ray_train_cannot_do_is_refused_before_a_folder_is_made(
@@ -114,7 +188,7 @@ def test_what_ray_train_cannot_do_is_refused_before_a_folder_is_made(
 ) -> None:
     arguments = ["--config", FIT[0], *FIT[1:], "--runs", str(tmp_path / "runs"), *options]
     with ExitStack() as held, pytest.raises(TrainingError) as raised:
-        opened(written_out(arguments), held, partial(on_ray._OnDriver, address="auto"))
+        opened(written_out(arguments), held, partial(on_ray._OnDriver, given={}))
     assert message in str(raised.value)
     assert not (tmp_path / "runs").exists()
 

@@ -1,33 +1,27 @@
-"""Two processes train as one does on the same global batch; one that dies ends the run; FSDP2 runs a step."""
+"""Two processes train as one does on the same global batch; one that dies ends the run; so do two with FSDP2."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import yaml
 from commands import own_environment, run_apart
 from made_images import make_folders
 from tiny_runs import weights
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import ensemblenet
 from ensemblenet.cli.main import main
 from ensemblenet.models import CifarResNet
-from ensemblenet.training.optimization import check_optimizers
+from ensemblenet.storage.restore import restore
 
 OWN_CODE = """
-import os
 import signal
 import time
 from datetime import timedelta
@@ -83,6 +77,7 @@ class Fails(Callback):
             raise ValueError("the first process fails")
 """
 
+MODEL_PARALLEL = json.dumps({"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"})
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 
 
@@ -256,33 +251,53 @@ def test_a_process_that_stands_still_ends_the_run_after_the_time_limit(tmp_path)
     assert "Timed out" in line
 
 
-def sharded(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = ensemblenet.convert(importlib.import_module("own").Small(), torch.randn(2, 3, 16, 16), num_heads=2)
-    x, y = torch.randn(8, 3, 16, 16), torch.randint(3, (8,))
-    criterion = ensemblenet.CoDistillationLoss()
-    criterion(model(x), y).backward()
-    expected = {name: parameter - 0.1 * parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-
-    mesh = init_device_mesh("cpu", (2,))
-    for part in (model.trunk, *model.heads, model):
-        fully_shard(part, mesh=mesh)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    check_optimizers(model, [optimizer])
-    mine = slice(4 * rank, 4 * rank + 4)
-    criterion(model(x[mine]), y[mine]).backward()
-    optimizer.step()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
-    (folder / f"done{rank}").touch()
-    dist.destroy_process_group()
-    os._exit(0)  # Gloo's threads may hold tensors while the interpreter ends, which aborts (PyTorch request 179291)
-
-
-def test_fully_sharded_training_steps(tmp_path, monkeypatch):
-    (tmp_path / "own.py").write_text(OWN_CODE)
+def test_sharded_processes_train_as_one_does_also_where_one_was_killed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    mp.start_processes(sharded, args=(tmp_path,), nprocs=2, start_method="forkserver")
-    assert {path.name for path in tmp_path.glob("done*")} == {"done0", "done1"}
+    alone = run_apart(tmp_path / "printed", main, ["fit", *make(tmp_path, batch_size=4)])
+    assert alone.code == 0, alone.stderr
+    [one] = (tmp_path / "runs").iterdir()
+
+    sharded = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--checkpoint_steps", "1"]
+    killed = [*sharded, "--name", "two", "--trainer.callbacks", "own.Killed"]
+    assert start(tmp_path, [*make(tmp_path, batch_size=2), *killed]).returncode == 2
+    [two] = set((tmp_path / "runs").iterdir()) - {one}
+    done = start(tmp_path, ["--resume", str(two), "--trust", "--trainer.callbacks", "null"])
+    assert done.returncode == 0, done.stderr
+    assert "It goes on in epoch 1, after 3 steps." in done.stdout
+    assert "FSDP2-wrapped" not in done.stderr
+
+    checkpoints = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, two)]
+    same = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+    for name, tensor in checkpoints[0]["state_dict"].items():
+        same(checkpoints[1]["state_dict"][name], tensor)
+        same(restore(two, trust=True).network.state_dict()[name.removeprefix("network.")], tensor)
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in checkpoints]  # another strategy may go on
+    for number, state in states[0].items():
+        same(states[1][number]["momentum_buffer"], state["momentum_buffer"])
+    rows = [json.loads((run / "results.json").read_text())["rows"][0] for run in (one, two)]
+    assert rows[0]["test"] == pytest.approx(rows[1]["test"], rel=1e-3, abs=1e-4)
+    assert rows[0]["parameters"] == rows[1]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--trainer.strategy", "fsdp2", "--ema", "0.9"],
+            "ema works on whole networks, not with trainer.strategy fsdp",
+        ),
+        (["--trainer.strategy", "fsdp2", "--trainer.sync_batchnorm", "true"], "sync_batchnorm works on whole networks"),
+        (["--trainer.strategy", "fsdp"], "trainer.strategy fsdp: fit shards by FSDP2; use --trainer.strategy fsdp2."),
+        (
+            ["--trainer.strategy", MODEL_PARALLEL],
+            "trainer.strategy ModelParallelStrategy: fit shards by FSDP2; use --tr",
+        ),
+    ],
+)
+def test_other_ways_to_shard_are_refused(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["fit", *make(tmp_path, batch_size=2), *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not list((tmp_path / "runs").glob("*"))

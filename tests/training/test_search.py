@@ -343,9 +343,9 @@ def test_a_search_needs_whole_runs_and_validation_examples(
 def test_candidates_of_one_search_are_trained_alike(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: list[str]
 ) -> None:
-    monkeypatch.setattr("ensemblenet.training.fit._searched", lambda cli: cli.folder)  # killed as it began
+    monkeypatch.setattr("ensemblenet.training.fit.searched", lambda cli, run: cli.folder)  # killed as it began
     folder = fit(write(tmp_path))
-    monkeypatch.setattr("ensemblenet.training.fit._searched", lambda cli: pytest.fail("it went on"))
+    monkeypatch.setattr("ensemblenet.training.fit.searched", lambda cli, run: pytest.fail("it went on"))
     assert main(["fit", "--resume", str(folder), *change]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert f"{folder} was made with {change[0].removeprefix('--')} " in line

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
@@ -32,9 +33,9 @@ from ensemblenet.storage.specs import plain, with_data_folder
 from ensemblenet.storage.trust import config_option, resumed
 from ensemblenet.study.compare import JOURNAL, Watcher, run_study
 from ensemblenet.study.from_fit import study_settings
-from ensemblenet.study.on_ray import Cluster
 from ensemblenet.study.settings import Study, study_of
 from ensemblenet.study.trials import Outcome, Phase, Trial
+from ensemblenet.training.executor import Cluster
 from ensemblenet.training.resume import changed_setting
 
 __all__ = ["compare", "progress", "read_study"]
@@ -84,7 +85,7 @@ def compare(arguments: Sequence[str]) -> Path:
         console.print(kept, soft_wrap=True)
         if said := begins_with(asdict(study) | {"init": study.begins}):
             console.print(said, highlight=False, soft_wrap=True)
-        with progress() as watch:
+        with progress(tells=cluster is not None) as watch:
             rows = run_study(folder, study, cluster or plain["workers"], watch=watch)
         push(folder)
     results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
@@ -97,8 +98,12 @@ def compare(arguments: Sequence[str]) -> Path:
 
 
 @contextmanager
-def progress() -> Iterator[Watcher]:
-    """Shows how far a study is; yields what [`ensemblenet.study.compare.run_study`][] takes as `watch`."""
+def progress(tells: bool = False) -> Iterator[Watcher]:
+    """Shows how far a study is; yields what [`ensemblenet.study.compare.run_study`][] takes as `watch`.
+
+    Args:
+        tells: whether it is told when trials begin, so that it knows which ones wait.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bars:
         phases = {}
@@ -113,10 +118,10 @@ def progress() -> Iterator[Watcher]:
                 (running.add if outcome["status"] == "running" else running.discard)(trial.key)
                 failed[phase] += outcome["status"] == "failed"
                 if "reason" in outcome:
-                    line = f"{outcome['status']}: {trial.name}, seed {trial.seed}: {outcome['reason']}"
+                    line = f"{outcome['status']}: {trial.title}: {outcome['reason']}"
                     bars.console.print(line, markup=False, soft_wrap=True)
             counts = {"running": len(running), "waiting": total - done - len(running), "failed": failed[phase]}
-            shown = ("running", "waiting", "failed") if running else ("failed",)  # processes here do not say
+            shown = ("running", "waiting", "failed") if tells else ("failed",)
             told = ", ".join(f"{counts[name]} {name}" for name in shown if counts[name])
             bars.update(phases[phase], completed=done, total=total, description=f"{title}: {told}" if told else title)
 
@@ -149,6 +154,10 @@ def _cluster(study: Study, plain: Mapping[str, Any]) -> Cluster | None:
     if plain["engine"] != "ray":
         if given:
             raise TrainingError(f"--{next(iter(given))} needs --engine ray.")
+        if study.device == "cuda" and torch.cuda.device_count() < study.devices:
+            raise TrainingError(
+                f"--devices {study.devices} is more than the {torch.cuda.device_count()} GPUs there are."
+            )
         return None
     require("ray", "ray")
     cluster = Cluster(**given)
@@ -157,6 +166,10 @@ def _cluster(study: Study, plain: Mapping[str, Any]) -> Cluster | None:
             "On Ray a trial trains with --device cuda and --gpus_per_trial above 0, or with --device cpu and none; got "
             f"--device {study.device} and --gpus_per_trial {cluster.gpus_per_trial:g}."
         )
+    name, share = ("gpus", cluster.gpus_per_trial) if study.device == "cuda" else ("cpus", cluster.cpus_per_trial)
+    several = max(study.devices, share if name == "gpus" else 1) > 1
+    if several and (share != study.devices if name == "gpus" else share % study.devices):
+        raise TrainingError(f"--devices {study.devices} needs --{name}_per_trial {study.devices}; got {share:g}.")
     return cluster
 
 

@@ -7,14 +7,15 @@ from argparse import Action, ArgumentError, ArgumentParser, ArgumentTypeError, H
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from ensemblenet.cli.options import add_device, budget_share, command_parser, underscored, with_config
+from ensemblenet.cli.options import add_device, budget_share, command_parser, device_name, underscored, with_config
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
 
-__all__ = ["fit", "taken_engine", "written_out"]
+__all__ = ["SHORT_NAMES", "fit", "taken_engine", "written_out"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ _RARE = [  # `--help all` shows these
     _Setting("checkpoint_steps", "save also after every so many steps", metavar="N"),
 ]
 _SHORT = {setting.option: setting for setting in (*_SETTINGS, *_RARE) if setting.option}
+SHORT_NAMES = (*_SHORT, "device")
 
 
 def fit(arguments: Sequence[str]) -> Path:
@@ -106,15 +108,15 @@ def fit(arguments: Sequence[str]) -> Path:
     from ensemblenet.storage.runs import RESULTS
     from ensemblenet.training.processes import is_first_process
 
-    address, arguments = taken_engine(arguments)
-    if address is None:
+    cluster, arguments = taken_engine(arguments)
+    if cluster is None:
         from ensemblenet.training.fit import fit as train
 
         folder = train(written_out(arguments))
     else:
         from ensemblenet.training.on_ray import fit_on_ray
 
-        folder = fit_on_ray(written_out(arguments), address)
+        folder = fit_on_ray(written_out(arguments), **cluster)
     if is_first_process():
         console = Console()
         rows = json.loads((folder / RESULTS).read_text())["rows"]
@@ -123,27 +125,30 @@ def fit(arguments: Sequence[str]) -> Path:
     return folder
 
 
-def taken_engine(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The address of the cluster that `--engine ray` names, None for this machine; and the other arguments.
+def taken_engine(arguments: Sequence[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """What arguments say of the cluster that `--engine ray` uses, None for this machine; and the other arguments.
 
     Raises:
-        TrainingError: another engine, or an address without one.
+        TrainingError: another engine, or options of a cluster without one.
 
     Example:
         >>> taken_engine(["mine.yaml", "--engine", "ray", "--epochs", "3"])
-        ('auto', ['mine.yaml', '--epochs', '3'])
+        ({'address': 'auto'}, ['mine.yaml', '--epochs', '3'])
     """
     finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--engine", choices=("local", "ray"), default="local")
     finder.add_argument("--address")
+    finder.add_argument("--cpus_per_trial", "--cpus-per-trial", type=int)
+    finder.add_argument("--gpus_per_trial", "--gpus-per-trial", type=float)
     try:
-        given, others = finder.parse_known_args(arguments)
+        found, others = finder.parse_known_args(arguments)
     except ArgumentError as error:
         raise TrainingError(str(error)) from error
-    if given.engine == "ray":
-        return given.address or "auto", others
-    if given.address is not None:
-        raise TrainingError("--address needs --engine ray.")
+    given = {name: value for name, value in vars(found).items() if value is not None and name != "engine"}
+    if found.engine == "ray":
+        return {"address": "auto"} | given, others
+    if given:
+        raise TrainingError(f"--{next(iter(given))} needs --engine ray.")
     return None, others
 
 
@@ -166,6 +171,8 @@ def _parser() -> ArgumentParser:
         rare.add_argument(f"--{setting.option or setting.key}", metavar=setting.metavar, help=setting.help)
     rare.add_argument("--engine", metavar="ENGINE", help="local, or ray: processes of a cluster; docs/scale.md")
     rare.add_argument("--address", help="of Ray: auto (default), HOST:PORT or ray://HOST:PORT")
+    rare.add_argument("--cpus_per_trial", metavar="N", help="of a plan search on Ray: threads of a candidate, 1")
+    rare.add_argument("--gpus_per_trial", metavar="X", help="of a plan search on Ray: 0; a fraction shares a GPU")
     rare.add_argument("--trust", action="store_true", help=TRUST_HELP)
     return parser
 
@@ -193,17 +200,17 @@ def written_out(arguments: Sequence[str]) -> list[str]:
     for argument in values:
         name, equals, value = underscored(argument).partition("=")
         short = name.removeprefix("--").replace("_", "-") if name.startswith("--") else ""
-        if short not in (*_SHORT, "device"):
+        if short not in SHORT_NAMES:
             written.append("--help" if argument == "all" else name + equals + value)
             continue
         if not equals and (value := next(values, None)) is None:
             raise TrainingError(f"--{short} needs a value.")
-        if short == "device":
-            kind, _, index = value.partition(":")
-            written += [f"--trainer.accelerator={kind}", *([f"--trainer.devices=[{index}]"] if index else [])]
-            continue
         try:
-            written.append(f"--{_SHORT[short].key}={_SHORT[short].written(value)}")
+            if short == "device":
+                kind, _, index = device_name(value).partition(":")
+                written += [f"--trainer.accelerator={kind}", *([f"--trainer.devices=[{index}]"] if index else [])]
+            else:
+                written.append(f"--{_SHORT[short].key}={_SHORT[short].written(value)}")
         except ArgumentTypeError as error:
             raise TrainingError(f"--{short}: {error}") from error
     return written

@@ -182,7 +182,7 @@ _KNOWN: list[tuple[str, Callable[[Any], bool]]] = [
     (r"trainer\.devices", _text(r"auto|[-\d, ]+")),
     (r"trainer\.(gradient_clip_algorithm|deterministic|default_root_dir)", _ANY_TEXT),
     (r"trainer\.accelerator", _word("auto", "cpu", "gpu", "cuda", "mps", "tpu")),
-    (r"trainer\.strategy", _word("auto", "ddp", "ddp_find_unused_parameters_true")),
+    (r"trainer\.strategy", _word("auto", "ddp", "fsdp2", "ddp_find_unused_parameters_true")),
     (r"trainer\.profiler", _word("simple", "advanced", "pytorch")),
 ]
 _TEXT_ALONE = rf"({_BASE}|{_DATA})(?!init_args\.)|{_DATA}init_args\.reader\."  # flags of a reader may let code in

@@ -26,10 +26,11 @@ from ensemblenet.storage.runs import RESULTS, environment, keep_environment, res
 from ensemblenet.storage.specs import instantiate
 from ensemblenet.study.journal import Journal
 from ensemblenet.study.methods import METHODS
-from ensemblenet.study.on_ray import Cluster, RayWorkers
+from ensemblenet.study.on_ray import RayWorkers
 from ensemblenet.study.settings import Study, tuning_points
 from ensemblenet.study.trials import Outcome, Phase, Trial, Workers, open_data, training_memory
 from ensemblenet.timing import measure, step
+from ensemblenet.training.executor import Cluster
 from ensemblenet.training.module import check_num_classes
 
 __all__ = ["JOURNAL", "Watcher", "paired_test", "run_study"]

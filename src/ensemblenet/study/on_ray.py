@@ -1,202 +1,34 @@
-"""Trials on a Ray cluster: its nodes run what the driver sends them as plain data."""
+"""Trials on a Ray cluster."""
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
-from itertools import count
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ensemblenet.errors import TrainingError, first_line
 from ensemblenet.study.trials import Outcome, Trial, run_trial, trial_of
-from ensemblenet.training.cluster import (
-    REPEATS,
-    board,
-    check_address,
-    check_versions,
-    go_to,
-    joined,
-    nodes,
-    versions,
-)
+from ensemblenet.training.executor import Cluster, RayTasks
 
-__all__ = ["Cluster", "RayWorkers"]
-
-_LOOK = 0.5  # seconds between two looks at which trials have begun
-_PATIENCE = 600.0  # seconds to wait for a node in place of the last one that a trial fits
+__all__ = ["RayWorkers"]
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """A Ray cluster, and what each trial gets of it.
-
-    Args:
-        address: as [`check_address`][ensemblenet.training.cluster.check_address] takes it.
-        cpus_per_trial: threads of a trial. Sums depend on their number, so 1 gives the figures of local processes.
-        gpus_per_trial: at most 1, as a trial trains on one device; a fraction shares a GPU.
-
-    Raises:
-        TrainingError: an address of another form, or a share that a trial cannot use.
-
-    Example:
-        >>> Cluster("ray://head:10001", gpus_per_trial=0.5).gpus_per_trial
-        0.5
-    """
-
-    address: str = "auto"
-    cpus_per_trial: int = 1
-    gpus_per_trial: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_address(self.address)
-        if self.cpus_per_trial < 1:
-            raise TrainingError(f"--cpus_per_trial must be at least 1, got {self.cpus_per_trial}.")
-        if not 0 <= self.gpus_per_trial <= 1:
-            raise TrainingError(
-                f"--gpus_per_trial must be between 0 and 1, as a trial trains on one device; got {self.gpus_per_trial}."
-            )
-
-
-class RayWorkers:
+class RayWorkers(RayTasks[Trial]):
     """Processes that Ray starts on the nodes of a cluster to run trials; a context manager, as they end with it.
-
-    A process that is connected to a cluster already stays so.
 
     Args:
         cluster: where, and what a trial gets.
         weights: as [`run_trial`][ensemblenet.study.trials.run_trial] takes it; a node that does not see this folder
             trains teachers anew.
-
-    Raises:
-        TrainingError: no cluster, one of another version, or none of whose nodes a trial fits.
-        MissingExtraError: Ray is not installed.
     """
 
     def __init__(self, cluster: Cluster, weights: Path | None = None) -> None:
-        self.cluster = cluster
-        self.weights = weights
-        self.tasks: dict[Any, tuple[Trial, int, int]] = {}  # of each: the trial, its number there, how often it died
-
-    def __enter__(self) -> RayWorkers:
-        with ExitStack() as held:
-            held.enter_context(joined(self.cluster.address))
-            import ray
-
-            if not self._is_possible():
-                raise TrainingError(self._impossible())
-            self.board = board()
-            self.held = held.pop_all()
-        # Ray's own repeats are silent, and without end where memory runs out.
-        options = {"num_cpus": self.cluster.cpus_per_trial, "num_gpus": self.cluster.gpus_per_trial}
-        self.runner: Any = ray.remote(**options, max_retries=0, max_calls=0)(_run_stored)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        for task in self.tasks:  # nobody waits for what they do
-            with suppress(Exception):  # a cluster that is gone has ended them
-                ray.cancel(task, force=True)
-        self.held.close()
+        super().__init__(cluster, partial(_run_stored, None if weights is None else str(weights.absolute())))
 
     def warm_up(self, data: Mapping[str, Any]) -> None:
         """Nothing: which nodes will run trials is known when they begin."""
 
-    def run(self, trials: Sequence[Trial]) -> Iterator[tuple[Trial, Outcome]]:
-        """Give what happens to each trial as soon as it does.
 
-        Yields:
-            The trial, and its outcome, or a `status` "running", or "again" with the `reason`: its node or process has
-            died, and it waits for another. That is done at most `REPEATS` times.
-
-        Raises:
-            TrainingError: a node cannot run trials, the last one that they fit is gone, or nodes died under one trial
-                until its repeats were used up; the other trials are finished before.
-        """
-        import ray
-        from ray import exceptions
-
-        died = {
-            exceptions.NodeDiedError: "its node died",
-            exceptions.LocalRayletDiedError: "its node died",
-            exceptions.WorkerCrashedError: "its process died",
-            exceptions.OutOfMemoryError: "its node ran out of memory",
-            exceptions.ObjectLostError: "its outcome was lost with a node",
-        }
-        weights = None if self.weights is None else str(self.weights.absolute())
-        common = (weights, self.cluster.cpus_per_trial, versions(), os.getcwd(), self.board)
-        numbers = count()
-
-        def submit(trial: Trial, deaths: int) -> None:
-            number = next(numbers)
-            self.tasks[self.runner.remote(json.dumps(asdict(trial)), *common, number)] = trial, number, deaths
-
-        for trial in trials:
-            submit(trial, 0)
-        running: set[int] = set()
-        lost: list[str] = []
-        last = time.monotonic()
-        while self.tasks:
-            ready, _ = ray.wait(list(self.tasks), timeout=_LOOK)
-            begun: set[int] = set()
-            with suppress(exceptions.RayActorError):  # it restarts
-                begun.update(ray.get(self.board.read.remote()))
-            for task, (trial, number, _) in self.tasks.items():
-                if number in begun and task not in ready:
-                    running.add(number)
-                    yield trial, {"status": "running"}
-            for task in ready:
-                trial, number, deaths = self.tasks.pop(task)
-                running.discard(number)
-                try:
-                    outcome = json.loads(ray.get(task))
-                except tuple(died) as error:
-                    why = next(text for kind, text in died.items() if isinstance(error, kind))
-                    if deaths == REPEATS:
-                        lost.append(f"{trial.name}, seed {trial.seed} ({why})")
-                        continue
-                    submit(trial, deaths + 1)
-                    outcome = {"status": "again", "reason": f"{why}; repeat {deaths + 1} of at most {REPEATS}"}
-                except exceptions.RayError as error:
-                    said = first_line(getattr(error, "cause", None) or error)
-                    raise TrainingError(f"A node of the cluster cannot run trials: {said}") from error
-                yield trial, outcome
-            last = time.monotonic() if begun or ready else last
-            if not running and time.monotonic() - last > _PATIENCE and not self._is_possible():
-                raise TrainingError(self._impossible())
-        if lost:
-            raise TrainingError(
-                f"{'; '.join(lost)}: died {REPEATS + 1} times. What is finished is kept: go on with --resume when the "
-                "nodes are well, with more of the node for a trial (--cpus_per_trial) if memory ran out."
-            )
-
-    def _is_possible(self) -> bool:
-        wanted = {"CPU": self.cluster.cpus_per_trial, "GPU": self.cluster.gpus_per_trial}
-        return any(all(node.get(name, 0) >= share for name, share in wanted.items()) for node in nodes())
-
-    def _impossible(self) -> str:
-        found = [f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes()]
-        return (
-            f"No node of the cluster has {self.cluster.cpus_per_trial} CPUs and {self.cluster.gpus_per_trial:g} GPUs "
-            f"for a trial; there are nodes of {'; '.join(sorted(set(found))) or 'nothing'}. Lower --cpus_per_trial or "
-            "--gpus_per_trial, or add a node."
-        )
-
-
-def _run_stored(
-    stored: str, weights: str | None, threads: int, of_driver: Mapping[str, str], folder: str, board: Any, number: int
-) -> str:
-    """On a node: run a trial that is described as JSON, and give its outcome so."""
-    board.tell.remote(number)  # not waited for: a task that waits gives its CPU to the next
-    check_versions(of_driver)
-    torch.set_num_threads(threads)
-    go_to(folder)
-    kept = Path(weights) if weights is not None and Path(weights).is_dir() else None
-    return json.dumps(run_trial(trial_of(json.loads(stored)), kept))
+def _run_stored(weights: str | None, stored: Mapping[str, Any]) -> Outcome:
+    """On a node: run a trial."""
+    return run_trial(trial_of(stored), Path(weights) if weights is not None and Path(weights).is_dir() else None)

@@ -187,6 +187,8 @@ class Study:
         tuning: the search for learning rate and weight decay.
         device: the device to train on, such as "cpu" or "cuda".
         precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
+        devices: how many of them, with a process each, train one network together, by Lightning's DDP; each takes
+            batches of the data's size.
 
     Raises:
         TrainingError: a number out of its range.
@@ -223,10 +225,15 @@ class Study:
     tuning: Tuning = Tuning()
     device: str = "cpu"
     precision: Precision = "32"
+    devices: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "num_heads"):
+        for name in ("seeds", "epochs", "num_heads", "devices"):
             _check_at_least_1(name, getattr(self, name))
+        if self.devices > 1 and self.device not in ("cpu", "cuda"):
+            raise TrainingError(
+                f"devices {self.devices} needs device cpu or cuda, without a number; got {self.device}."
+            )
 
     @property
     def begins(self) -> Init:
@@ -302,6 +309,7 @@ class Study:
                 self.device,
                 self.precision,
                 halved,
+                devices=self.devices,
             )
             for name, candidate in self.candidates().items()
             for setting in settings.get(name, ())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -12,12 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from multiprocessing import get_context, parent_process
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, seed_everything
 from torch import Tensor, nn
 
@@ -34,6 +34,8 @@ from ensemblenet.study.halves import halve_validation
 from ensemblenet.study.measures import Measures
 from ensemblenet.study.methods import METHODS
 from ensemblenet.study.task import Setup, Source, TrainingTask
+from ensemblenet.study.together import all_agree, end_with_parent, in_processes, train_together
+from ensemblenet.training.executor import Outcome
 from ensemblenet.training.inheriting import calibration_batches
 from ensemblenet.training.optimization import Optimization, build_optimizer, build_schedule, layer_depths
 
@@ -55,7 +57,6 @@ __getattr__ = renamed(__name__, {"Cell": "Trial", "run_cell": "run_trial"})
 
 Phase = Literal["tune", "test"]
 Precision = Literal["32", "bf16"]
-Outcome = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Trial:
         precision: "bf16" trains and measures under bfloat16 autocast, "32" in float32.
         halved: whether validation and test examples are halves of the validation data, which has no test split.
         teacher: the trial whose trained network teaches this one; None where the method learns from none.
+        devices: the number of devices, with a process each, that train it together.
 
     Example:
         >>> base = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 40, "out_features": 10}}
@@ -98,11 +100,17 @@ class Trial:
     precision: Precision = "32"
     halved: bool = False
     teacher: Trial | None = None
+    devices: int = 1
 
     @property
     def key(self) -> str:
         """A text that two trials share exactly if they are the same."""
         return trial_key(asdict(self))
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.name}, seed {self.seed}"
 
     @property
     def inherits(self) -> bool:
@@ -172,7 +180,7 @@ def trial_key(stored: Mapping[str, Any]) -> str:
         >>> trial_key({"setup": {}, "device": "cpu"}) == trial_key({"setup": {"weight": 2.0}, "precision": "32"})
         True
     """
-    filled = {"device": "cpu", "precision": "32", "halved": False, "teacher": None, **stored}
+    filled = {"device": "cpu", "precision": "32", "halved": False, "teacher": None, "devices": 1, **stored}
     if filled["teacher"] is not None:
         filled["teacher"] = trial_key(filled["teacher"])
     filled["setup"] = _complete_setup(stored.get("setup", {}))
@@ -220,10 +228,21 @@ def run_trial(trial: Trial, weights: Path | None = None) -> Outcome:
         >>> run_trial(Trial("base", "base", Setup(), base, data, "test", 0, Optimization(), epochs=1))["status"]
         'failed'
     """
+    if trial.devices > 1:
+        return in_processes(partial(_outcome, trial, weights), trial.devices, trial.device)
+    return _outcome(trial, weights)
+
+
+def _outcome(trial: Trial, weights: Path | None) -> Outcome:
+    """As `run_trial`, in this process; where several run it, the others than the first measure nothing."""
     try:
         teacher = None if trial.teacher is None else _teacher(trial.teacher, weights)
         task, data = _prepared(trial, teacher)
-        effort = train(task, data, trial.optimization, trial.epochs, trial.seed, trial.precision)
+        effort = _train(trial, task, data)
+        if trial.devices > 1:
+            if dist.get_rank() > 0:
+                return {"status": "done", **effort}
+            dist.destroy_process_group()  # or metrics would wait for those of the others
         if weights is not None and trial.method == "base":
             keep_weights(task.network, weights, trial.key)
         loader = data.val_dataloader() if trial.phase == "tune" else data.test_dataloader()
@@ -247,11 +266,20 @@ def _prepared(trial: Trial, teacher: nn.Module | None = None) -> tuple[TrainingT
 def _teacher(trial: Trial, weights: Path | None) -> nn.Module:
     """The trained base of a trial, as it was kept; where it was not, or is damaged, it is trained again."""
     task, data = _prepared(trial)
-    if weights is None or not take_weights(task.network, weights, trial.key):
-        train(task, data, trial.optimization, trial.epochs, trial.seed, trial.precision)
-        if weights is not None:
+    is_kept = weights is not None and take_weights(task.network, weights, trial.key)
+    if trial.devices > 1 and not all_agree(is_kept):  # one may have looked before another trial kept them
+        is_kept = False
+        task, data = _prepared(trial)
+    if not is_kept:
+        _train(trial, task, data)
+        if weights is not None and (trial.devices == 1 or dist.get_rank() == 0):
             keep_weights(task.network, weights, trial.key)
     return task.network
+
+
+def _train(trial: Trial, task: TrainingTask, data: LightningDataModule) -> dict[str, float]:
+    how = train if trial.devices == 1 else train_together
+    return how(task, data, trial.optimization, trial.epochs, trial.seed, trial.precision)
 
 
 class Workers:
@@ -327,15 +355,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # a killed study would leave its workers waiting for ever
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def train(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -33,18 +34,33 @@ from ensemblenet.storage.runs import (
     scores_row,
 )
 from ensemblenet.storage.specs import plain
-from ensemblenet.storage.trust import config_option, read_config
+from ensemblenet.storage.trust import read_config
 from ensemblenet.training.checkpoints import whole_checkpoint
+from ensemblenet.training.executor import Outcome
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.options import (
     check_replaced,
     replaced_options,
 )
 from ensemblenet.training.processes import ending_together, is_first_process
-from ensemblenet.training.search import PLAN, SEARCH, candidates, check_base_run, choose, show, take_over, validate
+from ensemblenet.training.search import (
+    PLAN,
+    SEARCH,
+    Candidate,
+    candidates,
+    check_base_run,
+    choose,
+    show,
+    take_over,
+    validate,
+)
 from ensemblenet.training.settings import FitCLI, complete_arguments
+from ensemblenet.training.sharding import FullyShardedStrategy
 
-__all__ = ["finished", "fit", "opened"]
+__all__ = ["finished", "fit", "opened", "searched", "tried"]
+
+_NO_DEVICE = r"(?s)^`(\w+?)(?:Accelerator)?` can not run on your system.*"
+_NAME_ANOTHER = r"The device cannot be used: this machine has none for \1. Name one that it has, such as --device cpu."
 
 Run = TypeVar("Run", bound=FitCLI)
 
@@ -67,7 +83,9 @@ def fit(arguments: Sequence[str]) -> Path:
     with ExitStack() as held:
         cli = opened(arguments, held)
         with ending_together(cli.trainer.strategy.launcher, cli.advice):
-            return _searched(cli) if cli.config["plan"] == "search" else finished(cli)
+            if cli.config["plan"] == "given":
+                return finished(cli)
+            return searched(cli, lambda wanted: ((one, tried(cli, one)) for one in wanted))
 
 
 def finished(cli: FitCLI) -> Path:
@@ -77,6 +95,8 @@ def finished(cli: FitCLI) -> Path:
         _check_base_run(cli)
     _train(cli)
     cli.keep_settings()  # where no step was left to train
+    strategy = cli.trainer.strategy
+    whole = strategy.gathered() if isinstance(strategy, FullyShardedStrategy) else module.network
     with _lightning_errors():
         [metrics] = cli.trainer.test(module, data, verbose=False)
     if not is_first_process():
@@ -84,6 +104,7 @@ def finished(cli: FitCLI) -> Path:
     if batches := cli.config["trainer"]["fast_dev_run"]:
         print(f"A trial of {int(batches)} batch(es): it keeps no results.")
         return folder
+    module.network = whole
     description = data.description() if isinstance(data, Describes) else {}
     store(module.network, module.task, Inputs.of(module.example_inputs), description, folder)
     row = _row(cli, metrics)
@@ -126,7 +147,8 @@ def _lightning_errors() -> Iterator[None]:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_globals.get("__name__", "").startswith("lightning."):
             raise
-        raise TrainingError(str(error) or f"Lightning's {frame.f_code.co_qualname} failed.") from error
+        said = str(error) or f"Lightning's {frame.f_code.co_qualname} failed."
+        raise TrainingError(re.sub(_NO_DEVICE, _NAME_ANOTHER, said)) from error
 
 
 def _train(cli: FitCLI) -> None:
@@ -141,25 +163,31 @@ def _train(cli: FitCLI) -> None:
         )
 
 
-def _searched(cli: FitCLI) -> Path:
-    """The folder of a run that is the best of its candidates, each of which is a run within it."""
+def searched(cli: FitCLI, run: Callable[[Sequence[Candidate]], Iterable[tuple[Candidate, Outcome]]]) -> Path:
+    """The folder of a run that is the best of its candidates, each of which is a run within it.
+
+    Args:
+        cli: the search.
+        run: trains candidates, and gives of each what [`tried`][ensemblenet.training.fit.tried] does.
+    """
     if cli.trainer.world_size > 1 or cli.config["trainer"]["fast_dev_run"]:
         raise TrainingError("--plan search takes whole runs in one process: one device and no fast_dev_run.")
     cli.keep_settings()
-    data, base_run = cli.datamodule, cli.config["base_run"]
+    base_run = cli.config["base_run"]
     note = None if base_run is None else _check_base_run(cli)
-    data.prepare_data()
-    data.setup("fit")
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
     with _lightning_errors():
-        if next(iter(data.val_dataloader()), None) is None:
+        if next(iter(cli.datamodule.val_dataloader()), None) is None:
             raise TrainingError("--plan search chooses by validation examples, and the data has none.")
-    inputs, _ = inputs_and_targets(next(iter(data.train_dataloader())))
-    runs, outcomes = {} if base_run is None else {"base": base_run}, {}
-    for name, conversion in candidates(cli.model.network, inputs, cli.model.conversion or Conversion()).items():
-        if name != "base" or base_run is None:
-            runs[name] = _trained(cli, name, conversion, runs.get("base"))
-        place = os.path.relpath(runs[name], cli.folder)
-        outcomes[name] = {"run": place, **validate(runs[name], cli.trainer, data)}
+    inputs, _ = inputs_and_targets(next(iter(cli.datamodule.train_dataloader())))
+    found = candidates(cli.model.network, inputs, cli.model.conversion or Conversion())
+    # the base, trained first, decides on the others
+    [(_, base)] = run([Candidate("base", base=None if base_run is None else str(base_run))])
+    known = str(base_run or cli.folder / base["run"])
+    others = [Candidate(name, asdict(one), known) for name, one in found.items() if one is not None]
+    trained = {"base": base} | {one.name: outcome for one, outcome in run(others)}
+    outcomes = {name: trained[name] for name in found}
     main = TASKS[cli.model.task].main
     best, ties = choose(outcomes, main)
     plan = {"chosen": best, "score": main, "not_told_apart": ties, "note": note, "candidates": outcomes}
@@ -167,9 +195,24 @@ def _searched(cli: FitCLI) -> Path:
     show(outcomes, main, best, ties)
     if note:
         print(note)
-    take_over(runs[best], cli.folder)
+    take_over(cli.folder / outcomes[best]["run"], cli.folder)
     push(cli.folder)
     return cli.folder
+
+
+def tried(cli: FitCLI, candidate: Candidate) -> Outcome:
+    """Train a candidate of a search, unless its run is finished, and validate it.
+
+    Args:
+        cli: the search; its trainer validates, and its data is set up for training.
+        candidate: what to train.
+
+    Returns:
+        The `run`, from the search's folder, and what [`ensemblenet.training.search.validate`][] gives.
+    """
+    known = candidate.conversion is None and candidate.base is not None
+    run = Path(str(candidate.base)) if known else _trained(cli, candidate)
+    return {"run": os.path.relpath(run, cli.folder), **validate(run, cli.trainer, cli.datamodule)}
 
 
 def _check_base_run(cli: FitCLI) -> str | None:
@@ -178,20 +221,18 @@ def _check_base_run(cli: FitCLI) -> str | None:
     return check_base_run(base_run, read_config(cli.folder / CONFIG, trust=True))
 
 
-def _trained(cli: FitCLI, name: str, conversion: Conversion | None, base: Path | None) -> Path:
-    """The folder of a candidate's finished run, which is not trained again; the base, trained first, decides on it."""
-    runs = cli.folder / SEARCH
-    for results in runs.glob(f"{name}-*/{RESULTS}"):
+def _trained(cli: FitCLI, candidate: Candidate) -> Path:
+    """The folder of a candidate's finished run, which is not trained again."""
+    runs, base = cli.folder / SEARCH, candidate.base
+    for results in runs.glob(f"{candidate.name}-*/{RESULTS}"):
         return results.parent
-    plan = None if conversion is None else asdict(conversion)
-    where = ["--resume", "auto", "--runs", str(runs), "--name", name]
-    known = "null" if base is None else str(base)
-    chosen = ["--plan", "given", "--base_run", known, "--model.conversion", json.dumps(plan)]
+    where = ["--resume", "auto", "--runs", str(runs), "--name", candidate.name, "--base_run", base or "null"]
+    chosen = ["--plan", "given", "--model.conversion", json.dumps(candidate.conversion)]
     if cli.model.criterion.teacher_weight and cli.model.teacher_folder is None:
-        chosen += ["--model.teacher_weight", "null"] if base is None else ["--model.teacher", str(base), "--trust"]
+        chosen += ["--model.teacher_weight", "null"] if base is None else ["--model.teacher", base, "--trust"]
     with ExitStack() as held:
-        stored = config_option(cli.folder / CONFIG, trust=True)  # it was checked or typed before
-        folder = finished(opened([*stored, *where, *chosen], held))
+        # what it names was checked or typed before
+        folder = finished(opened(["--config", cli.stored_settings(), *where, *chosen], held))
     gc.collect()  # trainers and modules refer to each other: those of earlier runs would fill the memory
     return folder
 

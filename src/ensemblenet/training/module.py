@@ -37,6 +37,7 @@ from ensemblenet.training.optimization import (
     check_optimizers,
     layer_depths,
 )
+from ensemblenet.training.sharding import FSDP2, FullyShardedStrategy
 from ensemblenet.training.teacher import Teacher
 
 __all__ = ["Classifier", "Conversion", "check_num_classes", "head_outputs", "plan_in_words", "seen_outputs"]
@@ -264,11 +265,15 @@ class Classifier(LightningModule):
         return network.to(tensors_in(inputs)[0].device)
 
     def _allowed_heads(self) -> HeadsMode:
-        """Fused heads do not pass through the layers that Lightning exchanges for synchronised ones."""
-        if getattr(self.trainer.strategy, "_layer_sync", None) is None:
+        """Fused heads do not pass through the layers that Lightning exchanges, nor through those that are sharded."""
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            setting = f"trainer.strategy {FSDP2}"
+        elif getattr(self.trainer.strategy, "_layer_sync", None) is not None:
+            setting = "trainer.sync_batchnorm"
+        else:
             return self.heads
         if self.heads in ("fused", "compiled", "checkpointed"):
-            raise TrainingError(f"trainer.sync_batchnorm needs model.heads looped, got {self.heads}.")
+            raise TrainingError(f"{setting} needs model.heads looped, got {self.heads}.")
         return "looped"
 
     @property
@@ -289,7 +294,7 @@ class Classifier(LightningModule):
         if "heads" not in checkpoint or not isinstance(self.network, EnsembleNet):
             return
         heads, *separate = checkpoint["heads"]
-        if self.heads not in ("auto", heads):
+        if self._allowed_heads() not in ("auto", heads):
             return
         self.choice = Choice(current_mode(heads), "as before", separate=tuple(separate))
         self.network = _with_heads(self.network, self.choice)

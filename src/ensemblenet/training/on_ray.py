@@ -1,4 +1,4 @@
-"""One run in processes of a Ray cluster, by Ray Train: the driver keeps the run's folder, and nodes train into it."""
+"""A run on a Ray cluster, whose folder the driver keeps: one in several processes by Ray Train, or a plan search."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -27,16 +28,18 @@ from ensemblenet.storage.lock import NOTE
 from ensemblenet.training.cluster import (
     REPEATS,
     board,
-    check_address,
     check_versions,
     go_to,
     joined,
     nodes,
     versions,
 )
-from ensemblenet.training.fit import finished, opened
+from ensemblenet.training.executor import Cluster, Outcome, RayTasks
+from ensemblenet.training.fit import finished, opened, searched, tried
 from ensemblenet.training.options import listed
+from ensemblenet.training.search import Candidate
 from ensemblenet.training.settings import FitCLI
+from ensemblenet.training.sharding import FSDP2, FullyShardedStrategy
 
 __all__ = ["fit_on_ray"]
 
@@ -45,12 +48,14 @@ _DDP = "DDPStrategy"
 _TIMEOUT = 1800.0  # of DDP, in seconds
 
 
-def fit_on_ray(arguments: Sequence[str], address: str = "auto") -> Path:
+def fit_on_ray(arguments: Sequence[str], **given: Any) -> Path:
     """As [`ensemblenet.training.fit.fit`][], in `trainer.num_nodes` times `trainer.devices` processes of a cluster.
+
+    The candidates of a plan search, which are trained in one process each, are spread over the nodes.
 
     Args:
         arguments: command-line arguments.
-        address: of the cluster, as [`check_address`][ensemblenet.training.cluster.check_address] takes it.
+        given: of [`Cluster`][ensemblenet.training.executor.Cluster]; all but the address are for plan searches.
 
     Returns:
         The run's folder.
@@ -60,49 +65,54 @@ def fit_on_ray(arguments: Sequence[str], address: str = "auto") -> Path:
             processes that died until the repeats were used up.
         MissingExtraError: Ray is not installed.
     """
-    check_address(address)
+    cluster = Cluster(**given)
     with ExitStack() as held:
-        held.enter_context(joined(address))
-        run = opened(arguments, held, partial(_OnDriver, address=address))
+        held.enter_context(joined(cluster.address))
+        run = opened(arguments, held, partial(_OnDriver, given=given))
+        if run.config["plan"] == "search":
+            return _searched(run, cluster)
         trainer = run.config["trainer"]
         processes, on_gpus = _processes(trainer), _on_gpus(trainer["accelerator"])
         _check_room(processes, on_gpus)
-        settings = {
-            "arguments": ["--config", run.stored_settings(), *(["--trust"] if run.trust else [])],
-            "folder": str(run.folder.absolute()),
-            "changed": run.changed,
-            "here": os.getcwd(),
-            "command": sys.argv,
-            "versions": versions(),
-            "board": held.enter_context(_printed()),
-        }
+        more = {"changed": run.changed, "versions": versions(), "board": held.enter_context(_printed())}
+        settings = _settings(run) | more
         _train(settings, processes, on_gpus, _arguments_of_ddp(trainer["strategy"]).get("timeout"))
         return run.folder
 
 
 class _OnDriver(FitCLI):
-    """Reads the configuration, and makes nothing of it but the run's folder."""
+    """Reads the configuration, and makes nothing of it but the run's folder; of a search, what finds its candidates."""
 
-    def __init__(self, *args: Any, address: str, **options: Any) -> None:
-        self.command = f"fit --engine ray --address {address}"
+    def __init__(self, *args: Any, given: Mapping[str, Any], **options: Any) -> None:
+        self.given = given
+        self.command = " ".join(["fit --engine ray", *(f"--{name} {value}" for name, value in given.items())])
         super().__init__(*args, **options)
 
     def instantiate_classes(self) -> None:
-        """Refuse what Ray Train cannot do, and make the folder."""
-        if self.config["plan"] == "search":
-            raise TrainingError("--plan search trains one run after another by itself: leave out --engine ray.")
+        """Refuse what Ray cannot do, and make the folder."""
         for place in map(str, (self.config["runs"], self.config["resume"])):
             if is_address(place):
                 raise TrainingError(
                     f"On Ray a run is kept in a folder that all nodes see, not in a bucket; got {place}."
                 )
+        if self.config["plan"] == "search":
+            _device(self.config["trainer"]["accelerator"], self.given)
+            super().instantiate_classes()
+            return
+        if others := [name for name in self.given if name != "address"]:
+            raise TrainingError(f"--{others[0]} is for --plan search and compare; a run takes --trainer.devices.")
         _processes(self.config["trainer"])
         _arguments_of_ddp(self.config["trainer"]["strategy"])
         self.folder = self.choose_folder()
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Of a search: it trains nothing, and its machine may have no other device than nodes."""
+        self.config_init["trainer"]["accelerator"] = "cpu"
+        return super().instantiate_trainer(**kwargs)
 
-class _OnNode(FitCLI):
-    """A process of the run, whose folder the driver keeps."""
+
+class _OfDriver(FitCLI):
+    """A run whose folder the driver keeps."""
 
     def __init__(self, *args: Any, folder: Path, **options: Any) -> None:
         self.given = folder
@@ -112,16 +122,76 @@ class _OnNode(FitCLI):
         """The one that the driver names."""
         return self.given
 
+
+class _OnNode(_OfDriver):
+    """A process of the run."""
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Let Ray say which process this is, and which device it has."""
         from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, prepare_trainer
         from ray.train.torch import get_device
 
-        chosen = self.config_init["trainer"]
-        chosen["strategy"] = RayDDPStrategy(**_arguments_of_ddp(self.config["trainer"]["strategy"]))
+        chosen, strategy = self.config_init["trainer"], self.config["trainer"]["strategy"]
+        shards = strategy == FSDP2
+        chosen["strategy"] = _ShardedOnRay() if shards else RayDDPStrategy(**_arguments_of_ddp(strategy))
         chosen["plugins"] = [*listed(chosen["plugins"]), RayLightningEnvironment()]
         chosen["accelerator"], chosen["devices"], chosen["num_nodes"] = get_device().type, "auto", 1
-        return prepare_trainer(super().instantiate_trainer(**kwargs))
+        trainer = super().instantiate_trainer(**kwargs)
+        return trainer if shards else prepare_trainer(trainer)  # which knows Ray's own strategies alone
+
+
+class _ShardedOnRay(FullyShardedStrategy):
+    @property
+    def root_device(self) -> torch.device:
+        """Which Ray gave to this process."""
+        from ray.train.torch import get_device
+
+        return get_device()
+
+
+def _searched(run: _OnDriver, cluster: Cluster) -> Path:
+    """A plan search, whose candidates are trained and validated on nodes."""
+    settings = _settings(run) | {"device": _device(run.config["trainer"]["accelerator"], run.given)}
+
+    def on_nodes(candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, Outcome]]:
+        running: set[str] = set()
+        failed: list[str] = []
+        waiting = {candidate.title for candidate in candidates}
+        for candidate, outcome in workers.run(candidates):
+            title, status = candidate.title, outcome.pop("status")
+            (running.add if status == "running" else running.discard)(title)
+            (waiting.add if status == "again" else waiting.discard)(title)
+            said = f"{title}: {status}" + (f": {outcome['reason']}" if "reason" in outcome else "")
+            failed += [said] if status == "failed" else []
+            print(f"{said} ({len(running)} running, {len(waiting)} waiting, {len(failed)} failed)", flush=True)
+            if status == "done":
+                yield candidate, outcome
+        if failed:
+            raise TrainingError("; ".join(failed))
+
+    with RayTasks[Candidate](cluster, partial(_try_on_node, settings)) as workers:
+        return searched(run, on_nodes)
+
+
+def _device(accelerator: str, given: Mapping[str, Any]) -> str:
+    """What a candidate trains on."""
+    on_gpu = given.get("gpus_per_trial", 0) > 0
+    if accelerator not in ("auto", *(("gpu", "cuda") if on_gpu else ("cpu",))):
+        raise TrainingError(
+            "On Ray a candidate trains with --trainer.accelerator gpu and --gpus_per_trial above 0, or with cpu and "
+            f"none; got {accelerator} and {given.get('gpus_per_trial', 0):g}."
+        )
+    return "gpu" if on_gpu else "cpu"
+
+
+def _settings(run: FitCLI) -> dict[str, Any]:
+    """What processes on nodes know of a run, as plain data."""
+    return {
+        "arguments": ["--config", run.stored_settings(), *(["--trust"] if run.trust else [])],
+        "folder": str(run.folder.absolute()),
+        "here": os.getcwd(),
+        "command": sys.argv,
+    }
 
 
 def _processes(trainer: Mapping[str, Any]) -> int:
@@ -134,17 +204,19 @@ def _processes(trainer: Mapping[str, Any]) -> int:
 
 
 def _arguments_of_ddp(strategy: Any) -> dict[str, Any]:
-    """What a configuration gives for DDP.
+    """What a configuration gives for DDP; nothing for FSDP2.
 
     Raises:
         TrainingError: it names another strategy.
     """
-    if strategy in ("auto", "ddp"):
+    if strategy in ("auto", "ddp", FSDP2):
         return {}
     if isinstance(strategy, Namespace) and strategy["class_path"].rpartition(".")[2] in (_DDP, f"Ray{_DDP}"):
         return {name: value for name, value in strategy.get("init_args", {}).items() if value is not None}
     name = strategy["class_path"] if isinstance(strategy, Namespace) else strategy
-    raise TrainingError(f"On Ray fit trains with --trainer.strategy ddp, or {_DDP} with its arguments; got {name}.")
+    raise TrainingError(
+        f"On Ray fit trains with --trainer.strategy ddp or {FSDP2}, or {_DDP} with its arguments; got {name}."
+    )
 
 
 def _on_gpus(accelerator: str) -> bool:
@@ -287,11 +359,22 @@ class _Told(io.TextIOBase):
         return len(text)
 
 
-def _train_on_node(settings: Mapping[str, Any]) -> None:
-    """On a node, in each process: train and test as `fit` does."""
-    import ray.train
+def _try_on_node(settings: Mapping[str, Any], stored: Mapping[str, Any]) -> Outcome:
+    """On a node: train and validate a candidate of a search; what a user must mend is an outcome, too."""
+    try:
+        folder = _entered(settings)
+        device = ["--trainer.accelerator", settings["device"]]
+        with ExitStack() as held:
+            run = opened([*settings["arguments"], *device], held, partial(_OfDriver, folder=folder))
+            run.datamodule.prepare_data()
+            run.datamodule.setup("fit")
+            return {"status": "done", **tried(run, Candidate(**stored))}
+    except EnsembleNetError as error:
+        return {"status": "failed", "reason": first_line(error)}
 
-    check_versions(settings["versions"])
+
+def _entered(settings: Mapping[str, Any]) -> Path:
+    """The run's folder, which this process of a node sees from now on as the driver does."""
     go_to(settings["here"])
     folder = Path(settings["folder"])
     if not (folder / NOTE).exists():  # which the driver keeps there
@@ -301,6 +384,15 @@ def _train_on_node(settings: Mapping[str, Any]) -> None:
         )
     sys.argv[:] = settings["command"]  # which the run keeps
     os.environ.pop("SLURM_NTASKS", None)  # of a job that started the cluster, and not this process
+    return folder
+
+
+def _train_on_node(settings: Mapping[str, Any]) -> None:
+    """On a node, in each process: train and test as `fit` does."""
+    import ray.train
+
+    check_versions(settings["versions"])
+    folder = _entered(settings)
     rank_zero_only.rank = ray.train.get_context().get_world_rank()  # pyright: ignore[reportFunctionMemberAccess]
     with ExitStack() as held:
         if rank_zero_only.rank == 0:  # pyright: ignore[reportFunctionMemberAccess]

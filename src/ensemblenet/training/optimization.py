@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -188,7 +189,9 @@ def _adamw(groups: list[dict[str, Any]], settings: Optimization) -> Optimizer:
 
 def _sgd(groups: list[dict[str, Any]], settings: Optimization) -> Optimizer:
     momentum = settings.momentum
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    sharded = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    # PyTorch has no fused step of SGD for sharded parameters, as it has of AdamW
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=momentum, nesterov=momentum > 0, fused=not sharded)
 
 
 def _of_timm(groups: list[dict[str, Any]], settings: Optimization) -> Optimizer:

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,18 @@ from ensemblenet.storage.trust import read_config
 from ensemblenet.training.module import Classifier
 from ensemblenet.training.resume import changed_setting
 
-__all__ = ["PLAN", "SEARCH", "candidates", "chance", "check_base_run", "choose", "show", "take_over", "validate"]
+__all__ = [
+    "PLAN",
+    "SEARCH",
+    "Candidate",
+    "candidates",
+    "chance",
+    "check_base_run",
+    "choose",
+    "show",
+    "take_over",
+    "validate",
+]
 
 PLAN = "plan.json"
 SEARCH = "search"  # the folder of the candidates' runs, within the run's own
@@ -42,6 +53,26 @@ _DECISIVE = (
     *("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.overfit_batches"),
 )
 _ERRORS = 2.0  # standard errors within which a difference may be chance
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one training of a search depends on beside the search's own settings, as plain data.
+
+    Args:
+        name: of the candidate.
+        conversion: as a dictionary; None for the base itself.
+        base: the folder of the finished run of the base: what a conversion is decided by, and the base's own outcome.
+    """
+
+    name: str
+    conversion: dict[str, Any] | None = None
+    base: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return self.name
 
 
 def candidates(base: nn.Module, example_inputs: Tensor, settings: Conversion) -> dict[str, Conversion | None]:

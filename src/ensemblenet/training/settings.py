@@ -60,6 +60,7 @@ from ensemblenet.training.options import (
 from ensemblenet.training.processes import agreed_folder, goes_on_unasked, is_first_process, is_slurm_job
 from ensemblenet.training.requeue import Requeue
 from ensemblenet.training.resume import applied_settings, changed_setting, is_longer, take_unfinished
+from ensemblenet.training.sharding import check_sharding
 
 __all__ = ["FitCLI", "complete_arguments"]
 
@@ -186,6 +187,7 @@ class FitCLI(LightningCLI):
         """Make the trainer, whose logs and checkpoints go to the run's folder."""
         chosen = self.config_init["trainer"]
         check_trainer(chosen)
+        check_sharding(chosen, self.config["ema"])
         callbacks = listed(chosen["callbacks"])
         check_callbacks(callbacks)
         self.folder = self.find_folder()
