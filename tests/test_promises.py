@@ -215,7 +215,7 @@ def test_a_process_that_loads_test_data_and_dies_is_one_line(config: Path, capsy
             ["fit", "tiny.yaml", "--trainer.max_epoch", "3"],
             "no setting trainer.max_epoch. Did you mean trainer.max_epochs?",
         ),
-        (["fit", "tiny.yaml", "--lr", "3"], "no setting lr. Did you mean model.optimization.lr?"),
+        (["fit", "tiny.yaml", "--lrr", "3"], "no setting lrr. Did you mean lr?"),
         (
             ["fit", "misspelt.yaml"],
             "misspelt.yaml: There is no setting model.optimisation. Did you mean model.optimization?",
