@@ -5,9 +5,11 @@
 The shards hold made JPEGs of 500 x 375 pixels and are of about 100 MB. The server is a process of its own on this
 machine. A turn opens the data anew and reads an epoch of shuffled and augmented batches of 64 at 224 pixels; its time
 begins before `setup`, so it holds the fetching ("first": nothing was fetched before), the look at the headers and the
-start of the workers. "again" is a later start, which finds the files here. The three take turns, so that the load of
-the machine meets all of them; what counts is the median of the ratios to the disk's turn of the same round. Rates are
-taken by the clock, and by the processor time of this process and its workers, which other programs disturb less.
+start of the workers. "again" is a later start, which finds the files here. "near" reads the shards one after another
+(`shuffle_buffer` of half a shard) with room for two and a half of them only, so it fetches all of them again, ahead of
+the workers; "near, disk" is the same order of local files. They take turns, so that the load of the machine meets all
+of them; what counts is the median of the ratios to the disk's turn of the same round. Rates are taken by the clock, and
+by the processor time of this process and its workers, which other programs disturb less.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from ensemblenet.data import ImageData
+from ensemblenet.data.remote import remote_file
 from ensemblenet.storage.atomic import write_json
 from ensemblenet.storage.runs import environment
 
@@ -88,10 +91,10 @@ def served(folder: Path) -> Iterator[str]:
         server.wait()
 
 
-def read(place: str, shards: int, workers: int, epochs: int) -> int:
+def read(place: str, shards: int, workers: int, epochs: int, buffer: int | None) -> int:
     """The number of images that were read."""
     pattern = f"train-{{0..{shards - 1}}}.tar"
-    data = ImageData(place, "wds/", pattern, pattern, batch_size=64, num_workers=workers, seed=0)
+    data = ImageData(place, "wds/", pattern, pattern, batch_size=64, num_workers=workers, seed=0, shuffle_buffer=buffer)
     data.setup("fit")
     loader = data.train_dataloader()
     return sum(len(targets) for _ in range(epochs) for _, targets in loader)
@@ -108,8 +111,9 @@ def rates_of(*source: Any) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=1)
+    parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--megabytes", type=float, default=100)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -120,18 +124,34 @@ def main() -> None:
         folder.mkdir()
         total = make_shards(folder, options.shards, options.megabytes)
         with served(folder) as url:
-            ImageData(folder)  # imports
-            for workers in (1, 2):
+            os.environ["ENSEMBLENET_CACHE"] = str(Path(place, "cache"))
+            (folder / "small").write_bytes(b"1")
+            for name in (str(folder), url):  # imports
+                ImageData(name)
+            remote_file(f"{url}/small").fetch()
+            for workers in options.workers:
                 rates = defaultdict(list)
                 for number in range(options.rounds):
                     os.environ["ENSEMBLENET_CACHE"] = str(Path(place, f"cache-{workers}-{number}"))
-                    for name, source in (("disk", str(folder)), ("first", url), ("again", url)):
-                        rates[name].append(rates_of(source, options.shards, workers, options.epochs))
+                    os.environ["ENSEMBLENET_CACHE_GB"] = ""
+                    near = total // options.shards // 2
+                    for name, source, buffer in (
+                        ("disk", str(folder), None),
+                        ("first", url, None),
+                        ("again", url, None),
+                        ("near, disk", str(folder), near),
+                        ("near", url, near),
+                    ):
+                        if name == "near":
+                            os.environ["ENSEMBLENET_CACHE_GB"] = str(2.5 * options.megabytes / 1e3)
+                            for copy in Path(os.environ["ENSEMBLENET_CACHE"]).glob("*.file"):
+                                copy.unlink()
+                        rates[name].append(rates_of(source, options.shards, workers, options.epochs, buffer))
                 ratios = {
                     f"{name}, {by}": statistics.median(
-                        one[by] / disk[by] for one, disk in zip(rates[name], rates["disk"], strict=True)
+                        one[by] / disk[by] for one, disk in zip(rates[name], rates[beside], strict=True)
                     )
-                    for name in ("first", "again")
+                    for name, beside in (("first", "disk"), ("again", "disk"), ("near", "near, disk"))
                     for by in ("clock", "processor")
                 }
                 found.append({"workers": workers, "images_per_second": dict(rates), "ratio": ratios})

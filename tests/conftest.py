@@ -148,3 +148,20 @@ def s3(s3_server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name, seconds in {"FIRST_WAIT": 0.02, "DEADLINE": 0.3}.items():
         monkeypatch.setattr(remote, name, seconds)
     return settings
+
+
+@pytest.fixture
+def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A new bucket on a server of Google's storage, which this process reaches without rights."""
+    from fsspec.config import conf
+    from gcsfs.core import GCSFileSystem  # the package's own asks by gRPC, which the server here does not know
+    from servers import gcs_server
+
+    for name in ("gs", "gcs"):
+        monkeypatch.setitem(conf, name, {"token": "anon"})
+        monkeypatch.setitem(vars(sys.modules["fsspec.registry"])["_registry"], name, GCSFileSystem)
+    with gcs_server("bucket") as url:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        GCSFileSystem.clear_instance_cache()  # of another server
+        yield "bucket"
+    GCSFileSystem.clear_instance_cache()

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import threading
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def test_a_process_that_loads_test_data_and_dies_is_one_line(config: Path, capsy
             ["fit", "tiny.yaml", "--trainer.max_epoch", "3"],
             "no setting trainer.max_epoch. Did you mean trainer.max_epochs?",
         ),
-        (["fit", "tiny.yaml", "--lr", "3"], "no setting lr. Did you mean model.optimization.lr?"),
+        (["fit", "tiny.yaml", "--lrr", "3"], "no setting lrr. Did you mean lr?"),
         (
             ["fit", "misspelt.yaml"],
             "misspelt.yaml: There is no setting model.optimisation. Did you mean model.optimization?",
@@ -320,12 +320,21 @@ def test_what_is_no_bug_is_explained(error: Exception, said: str | None) -> None
     assert (status, line) == (1, None) if said is None else (status, line and line[: len(said)]) == (2, said)
 
 
-@pytest.mark.parametrize("device", ["cuda", "no-such"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_device_that_is_not_there_is_one_line(device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["benchmark", "ensemblenet.models:MNIST1DNet", "--device", device]) == 2
+def test_a_device_that_is_not_there_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["benchmark", "ensemblenet.models:MNIST1DNet"], ["fit", "tiny.yaml"]):
+        assert main([*command, "--device", "cuda"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "The device cannot be used" in line
+    assert runs() == []
+
+
+@pytest.mark.parametrize("command", ["info resnet18", "fit tiny.yaml", "compare compare/mnist1d"])
+def test_a_device_of_no_such_name_is_refused_at_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(SystemExit):
+        assert main([*command.split(), "--device", "gpu"]) == 2
     [line] = capsys.readouterr().err.splitlines()
-    assert "The device cannot be used" in line
+    assert "--device: must be cpu, cuda, cuda:1 or mps, got 'gpu'" in line
 
 
 # -- what may change in a resumed run

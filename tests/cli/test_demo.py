@@ -91,14 +91,15 @@ def test_the_command_prints_the_table_and_the_page(said_and_folder: tuple[str, P
 
 
 def test_the_headline_tells_what_both_times_are() -> None:
-    shared = {"error_std": 0.1, "seeds": 2, "num_heads": 2}
+    shared = {"error_std": 0.1, "seeds": 2, "num_heads": 2, "p": 0.01}
     base = shared | {"parameters": 100, "macs": 50.0, "milliseconds": 4.0, "cpu_seconds_mean": 10, "error_mean": 4.0}
     ours = shared | {"parameters": 90, "macs": 45.0, "milliseconds": 5.0, "cpu_seconds_mean": 12, "error_mean": 3.0}
     assert module._headline([base, ours]) == (
         "2 heads at 0.90 of the base's parameters and 0.90 of its MACs, with 1.25 of its time for a prediction and "
         "1.20 for training, both on this machine's processor: test error 3.00 ± 0.10 % instead of 4.00 ± 0.10 % "
-        "(-25%), 2 seeds each."
+        "(-25 %); that is more than noise (2 seeds, p = 0.010)."
     )
+    assert module._headline([base, ours | {"seeds": 1, "p": None}]).endswith("nobody knows whether that is noise.")
 
 
 def test_a_study_gives_what_it_compares_all_seeds_and_the_others_one() -> None:

@@ -59,6 +59,10 @@ def test_a_file_needs_no_option_and_short_names_are_those_of_other_commands(
         (["--budget", "95"], "--budget: budget is a share of the base's cost, got 95: did you mean 0.95?"),
         (["--model.conversion.budget", "95"], "did you mean 0.95?"),
         (["--num-heads"], "--num-heads needs a value."),
+        (["--epoch", "3"], "There is no setting epoch. Did you mean epochs?"),
+        (["--batchsize", "3"], "There is no setting batchsize. Did you mean batch_size?"),
+        (["--lr", "nan"], "model.optimization.lr must be a number; got nan."),
+        (["--plan", "serch"], "plan must be one of 'given', 'search'; got serch."),
     ],
 )
 def test_a_misspelt_name_is_one_line_with_what_was_meant(

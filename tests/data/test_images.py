@@ -156,6 +156,33 @@ def test_bytes_are_normalized_after_the_transfer_and_equal_to_timms_to_the_bit(
     assert torch.equal(evaluated, torch.cat([x for x, _ in made.val_dataloader()]))
 
 
+def test_pixels_are_erased_in_bytes_as_timm_erases_numbers_but_for_rounding(tmp_path: Path) -> None:
+    augmentation = {"re_prob": 0.8, "re_count": 2}
+    made = data(make_folders(tmp_path), augmentation=augmentation, seed=1)
+    timms = create_transform((3, 16, 16), is_training=True, interpolation="bicubic", **augmentation)
+    plain = TransformedImages(made.examples("train").images, timms)
+    expected = torch.cat([x for x, _ in ExampleLoader(plain, Part(24, 6, train=True, seed=1))])
+    given = torch.cat([x for x, _ in made.train_dataloader()])
+    torch.testing.assert_close(given, expected, rtol=0, atol=0.5001 / 255 / 0.224)
+    assert 0.01 < (expected == 0).float().mean() < 0.5
+    assert made.examples("train")[0][0].dtype == torch.uint8
+
+
+def test_large_jpegs_are_decoded_smaller_for_training_if_asked(tmp_path: Path) -> None:
+    for split, name, kind in (("train", "cat", "JPEG"), ("train", "dog", "PNG"), ("val", "cat", "JPEG")):
+        (tmp_path / split / name).mkdir(parents=True)
+        picture(0, 1, (5, 4)).resize((400, 320), 2).save(tmp_path / split / name / f"0.{kind.lower()}", kind)
+    made, drafted = (data(tmp_path, image_size=64, crop_pct=0.8, batch_size=2, draft=draft) for draft in (False, True))
+    (jpeg, _), (png, _) = (drafted.examples("train")[index] for index in (0, 1))
+    images = made.examples("train").images
+    assert [images.image(index, 80).size for index in (0, 1)] == [(100, 80), (400, 320)]
+    assert images.image(0, 81).size == (200, 160)
+    assert torch.equal(png, made.examples("train")[1][0])
+    apart = (jpeg.int() - made.examples("train")[0][0].int()).abs().float()
+    assert 0 < apart.mean() < 2
+    assert torch.equal(drafted.examples("val")[0][0], made.examples("val")[0][0])
+
+
 def test_augmentation_is_drawn_anew_each_epoch_and_the_same_each_time(tmp_path: Path) -> None:
     made, again = (data(make_folders(tmp_path) if first else tmp_path, augmentation=None, seed=1) for first in (1, 0))
 

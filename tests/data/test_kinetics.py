@@ -293,6 +293,9 @@ def test_inputs_are_normalised(tmp_path: Path) -> None:
     )
     mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
     torch.testing.assert_close(normal, (raw - mean) / std)
+    made = data(tmp_path)
+    made.setup("fit")
+    assert made.examples("train")[0][0].dtype == torch.uint8  # they go to the device as bytes
 
 
 def test_augmentation_is_the_same_in_all_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

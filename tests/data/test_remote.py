@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +20,7 @@ import pytest
 import torch
 from made_images import CLASSES, encoded, make_shards, make_tars
 from made_videos import make_video
-from servers import FailingServer, http_server, upload
+from servers import FailingServer, HubServer, http_server, upload, upload_to_gcs
 from shards import AUDIO, RGB, framed, serialized, videos
 
 from ensemblenet.cli.main import main
@@ -60,6 +61,26 @@ def server(folder: Path) -> Iterator[FailingServer]:
         yield server
 
 
+@pytest.fixture
+def gs(folder: Path, google: str) -> str:
+    return upload_to_gcs(folder, google)
+
+
+@pytest.fixture
+def hf(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    from huggingface_hub import constants
+
+    with HubServer(folder) as server:
+        # what HF_ENDPOINT sets when the library is imported
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield "hf://datasets/owner/name"
+        server.shutdown()
+
+
 BUCKETS = (f"bucket-{number}" for number in itertools.count())
 
 
@@ -93,9 +114,14 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*Skipped")
 @pytest.mark.parametrize("make", [images, tagged])
-@pytest.mark.parametrize("kind", ["http", "s3"])
-def test_batches_and_places_are_those_of_a_disk(make: Make, kind: str, folder: Path, server: FailingServer) -> None:
-    url = server.url if kind == "http" else upload(folder, next(BUCKETS))
+@pytest.mark.parametrize("kind", ["http", "s3", "gs", "hf"])
+def test_batches_and_places_are_those_of_a_disk(
+    make: Make, kind: str, folder: Path, server: FailingServer, request: pytest.FixtureRequest
+) -> None:
+    if kind in ("http", "s3"):
+        url = server.url if kind == "http" else upload(folder, next(BUCKETS))
+    else:
+        url = request.getfixturevalue(kind)
     expected = batches(make(folder))
     assert same(batches(make(url)), expected)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from io import StringIO
 from itertools import combinations, pairwise
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Text
+from rich.console import Console
 
 from ensemblenet.reports.comparison import comparison_table, summary, write_comparison
 from ensemblenet.reports.comparison_figures import draw_against_cost, spread_labels
@@ -64,6 +66,17 @@ def test_of_tagging_gap_is_shown_and_higher_is_better() -> None:
     assert cells[-1] == ["60.00"] * 3
 
 
+def test_a_terminal_shows_time_beside_macs() -> None:
+    results = json.loads((STORED / "compare_mnist1d_residual" / "results.json").read_text())
+    printed = Console(width=80, file=StringIO())
+    printed.print(comparison_table(results["rows"]))
+    assert isinstance(printed.file, StringIO)
+    lines = printed.file.getvalue().splitlines()
+    [ours] = [line for line in lines if "co-distillation" in line]
+    assert ours.split()[-4:] == ["0.93", "0.89", "0.84", "1.04"]
+    assert not any("…" in line for line in lines)
+
+
 # -- the page
 
 
@@ -93,7 +106,7 @@ def test_every_cell_names_its_column_for_screens_that_show_cards(page: str) -> N
 
 def test_the_page_reads_as_a_person_would_write(page: str) -> None:
     assert "<h1>S3D on jhmdb: 3 methods compared, the same effort for each</h1>" in page
-    assert re.search(r'once</th>.*?<td data-label="p">one seed</td>', page, re.DOTALL)
+    assert re.search(r'once</th>.*?<td data-label="p">1 seed</td>', page, re.DOTALL)
 
 
 @pytest.mark.parametrize(

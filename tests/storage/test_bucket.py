@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import fsspec
 import pytest
 import s3fs
 import torch
@@ -158,6 +159,28 @@ def test_a_study_goes_on_elsewhere_with_what_it_finished(
     assert len(content(f"{runs}/{run}/cells.jsonl").splitlines()) == 3
     assert {"results.json", "results.csv", "index.html"} <= set(names(f"{runs}/{run}"))
     assert f"{runs}/{run}/index.html" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_run_at_google_is_made_longer_elsewhere(
+    google: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = f"gs://{google}/runs"
+    assert main(["fit", config, "--runs", runs, "--trainer.max_epochs", "1"]) == 0
+    system = fsspec.filesystem("gs")
+    [url] = [f"gs://{name}" for name in system.ls(f"{google}/runs", detail=False)]
+    assert f"Run folder: {url}" in capsys.readouterr().out
+    before = json.loads(system.cat_file(f"{url}/results.json"))["rows"]
+
+    another_machine(monkeypatch, tmp_path, "second")
+    assert main(["fit", "--resume", url, "--trainer.max_epochs", "2"]) == 0
+    assert json.loads(system.cat_file(f"{url}/results.json"))["rows"] != before
+    assert {"config.yaml", "checkpoints/last.ckpt", "uploaded.json"} <= {
+        name.removeprefix(f"{google}/runs/").partition("/")[2] for name in system.find(url)
+    }
+    assert main(["predict", url, "--output", str(tmp_path / "predictions.csv")]) == 0
+    assert main(["fit", config, "--runs", "gs://no-such-bucket/runs"]) == 2
+    assert "gs://no-such-bucket/runs/tiny-" in capsys.readouterr().err
 
 
 def test_what_changed_goes_up_in_the_order_of_writing_and_what_is_gone_goes(

@@ -212,7 +212,7 @@ def test_so_it_is_in_a_file(arguments: list[str], capsys: pytest.CaptureFixture[
 
 def test_help_does_not_name_them(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["fit", "--help"])
+        main(["fit", "--help", "all"])
     printed = capsys.readouterr().out
     assert "--model.optimization.optimizer" in printed
     assert "--optimizer" not in printed

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ensemblenet.cli.compare import progress
 from ensemblenet.cli.parsers import DEMO_EPOCHS, read
-from ensemblenet.reports.comparison import PAGE, comparison_table
+from ensemblenet.reports.comparison import PAGE, comparison_table, noise
 from ensemblenet.reports.tables import with_spread
 from ensemblenet.storage.runs import create_run_folder, resumable
 from ensemblenet.study.compare import JOURNAL, run_study
@@ -80,10 +80,9 @@ def _headline(rows: Sequence[Mapping[str, Any]], task: str = "multiclass") -> st
     costs = ("parameters", "macs", "milliseconds", "cpu_seconds_mean")
     parameters, macs, prediction, training = (ours[key] / base[key] for key in costs)
     change = ours["error_mean"] / base["error_mean"] - 1
-    seeds = f"{ours['seeds']} seed{'s' * (ours['seeds'] > 1)} each"
     return (
         f"{ours['num_heads']} heads at {parameters:.2f} of the base's parameters and {macs:.2f} of its MACs, with "
         f"{prediction:.2f} of its time for a prediction and {training:.2f} for training, both on this machine's "
         f"processor: test error {with_spread(ours, 'error')} % instead of "
-        f"{with_spread(base, 'error')} % ({change:+.0%}), {seeds}."
+        f"{with_spread(base, 'error')} % ({100 * change:+.0f} %); {noise(ours, base)}."
     )

@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ensemblenet.cli.options import add_device, budget_share, command_parser, underscored, with_config
+from ensemblenet.cli.options import add_device, budget_share, command_parser, device_name, underscored, with_config
 from ensemblenet.errors import TrainingError
 from ensemblenet.storage import TRUST_HELP
 
-__all__ = ["fit", "taken_engine", "written_out"]
+__all__ = ["SHORT_NAMES", "fit", "taken_engine", "written_out"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ _RARE = [  # `--help all` shows these
     _Setting("checkpoint_steps", "save also after every so many steps", metavar="N"),
 ]
 _SHORT = {setting.option: setting for setting in (*_SETTINGS, *_RARE) if setting.option}
+SHORT_NAMES = (*_SHORT, "device")
 
 
 def fit(arguments: Sequence[str]) -> Path:
@@ -199,17 +200,17 @@ def written_out(arguments: Sequence[str]) -> list[str]:
     for argument in values:
         name, equals, value = underscored(argument).partition("=")
         short = name.removeprefix("--").replace("_", "-") if name.startswith("--") else ""
-        if short not in (*_SHORT, "device"):
+        if short not in SHORT_NAMES:
             written.append("--help" if argument == "all" else name + equals + value)
             continue
         if not equals and (value := next(values, None)) is None:
             raise TrainingError(f"--{short} needs a value.")
-        if short == "device":
-            kind, _, index = value.partition(":")
-            written += [f"--trainer.accelerator={kind}", *([f"--trainer.devices=[{index}]"] if index else [])]
-            continue
         try:
-            written.append(f"--{_SHORT[short].key}={_SHORT[short].written(value)}")
+            if short == "device":
+                kind, _, index = device_name(value).partition(":")
+                written += [f"--trainer.accelerator={kind}", *([f"--trainer.devices=[{index}]"] if index else [])]
+            else:
+                written.append(f"--{_SHORT[short].key}={_SHORT[short].written(value)}")
         except ArgumentTypeError as error:
             raise TrainingError(f"--{short}: {error}") from error
     return written

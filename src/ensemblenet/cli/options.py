@@ -44,6 +44,7 @@ __all__ = [
     "conversion_of",
     "converted",
     "dashed",
+    "device_name",
     "positive_integer",
     "underscored",
     "with_config",
@@ -376,8 +377,27 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser | argparse._ArgumentGroup, default: str = "auto") -> None:
     """Add --device."""
     parser.add_argument(
-        "--device", default=default, metavar="NAME", help="cpu, cuda, cuda:1 or mps (default: %(default)s)"
+        "--device",
+        type=device_name,
+        default=default,
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 or mps (default: %(default)s)",
     )
+
+
+def device_name(text: str) -> str:
+    """A device's name as it is; whether there is such a device is seen later.
+
+    Raises:
+        argparse.ArgumentTypeError: no device has such a name.
+
+    Example:
+        >>> device_name("cuda:1")
+        'cuda:1'
+    """
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:1 or mps, got {text!r}")
+    return text
 
 
 def add_data(parser: argparse.ArgumentParser | argparse._ArgumentGroup, folder: bool = True) -> None:

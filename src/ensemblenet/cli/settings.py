@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from ensemblenet.cli.fit import written_out
-from ensemblenet.cli.options import budget_share, check_place, check_there, underscored, with_config
+from ensemblenet.cli.fit import SHORT_NAMES, written_out
+from ensemblenet.cli.options import budget_share, check_place, check_there, device_name, underscored, with_config
 from ensemblenet.errors import ModelNameError, TrainingError
 from ensemblenet.names import arguments_of, check_class, check_network
 from ensemblenet.storage.bucket import run_folder, runs_folder
@@ -44,6 +44,7 @@ _OF_STUDIES = {  # names that `fit` has
     "batch_size": "data.init_args.batch_size",
     "teacher_temperature": "temperature",
 }
+_SHORT_NAMES = {"fit": [underscored(f"--{name}")[2:] for name in SHORT_NAMES], "compare": list(_OF_STUDIES)}
 _COUNTS = ("data.init_args.batch_size", "trainer.max_epochs", "trainer.max_steps", "checkpoint_steps")
 _NUMBERS = ("model.codistillation_weight", "model.optimization.lr", "model.optimization.weight_decay", "ema")
 _OF_ANY_CLASS = {"help", "class_path", "init_args", "dict_kwargs"}  # as jsonargparse takes them
@@ -153,7 +154,8 @@ def _checked(settings: dict[str, Any], command: str, where: str = "") -> dict[st
             if place in known and name not in {*known[place], *_OF_ANY_CLASS}:
                 every = [f"{part}.{inner}".lstrip(".") for part, names in known.items() for inner in names]
                 same = [other for other in every if other.rpartition(".")[2] == name]
-                near = same[:1] or difflib.get_close_matches(key, every, n=1)
+                short = [] if where else _SHORT_NAMES[command]
+                near = same[:1] or difflib.get_close_matches(key, [*short, *every], n=1)
                 meant = f" Did you mean {near[0]}?" if near else f" `ensemblenet {command} --help` lists them."
                 raise TrainingError(f"{where}There is no setting {key}.{meant}")
             place = f"{place}.{name}".lstrip(".")
@@ -237,7 +239,12 @@ def study_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_values(given: Mapping[str, Any], command: str) -> None:
-    """Refuse numbers that are none, and conversions that cannot be."""
+    """Refuse numbers and devices that are none, and conversions that cannot be."""
+    if command == "compare" and isinstance(given.get("device"), str):
+        try:
+            device_name(given["device"])
+        except argparse.ArgumentTypeError as error:
+            raise TrainingError(f"--device: {error}") from error
     for keys, kind, what in ((_COUNTS, int, "an integer"), (_NUMBERS, float, "a number")):
         for key in keys:
             if (value := given.get(key)) not in (None, "auto"):  # where a number may not be so, the parser says it

@@ -65,7 +65,9 @@ def check_view(image_size: int, crop_pct: float = 1.0, std: Sequence[float] = ()
         raise DataError(f"std must be numbers above 0, got {list(std)}.")
 
 
-def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str, mode: str = "RGB") -> Image.Image:
+def decode_image(
+    source: Callable[[], BinaryIO | Path | Image.Image], what: str, mode: str = "RGB", at_least: int | None = None
+) -> Image.Image:
     """Decode an image, wherever it comes from: the one reader of training, evaluation and prediction.
 
     It is turned upright as its EXIF data says. Of 16 bits of grey the upper 8 are kept, as Pillow does of 16 bits of
@@ -75,6 +77,8 @@ def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str,
         source: gives a file, open or not, or an image that is opened already.
         what: name of the image, for messages.
         mode: Pillow's name of the colours, such as "RGB" or "L" for grey.
+        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size (fewer coefficients of its DCT),
+            where both sides are still as long; None decodes all of its pixels.
 
     Raises:
         DataError: it cannot be read or decoded, or is too large: has more than twice `PIL.Image.MAX_IMAGE_PIXELS`.
@@ -89,6 +93,8 @@ def decode_image(source: Callable[[], BinaryIO | Path | Image.Image], what: str,
     try:
         found = source()
         with found if isinstance(found, Image.Image) else Image.open(found, formats=_formats()) as image:
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
             image.load()
             upright = _UPRIGHT.get(_orientation(image))
             pixels = _of_eight_bits(image)

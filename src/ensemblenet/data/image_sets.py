@@ -94,13 +94,17 @@ class ImageSet:
         labels = np.array([numbers[name] for name in self.classes])[self.labels]
         return replace(self, classes=list(classes), labels=labels)
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, at_least: int | None = None) -> Image.Image:
         """Decode an image to RGB.
+
+        Args:
+            index: its place.
+            at_least: what its shorter side may be decoded to at least; None decodes all of its pixels.
 
         Raises:
             DataError: it cannot be decoded; it names the image.
         """
-        return decode_image(lambda: self.read(index), f"{self.where}: the image {self.name(index)}")
+        return decode_image(lambda: self.read(index), f"{self.where}: the image {self.name(index)}", at_least=at_least)
 
 
 def open_images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from ensemblenet.data.image_files import IMAGE_SUFFIXES, check_view, decode_imag
 from ensemblenet.data.image_sets import ImageSet, open_images
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
+from ensemblenet.data.normalizing import NormalizeBytes
 from ensemblenet.data.remote import RemoteFile, checked_place
 from ensemblenet.data.tars import TarFile
 from ensemblenet.errors import DataError
@@ -64,6 +66,8 @@ class ImageData(DataModule):
         seed: of order and augmentation; None takes the run's own.
         shuffle_buffer: how many training images are shuffled together, of each process: the files are then read one
             after another, in a new order each epoch, and need not all fit on this machine. None shuffles all images.
+        draft: whether JPEGs of training are decoded at a half, a quarter or an eighth of their size, where the shorter
+            side is still S / crop_pct: less work for large images, and coarser small crops.
 
     Raises:
         DataError: at setup, what is wrong with the data; while loading, which image is broken.
@@ -101,6 +105,7 @@ class ImageData(DataModule):
         reader: dict[str, Any] | None = None,
         seed: int | None = None,
         shuffle_buffer: int | None = None,
+        draft: bool = False,
     ) -> None:
         check_view(image_size, crop_pct, std)
         super().__init__(
@@ -122,7 +127,8 @@ class ImageData(DataModule):
         shape = (3, image_size, image_size)
         evaluation = _transform(shape, self.preprocessing, is_training=False)
         training = _transform(shape, self.preprocessing, is_training=True, **(augmentation or {}))
-        self.finish = _Finish(tuple(mean), tuple(std))
+        self.finish = NormalizeBytes.of(self.preprocessing)
+        self.at_least = math.ceil(image_size / crop_pct) if draft else None
         self.augments = not (augmentation or {}).get("no_aug")
         self.transforms = {"train": training, "val": evaluation, "test": evaluation}
 
@@ -138,7 +144,7 @@ class ImageData(DataModule):
         if split == "train" and unseen:
             raise DataError(f"{images.where} holds no images of the class {classes[min(unseen)]!r}.")
         self.classes = classes
-        return TransformedImages(images, self.transforms[split])
+        return TransformedImages(images, self.transforms[split], self.at_least if split == "train" else None)
 
     @property
     def repeats_training(self) -> bool:
@@ -161,35 +167,27 @@ class ImageData(DataModule):
         if mode is None:
             return None
         transform = _transform(input_shape, preprocessing, is_training=False)
-        finish = _Finish(tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
-        return FileReader(partial(_read_file, transform=transform, finish=finish, mode=mode), IMAGE_SUFFIXES)
+        read = partial(_read_file, transform=transform, mode=mode)
+        return FileReader(NormalizeBytes.of(preprocessing).reader(read), IMAGE_SUFFIXES)
 
 
-@dataclass(frozen=True)
-class _Finish:
-    """Normalizes the images of a batch, or of an example, wherever they lie; those that are so already stay."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, batch: Sequence[Any]) -> list[Any]:
-        images, *rest = batch
-        if images.dtype == torch.uint8:  # in the order of torchvision's transforms: equal to the bit
-            mean, std = (images.new_tensor(of, dtype=torch.float32).view(-1, 1, 1) for of in (self.mean, self.std))
-            images = images.float().div_(255).sub_(mean).div_(std)
-        return [images, *rest]
-
-
-def _read_file(path: Path, transform: Callable[[Image.Image], Tensor], finish: _Finish, mode: str) -> Tensor:
-    return finish([transform(decode_image(lambda: path, f"{path}: the image", mode))])[0]
+def _read_file(path: Path, transform: Callable[[Image.Image], Tensor], mode: str) -> Tensor:
+    return transform(decode_image(lambda: path, f"{path}: the image", mode))
 
 
 @dataclass(frozen=True)
 class TransformedImages:
-    """A map-style data set of images as tensors of bytes, with their labels; erased ones are normalized."""
+    """A map-style data set of images as tensors of bytes, with their labels; those with noise in them are normalized.
+
+    Args:
+        images: the images.
+        transform: makes a tensor of one.
+        at_least: what the shorter side may be decoded to at least, see [`ensemblenet.data.image_files.decode_image`][].
+    """
 
     images: ImageSet
     transform: Callable[[Image.Image], Tensor] = field(repr=False)
+    at_least: int | None = None
 
     @property
     def labels(self) -> list[int]:
@@ -205,30 +203,49 @@ class TransformedImages:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images.image(index)), int(self.images.labels[index])
+        return self.transform(self.images.image(index, self.at_least)), int(self.images.labels[index])
 
 
 def _transform(
     input_shape: Sequence[int], preprocessing: Mapping[str, Any], **options: Any
 ) -> Callable[[Image.Image], Tensor]:
+    from timm.data.random_erasing import RandomErasing
     from timm.data.transforms_factory import create_transform  # slow to import
 
+    erases = bool(options.get("re_prob"))
+    leaves_bytes = options.get("re_mode", "const") == "const"
     known = {
         "mean": tuple(preprocessing["mean"]),
         "std": tuple(preprocessing["std"]),
         "interpolation": preprocessing.get("interpolation") or "bilinear",
         "crop_pct": preprocessing.get("crop_pct"),
-        "normalize": bool(options.get("re_prob")),  # erased pixels are normalized ones
+        "normalize": erases and not leaves_bytes,  # noise is drawn on the scale of normalized pixels
     }
+    erase = None
+    if erases and leaves_bytes:
+        chosen = {"max_count": options.get("re_count"), "num_splits": options.get("re_num_splits", 0)}
+        erase = _Erase(RandomErasing(options.pop("re_prob"), device="cpu", **chosen), known["mean"])
     try:
         shape: Any = tuple(input_shape)
         transform: Any = create_transform(shape, **(known | options))
-        return partial(_transformed, transform=transform)
+        return partial(_transformed, transform=transform, erase=erase)
     except (AssertionError, TypeError, ValueError) as error:
         raise DataError(f"timm.data.create_transform does not take {options}: {error}") from error
 
 
-def _transformed(image: Image.Image, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class _Erase:
+    """Gives erased pixels the mean colour in bytes: nothing, but for rounding, when they are normalized."""
+
+    erase: Callable[[Tensor], Tensor]
+    mean: Sequence[float]
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        colour = torch.tensor([round(255 * of) for of in self.mean], dtype=torch.uint8).view(-1, 1, 1)
+        return torch.where(self.erase(torch.ones_like(pixels[:1])).bool(), pixels, colour)
+
+
+def _transformed(image: Image.Image, transform: Callable[[Image.Image], Tensor], erase: _Erase | None = None) -> Tensor:
     """An image as an input; of one that is extremely long the middle, which is all that evaluation looks at.
 
     Resizing the shorter side would else make 5 million pixels of a row of 20,000, for each pixel of the height. Random
@@ -239,4 +256,5 @@ def _transformed(image: Image.Image, transform: Callable[[Image.Image], Tensor])
     if max(width, height) > longest:
         left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
         image = image.crop((left, top, width - left, height - top))
-    return transform(image)
+    pixels = transform(image)
+    return pixels if erase is None else erase(pixels)

@@ -16,6 +16,7 @@ from ensemblenet.data.files import FileReader
 from ensemblenet.data.image_files import check_view
 from ensemblenet.data.loading import OnBroken
 from ensemblenet.data.module import DataModule, Split
+from ensemblenet.data.normalizing import NormalizeBytes
 from ensemblenet.data.remote import checked_place
 from ensemblenet.data.video import ClipSampling, Decoder, Short, VideoFile
 from ensemblenet.data.video_sets import VIDEO_SUFFIXES, find_videos, order_of_labels
@@ -149,6 +150,7 @@ class Kinetics(DataModule):
             "std": list(std),
             "crop_pct": crop_pct,
         }
+        self.finish = NormalizeBytes.of(self.preprocessing, behind=3)
         self.views: dict[Split, Views] = {
             "train": RandomView(image_size, scale, flip, color_jitter),
             "val": UniformViews(image_size, num_clips=1, num_crops=1),
@@ -192,7 +194,8 @@ class Kinetics(DataModule):
     def file_reader(cls, input_shape: Sequence[int], preprocessing: Mapping[str, Any]) -> FileReader:
         """The reader for video files, by PyAV."""
         known = {**preprocessing, "input_shape": input_shape}
-        return FileReader(view_reader(known, UniformViews.of(known)), VIDEO_SUFFIXES)
+        read = view_reader(known, UniformViews.of(known))
+        return FileReader(NormalizeBytes.of(known, behind=3).reader(read), VIDEO_SUFFIXES)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,8 @@ def system_of(url: str) -> tuple[Any, str]:
     from fsspec.config import conf
     from fsspec.core import url_to_fs
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints tracebacks of what it raises as well
+    for library in ("gcsfs", "huggingface_hub.file_download"):  # they print what they raise, or try again, as well
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     options: dict[str, Any] = {}
     if url.startswith("http"):  # as it is, not compressed on the way; and no limit to the time that a large file takes
         from aiohttp import ClientTimeout

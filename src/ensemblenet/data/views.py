@@ -1,4 +1,4 @@
-"""Views of videos as inputs of networks: which frames, how cut, mirrored and normalized; for training, test and files.
+"""Views of videos as inputs of networks: which frames, how cut, mirrored and coloured; for training, test and files.
 
 Shapes: T frames of S x S pixels are an input (3, T, S, S); V views of a video are (V, 3, T, S, S).
 """
@@ -113,21 +113,17 @@ class UniformViews:
 
 @dataclass(frozen=True)
 class ViewReader:
-    """Reads a video file as the input of a network: one view (3, T, S, S), or several (V, 3, T, S, S).
+    """Reads a video file as bytes: one view (3, T, S, S), or several (V, 3, T, S, S), uint8.
 
     Args:
         sampling: the frames of a clip.
         views: which clips, and how they are cut.
-        mean: of each channel, to normalize with.
-        std: standard deviation of each channel.
         open: opens a file.
         cache: keeps the frames of videos that were read; None keeps none.
     """
 
     sampling: ClipSampling
     views: Views
-    mean: Sequence[float]
-    std: Sequence[float]
     open: Callable[[VideoFile], Video]
     cache: dict[VideoFile, tuple[np.ndarray, Tensor]] | None = field(default=None, repr=False)
 
@@ -141,12 +137,8 @@ class ViewReader:
         Raises:
             DataError: it is unreadable, or ends before the span; the error names it.
         """
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        views = [
-            ((view / 255 - mean) / std).transpose(0, 1).contiguous()
-            for frames in self._clips(path, span)
-            for view in self.views.cut(frames)
-        ]
+        clips = self._clips(path, span)
+        views = [view.transpose(0, 1).contiguous() for frames in clips for view in self.views.cut(frames)]
         return views[0] if len(views) == 1 else torch.stack(views)
 
     def _clips(self, path: VideoFile, span: Span | None) -> Sequence[Tensor]:
@@ -180,7 +172,7 @@ def view_reader(
     """The reader that a description of preprocessing stands for.
 
     Args:
-        preprocessing: `input_shape` (3, T, S, S), `stride`, `seconds`, `short`, `mean`, `std` and `crop_pct`, as
+        preprocessing: `input_shape` (3, T, S, S), `stride`, `seconds`, `short` and `crop_pct`, as
             [`ensemblenet.data.Kinetics`][] describes them.
         views: how a video is seen.
         decoder: "pyav" or "torchcodec".
@@ -193,8 +185,6 @@ def view_reader(
     return ViewReader(
         ClipSampling(num_frames, preprocessing["stride"], preprocessing["seconds"], preprocessing.get("short", "loop")),
         views,
-        preprocessing["mean"],
-        preprocessing["std"],
         partial(reader(decoder), short_side=round(size / preprocessing["crop_pct"])),
         {} if cache else None,
     )

@@ -31,7 +31,7 @@ from ensemblenet.reports.tables import (
     with_spread,
 )
 
-__all__ = ["PAGE", "begins_with", "comparison_table", "ranked", "summary", "tested_on", "write_comparison"]
+__all__ = ["PAGE", "begins_with", "comparison_table", "noise", "ranked", "summary", "tested_on", "write_comparison"]
 
 PAGE = "index.html"
 
@@ -55,9 +55,9 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
 def comparison_table(rows: Sequence[Row], title: str | None = None, task: Task = "multiclass") -> TerminalTable:
     """The rows for a terminal of 80 characters, ranked."""
     shown = _as_shown(rows, task)
-    columns = _columns(shown, task)[:_TERMINAL_COLUMNS]
-    head = Column("head, %", lambda row: f"{row['head_error_mean']:.2f}" if row["num_heads"] > 1 else "")
-    return results_table(shown, title, [*columns, head])
+    columns = [*_columns(shown, task)[:_TERMINAL_COLUMNS], *time_columns(shown)[1:]]
+    head = Column("head", lambda row: f"{row['head_error_mean']:.2f}" if row["num_heads"] > 1 else "")
+    return results_table(shown, title, [*columns, head], left_out=())
 
 
 def _as_shown(rows: Sequence[Row], task: Task) -> list[Row]:
@@ -85,7 +85,7 @@ def summary(rows: Sequence[Row], task: Task = "multiclass") -> str:
     verdict = f"Best at no more than the base's cost is {found} ({_more_or_less(best, base, task)})"
     if (best["error_mean"] < base["error_mean"]) != _lower(task):
         verdict = f"Nothing at no more than the base's cost beats it. Closest is {found}"
-    text = f"{verdict}; {_noise(best, base)}."
+    text = f"{verdict}; {noise(best, base)}."
     if not rest:
         return text
     wins = [row for row in others if row["difference"] is not None and row["difference"] < 0]
@@ -103,8 +103,13 @@ def _more_or_less(row: Row, base: Row, task: Task) -> str:
     return f"{change[1:]}{'' if _lower(task) else ' points'} {word}"
 
 
-def _noise(row: Row, base: Row) -> str:
-    """Whether a method's difference from the base is noise, in words."""
+def noise(row: Row, base: Row) -> str:
+    """Whether a method's difference from the base is noise, in words.
+
+    Example:
+        >>> noise({"seeds": 5, "p": 0.01}, {"seeds": 5}), noise({"seeds": 1, "p": None}, {"seeds": 5})
+        ('that is more than noise (5 seeds, p = 0.010)', 'one seed, so nobody knows whether that is noise')
+    """
     seeds = min(row["seeds"], base["seeds"])
     if row["p"] is None:
         return "one seed, so nobody knows whether that is noise" if seeds < 2 else "whether that is noise is not known"
@@ -342,7 +347,7 @@ def _change(row: Row, base: Row, task: Task) -> str:
 
 def _p(row: Row, base: Row) -> str:
     if row["p"] is None:
-        return "one seed" if min(row["seeds"], base["seeds"]) < 2 else "unknown"
+        return "1 seed" if min(row["seeds"], base["seeds"]) < 2 else "unknown"
     return p_text(row["p"])
 
 

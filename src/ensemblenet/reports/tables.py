@@ -26,11 +26,10 @@ __all__ = [
 ]
 
 _MACS_NOTE = "MACs are multiply-adds for one example: half of what torch.utils.flop_counter counts."
-COST_NOTE = (
-    f"{_MACS_NOTE} Activations (act.) are the elements that operators write for it; time is an estimate for an "
-    "accelerator."
-)
+_TIME_NOTE = "Time is an estimate for an accelerator."
+COST_NOTE = f"{_MACS_NOTE} Activations (act.) are the elements that operators write for it. {_TIME_NOTE}"
 
+_ON_PAGES = ("act.", "time")  # beside many scores a terminal has no room for them
 SURE = 0.05  # a p below it is more than noise
 
 Row = Mapping[str, Any]
@@ -53,23 +52,33 @@ class Column:
     cell: Callable[[Row], str]
 
 
-_ON_PAGES = ("act.", "time")
-
-
-def results_table(rows: Sequence[Row], title: str | None = None, columns: Sequence[Column] = ()) -> Table:
-    """Rows as a table for the terminal, which has no room for activations and estimated time: the page shows them.
+def results_table(
+    rows: Sequence[Row],
+    title: str | None = None,
+    columns: Sequence[Column] = (),
+    left_out: Sequence[str] = _ON_PAGES,
+) -> Table:
+    """Rows as a table for the terminal, which has no room for all columns: the page shows them.
 
     Args:
         rows: one a line.
         title: the line above the table.
         columns: the columns; if empty, [`results_columns`][ensemblenet.reports.tables.results_columns].
+        left_out: the headings of those that are not shown.
 
     Example:
         >>> results_table([{"method": "base"}], columns=[Column("method", lambda row: row["method"])]).row_count
         1
     """
-    columns = [column for column in columns or results_columns(rows) if column.heading not in _ON_PAGES]
-    table = Table(title=title, caption=_MACS_NOTE, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    columns = [column for column in columns or results_columns(rows) if column.heading not in left_out]
+    timed = any(column.heading == "time" for column in columns)
+    table = Table(
+        title=title,
+        caption=f"{_MACS_NOTE} {_TIME_NOTE}" if timed else _MACS_NOTE,
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for k, column in enumerate(columns):
         table.add_column(column.heading, justify="right" if k else "left", no_wrap=True)
     for row in rows:

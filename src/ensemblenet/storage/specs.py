@@ -109,12 +109,24 @@ _NONE_OF_THEM = (
     r"Errors: (?:(?!Problem|Errors).)*? Given value type: <[^>]*> Given value: (\S+)"
 )
 
+_NO_SUCH_VALUE = r"^Parser key \"([\w.]+)\": Expected (?:an? |one of )(.+?)\. Got value: (.*)$"
+_IN_WORDS = {"float": "a number", "int": "an integer", "bool": "true or false", "str": "a text", "NoneType": "null"}
+
 _REFUSED = r"^Does not validate against any of the Union subtypes .*? Errors: - (.+?) - Expected a .*: Namespace\(.*$"
 
 
 def _expected(found: re.Match[str]) -> str:
-    types = re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"typing\.Literal\[(.*?)\]", r"\1", found[1]))
-    return f"Expected one of {types}. Got value: {found[2]}"
+    return f"Expected one of {_types(found[1])}. Got value: {found[2]}"
+
+
+def _must_be(found: re.Match[str]) -> str:
+    key, types, value = found.groups()
+    words = [_IN_WORDS.get(one, one) for one in _types(types).split(", ")]
+    return f"{key} must be {'one of ' * (len(words) > 1)}{', '.join(words)}; got {value}."
+
+
+def _types(text: str) -> str:
+    return re.sub(r"<class '(\w+)'>", r"\1", re.sub(r"typing\.Literal\[(.*?)\]", r"\1", text))
 
 
 def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
@@ -128,6 +140,8 @@ def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
         >>> tried = "Problem with given class_path 'a.Data': 'b' is not accepted - Expected a <class 'NoneType'>"
         >>> plain(ValueError(f'Parser key "data":\\n  Errors:\\n    - {tried}'))
         "data: a.Data cannot be made: 'b' is not accepted"
+        >>> plain(ValueError("Parser key \"ema\": Expected a <class 'float'>. Got value: x"))
+        'ema must be a number; got x.'
         >>> plain(ValueError("Problem with given class_path 'torch.nn.ReLU': Option 'inplce' is not accepted"))
         "Problem with given class_path 'torch.nn.ReLU': Option 'inplce' is not accepted. Did you mean inplace?"
     """
@@ -138,7 +152,7 @@ def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
     )
     end = r"(?= - (?:Expected a <class|Not a valid|Problem)| Given value type|$)"
     found = re.match(rf"Parser key \"([\w.]+)\": .*?Problem with given class_path '([^']*)': (.+?){end}", text)
-    shown = "{}: {} cannot be made: {}".format(*found.groups()) if found else text
+    shown = "{}: {} cannot be made: {}".format(*found.groups()) if found else re.sub(_NO_SUCH_VALUE, _must_be, text)
     near = _near(text, parser)
     return f"{shown.removesuffix('.')}. Did you mean {', '.join(near)}?" if near else shown
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -57,6 +58,9 @@ from ensemblenet.training.settings import FitCLI, complete_arguments
 from ensemblenet.training.sharding import FullyShardedStrategy
 
 __all__ = ["finished", "fit", "opened", "searched", "tried"]
+
+_NO_DEVICE = r"(?s)^`(\w+?)(?:Accelerator)?` can not run on your system.*"
+_NAME_ANOTHER = r"The device cannot be used: this machine has none for \1. Name one that it has, such as --device cpu."
 
 Run = TypeVar("Run", bound=FitCLI)
 
@@ -143,7 +147,8 @@ def _lightning_errors() -> Iterator[None]:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if not frame.f_globals.get("__name__", "").startswith("lightning."):
             raise
-        raise TrainingError(str(error) or f"Lightning's {frame.f_code.co_qualname} failed.") from error
+        said = str(error) or f"Lightning's {frame.f_code.co_qualname} failed."
+        raise TrainingError(re.sub(_NO_DEVICE, _NAME_ANOTHER, said)) from error
 
 
 def _train(cli: FitCLI) -> None:
