@@ -3,8 +3,9 @@
     python benchmarks/plan_study.py run --data FOLDER --seconds N   # with cifar10/ and youtube8m/video_level/
     python benchmarks/plan_study.py table
 
-Four bases with blocks to drop, each with a training that overfits and one that does not. Every plan stays within
-0.95 of the base's parameters and MACs; the ensemble of two whole bases, at twice the cost, is there to compare with.
+Four bases with blocks to drop, each with a training that overfits and one that does not; of the residual network also a
+long one that does not, with one learning rate. Every plan stays within 0.95 of the base's parameters and MACs; the
+ensemble of two whole bases, at twice the cost, is there to compare with.
 
 Learning rate and weight decay: the base tries four pairs with seed 0, and its two best by validation error are tried by
 every plan with seed 0. The better of these two, again by validation error, is taken for the other seeds and for the
@@ -142,6 +143,7 @@ SETTINGS = {
     "MNIST-1D, does not": replace(SIGNALS, data=lambda _: MNIST1D(num_train=20000, num_val=5000), epochs=6),
     "ResNet, overfits": IMAGES,
     "ResNet, does not": replace(IMAGES, data=lambda folder: cifar10(folder, 15000), epochs=5),
+    "ResNet, long": replace(IMAGES, data=lambda folder: cifar10(folder, 45000), epochs=20, grid=CONVOLUTIONS[1:2]),
     "YouTube-8M, overfits": VIDEOS,
     "YouTube-8M, does not": replace(VIDEOS, epochs=6),
     "ViT, overfits": PATCHES,
