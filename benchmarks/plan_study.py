@@ -181,7 +181,7 @@ PLANS = {
     "2 narrow late": Plan(2, "narrow", 1.0, split="late"),
     "2 short late": Plan(2, "short", 1.0, split="late"),
 }
-BASE, PAIR = "base", "two bases"
+BASE, PAIR, AUTO = "base", "two bases", "2 auto early"
 
 
 @dataclass(frozen=True)
@@ -437,8 +437,7 @@ def table(name: str, results: Results) -> str:
     return "\n".join([f"### {name}\n", f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|", *lines])
 
 
-HEADINGS = ("plan", "λ", "split, width, depth", "seeds")
-HEADINGS += ("error, %", "one head, %", "NLL", "ECE", "training loss", "of validation loss")
+HEADINGS = ("plan", "λ", "width, depth", "seeds", "error, %", "one head, %", "NLL", "ECE")
 HEADINGS += ("parameters", "MACs", "activations", "time", "step")
 
 
@@ -448,13 +447,12 @@ def line(plan: str, weight: float, rows: list[dict[str, Any]]) -> str:
         ([fmean(row["test"]["head_errors"]) for row in rows], ".2f"),
         ([row["test"]["nll"] for row in rows], ".3f"),
         ([row["test"]["ece"] for row in rows if "ece" in row["test"]], ".3f"),  # tagging has none
-        ([row["capacity"]["train_loss"] for row in rows], ".3f"),
-        ([Capacity(**row["capacity"]).ratio for row in rows], ".3f"),
     ]
     cells = [_mean_and_spread(values, form) for values, form in columns]
     costs = [f"{fmean(values):.2f}" for values in zip(*(row["shares"].values() for row in rows), strict=True)]
     step = fmean(row.get("step", 1.0) for row in rows)
-    first = (plan, f"{weight:g}", shape_of(rows[0]), str(len(rows)))
+    name = f"**{plan}**" if plan == AUTO else plan
+    first = (name, f"{weight:g}", shape_of(rows[0]).partition(", ")[2], str(len(rows)))
     return f"| {' | '.join((*first, *cells, *costs, f'{step:.2f}'))} |"
 
 
