@@ -75,8 +75,8 @@ STARTS = {
     "late narrow, dealt": Start("narrow", "dealt", split="late"),
     "late short, dealt": Start("short", "dealt", split="late"),
 }
-LONG = ("base", "fresh short", "narrow, dealt", "short, dealt", "late short, dealt")
-TAUGHT = ("base", "narrow, dealt", "short, dealt", "late short, dealt")
+LONG = ("base", "fresh short", "narrow, dealt", "short, dealt")
+TAUGHT = ("narrow, dealt", "short, dealt")
 PARTS = ((STARTS, LENGTHS[:-1], 0.0), (LONG, LENGTHS[-1:], 0.0), (TAUGHT, LENGTHS[:-1], 1.0))
 
 
