@@ -318,10 +318,10 @@ def fit_with_dying_workers(folder, arguments):
     """The workers that load data die once there is a checkpoint."""
     decode = ImageSet.image
 
-    def image(self, index):
+    def image(self, index, at_least):
         if list(folder.glob("runs/*/checkpoints/last.ckpt")):
             os.kill(os.getpid(), signal.SIGKILL)
-        return decode(self, index)
+        return decode(self, index, at_least)
 
     ImageSet.image = image
     return main(["fit", *arguments])

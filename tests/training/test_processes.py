@@ -22,6 +22,7 @@ from ensemblenet.models import CifarResNet
 from ensemblenet.storage.restore import restore
 
 OWN_CODE = """
+import os
 import signal
 import time
 from datetime import timedelta

@@ -130,7 +130,7 @@ def _types(text: str) -> str:
 
 
 def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
-    """What jsonargparse says, in one line, without the other types that it tried, and what was perhaps meant.
+    r"""What jsonargparse says, in one line, without the other types that it tried, and what was perhaps meant.
 
     Args:
         error: names an option or a class that there is not, or a value that cannot be.
@@ -138,7 +138,7 @@ def plain(error: Exception, parser: ArgumentParser | None = None) -> str:
 
     Example:
         >>> tried = "Problem with given class_path 'a.Data': 'b' is not accepted - Expected a <class 'NoneType'>"
-        >>> plain(ValueError(f'Parser key "data":\\n  Errors:\\n    - {tried}'))
+        >>> plain(ValueError(f'Parser key "data":\n  Errors:\n    - {tried}'))
         "data: a.Data cannot be made: 'b' is not accepted"
         >>> plain(ValueError("Parser key \"ema\": Expected a <class 'float'>. Got value: x"))
         'ema must be a number; got x.'

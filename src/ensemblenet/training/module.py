@@ -266,9 +266,10 @@ class Classifier(LightningModule):
 
     def _allowed_heads(self) -> HeadsMode:
         """Fused heads do not pass through the layers that Lightning exchanges, nor through those that are sharded."""
-        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+        strategy = self._trainer and self._trainer.strategy  # a checkpoint can also be read without a trainer
+        if isinstance(strategy, FullyShardedStrategy):
             setting = f"trainer.strategy {FSDP2}"
-        elif getattr(self.trainer.strategy, "_layer_sync", None) is not None:
+        elif getattr(strategy, "_layer_sync", None) is not None:
             setting = "trainer.sync_batchnorm"
         else:
             return self.heads
