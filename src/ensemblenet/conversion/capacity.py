@@ -58,7 +58,7 @@ class Capacity:
             if self.is_spare
             else f"not below {_SPARE}, so it shows no capacity to spare: expect no gain in accuracy from heads, "
             "calibration apart. Late splits and a co-distillation weight of 1 lose least. Train it for longer or widen "
-            "it until it overfits, or keep the base."
+            "it until it overfits, keep the base, or let `ensemblenet fit --plan search` try."
         )
 
 
