@@ -166,9 +166,13 @@ def _cluster(study: Study, plain: Mapping[str, Any]) -> Cluster | None:
             "On Ray a trial trains with --device cuda and --gpus_per_trial above 0, or with --device cpu and none; got "
             f"--device {study.device} and --gpus_per_trial {cluster.gpus_per_trial:g}."
         )
-    name, share = ("gpus", cluster.gpus_per_trial) if study.device == "cuda" else ("cpus", cluster.cpus_per_trial)
-    several = max(study.devices, share if name == "gpus" else 1) > 1
-    if several and (share != study.devices if name == "gpus" else share % study.devices):
+    if study.device == "cuda":
+        name, share = "gpus", cluster.gpus_per_trial
+        fits = share == study.devices or share < study.devices == 1
+    else:
+        name, share = "cpus", cluster.cpus_per_trial
+        fits = share % study.devices == 0
+    if not fits:
         raise TrainingError(f"--devices {study.devices} needs --{name}_per_trial {study.devices}; got {share:g}.")
     return cluster
 
