@@ -294,6 +294,13 @@ class ExampleLoader(ResumableLoader):
             return iter(self._loader)
         return ((batch and self.finish(batch), broken) for batch, broken in self._loader)
 
+    def close(self) -> None:
+        """End the workers; the next iteration starts others.
+
+        Where a collector of garbage ends them, PyTorch may wait 5 seconds for each: their queues can be gone by then.
+        """
+        self._loader._iterator = None
+
     def _is_held(self) -> bool:
         """Whether it is the trainer that iterates."""
         held = ("train_dataloader", "val_dataloaders", "test_dataloaders")

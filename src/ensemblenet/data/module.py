@@ -89,6 +89,7 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         self.preprocessing: dict[str, Any] | None = None
         self.finish: Callable[[Any], Any] | None = None
         self._opened: dict[Split, Any] = {}
+        self._train_loader: ResumableLoader | None = None
         self._beside: Tensor | None = None
         self._run_seed: int | None = None
         self.seed = seed
@@ -109,7 +110,8 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._train_loader: ResumableLoader | None = None
+        self._close()
+        self._train_loader = None
         self._state: dict[str, Any] = {}
 
     # -- what a format says
@@ -256,6 +258,15 @@ class DataModule(KnownClasses, LightningDataModule, ABC):
         if isinstance(loader, ExampleLoader):
             loader.trainer = self.trainer
         return loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers of training: Lightning calls it when a stage has ended."""
+        if stage in ("fit", None):
+            self._close()
+
+    def _close(self) -> None:
+        if isinstance(self._train_loader, ExampleLoader):
+            self._train_loader.close()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Finish a batch where it is used: Lightning calls it when a batch has arrived on the device."""

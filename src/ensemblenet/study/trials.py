@@ -407,7 +407,9 @@ def train(
             step += 1
         if not total.isfinite():  # asked once an epoch: a GPU would have to wait at every step
             raise TrainingError(f"The loss became {total.item()} in epoch {epoch} at lr={optimization.lr:.3g}.")
-    return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu}
+    effort = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - started_cpu}
+    data.teardown("fit")
+    return effort
 
 
 def training_memory(task: TrainingTask, x: Tree, target: Tensor, optimization: Optimization) -> int:
