@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from made_images import CLASSES, encoded, make_folders, make_shards, make_tars, picture
+from made_images import CLASSES, encoded, make_folders, make_parquet, make_shards, make_tars, picture
 from timm.data.transforms_factory import create_transform
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -33,17 +35,9 @@ def data(folder, **options):
     return made
 
 
-def as_parquet(folder):
-    for split, count, first in (("train", 8, 0), ("validation", 5, 100)):
-        rows = [(label, number) for label in range(3) for number in range(first, first + count)]
-        table = pa.table(
-            {
-                "image": [{"bytes": encoded(*row), "path": f"{row}.png"} for row in rows],
-                "label": [label for label, _ in rows],
-            }
-        )
-        pq.write_table(table, folder / f"{split}.parquet")
-    return {"dataset": f"hfds/{folder}", "val": "validation"}
+def as_parquet(folder, **options):
+    make_parquet(folder)
+    return {"dataset": "hfds/", "val": "validation", **options}
 
 
 def as_shards(folder):
@@ -61,6 +55,7 @@ FORMATS = {
     "tars": lambda folder: make_tars(folder) and {},
     "shards": as_shards,
     "parquet": as_parquet,
+    "parquet, one after another": partial(as_parquet, shuffle_buffer=7),
 }
 
 
@@ -78,11 +73,14 @@ def expected(first, count):
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_format_gives_the_same_images(tmp_path: Path, form: str, workers: int) -> None:
+def test_every_format_gives_the_same_images(
+    tmp_path: Path, form: str, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENSEMBLENET_CACHE", str(tmp_path / "cache"))
     if form == "parquet":
         pytest.importorskip("datasets")
     made = data(tmp_path, **{**RAW, "num_workers": workers, **FORMATS[form](tmp_path)})
-    assert made.description()["classes"] == (["0", "1", "2"] if form == "parquet" else list(CLASSES))
+    assert made.description()["classes"] == list(CLASSES)
     images, labels = next(iter(made.val_dataloader()))
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
     assert content(made.val_dataloader()) == expected(100, 5)
@@ -154,6 +152,19 @@ def test_bytes_are_normalized_after_the_transfer_and_equal_to_timms_to_the_bit(
     assert seen.count(torch.float32) == (4 if augmentation else 0)  # workers erase, and then give numbers
     evaluated = torch.cat([x for split, x in module.given if split == "val"][-2:])
     assert torch.equal(evaluated, torch.cat([x for x, _ in made.val_dataloader()]))
+
+
+def test_workers_of_training_end_with_it(tmp_path: Path) -> None:
+    made = data(make_folders(tmp_path), num_workers=2)
+    made.itself = made  # as where an error was caught, whose frames hold it: no count of references ends it
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(Sums(), datamodule=made)
+    assert not multiprocessing.active_children()
+    loader = made.train_dataloader()
+    assert content(loader) == content(loader)  # the same workers twice
+    assert len(multiprocessing.active_children()) == 2
+    made.reseed(5)
+    assert not multiprocessing.active_children()
 
 
 def test_pixels_are_erased_in_bytes_as_timm_erases_numbers_but_for_rounding(tmp_path: Path) -> None:
@@ -320,6 +331,66 @@ def test_bad_shards_are_found_before_training(tmp_path: Path, spoil: Callable[..
     spoil(tmp_path)
     with pytest.raises(DataError, match=message):
         data(tmp_path, **options)
+
+
+IMAGE = {"bytes": encoded(0, 0)}
+
+
+def row(image=IMAGE, label=0, name="image"):
+    """A third Parquet file, of one row."""
+
+    def write(folder):
+        columns = {name: [image], "label": [label]}
+        pq.write_table(pa.table(columns), folder / "train-00002-of-00003.parquet")
+
+    return write
+
+
+def cut(folder):
+    path = folder / "train-00001-of-00002.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def spoilt_pages(folder):
+    """What is wrong is seen when images are read, not by the labels."""
+    path = folder / "train-00001-of-00002.parquet"
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"x" * 396
+    path.write_bytes(data)
+
+
+def other_names(folder):
+    path = folder / "train-00001-of-00002.parquet"
+    table = pq.read_table(path)
+    written = table.schema.metadata[b"huggingface"].replace(b"owl", b"elk")
+    pq.write_table(table.replace_schema_metadata({"huggingface": written}), path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (row(label=3), r"train: labels must be in \[0, 3\), got 3 for the image in row 0 of train-00002-of-00003"),
+        (row(label=None), r"train-00002-of-00003\.parquet must have the columns image .* label: null"),
+        (row(label="cat"), r"train-00002-of-00003\.parquet must have the columns .* and label \(integers\); it has"),
+        (row(image=3), r"must have the columns image \(encoded images\) .* it has image: int64, label: int64"),
+        (row(name="img"), r"it has img: struct<.*input_key and target_key"),
+        (row(image={"path": "a.png", "bytes": None}), r"must have the columns image"),
+        (cut, r"train-00001-of-00002\.parquet is no readable Parquet file"),
+        (spoilt_pages, r"train-00001-of-00002\.parquet is no readable Parquet file"),
+        (other_names, r"00001-of-00002.* has 'elk'|elk"),
+        (lambda folder: [path.unlink() for path in folder.glob("train-*")], r"None of the 2 Parquet files .* train-\*"),
+        (lambda folder: [path.unlink() for path in folder.glob("*-*")], r"No shards match \*\.parquet in"),
+    ],
+)
+def test_bad_parquet_shards(
+    tmp_path: Path, spoil: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENSEMBLENET_CACHE", str(tmp_path / "cache"))
+    options = as_parquet(tmp_path, shuffle_buffer=7, on_broken="skip")
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=message):
+        list(data(tmp_path, **options).train_dataloader())
+    assert not list((tmp_path / "cache").glob("*.parquet"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from made_images import CLASSES, encoded, make_shards, make_tars
+from made_images import CLASSES, encoded, make_parquet, make_shards, make_tars
 from made_videos import make_video
 from servers import FailingServer, HubServer, http_server, upload, upload_to_gcs
 from shards import AUDIO, RGB, framed, serialized, videos
@@ -38,14 +38,19 @@ pytestmark = pytest.mark.usefixtures("s3")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Shards of images, one of them broken, and of videos."""
+    """Shards of images, one of them broken, as tars and as Parquet, and shards of videos."""
     root = tmp_path / "data"
     root.mkdir()
     make_shards(root, train=8, val=3, shards=3)
+    make_parquet(root, train=8, val=3, shards=3)
     data = bytearray((root / "train-0001.tar").read_bytes())
     at = data.index(b"PNG")
     data[at : at + 3] = b"GNP"
     (root / "train-0001.tar").write_bytes(data)
+    rows = pq.read_table(root / PARQUET)
+    images = rows["image"].to_pylist()
+    images[2]["bytes"] = images[2]["bytes"].replace(b"PNG", b"GNP")
+    pq.write_table(rows.set_column(0, "image", [images]), root / PARQUET)
     for split, count in (("train", 3), ("validate", 2)):
         for number in range(count):
             records = [framed(serialized(video)) for video in videos(9, seed=number)]
@@ -81,12 +86,19 @@ def hf(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         server.shutdown()
 
 
+PARQUET = "train-00001-of-00003.parquet"
 BUCKETS = (f"bucket-{number}" for number in itertools.count())
 
 
 def images(folder: Any, workers: int = 0, **settings: Any) -> ImageData:
-    known = {"train": "train-{0000..0002}.tar", "val": "val-*.tar", "image_size": 8, "batch_size": 5, "seed": 1}
-    return ImageData(folder, "wds/", num_workers=workers, on_broken="skip", **{**known, **settings})
+    known = {"dataset": "wds/", "train": "train-{0000..0002}.tar", "val": "val-*.tar"}
+    small = {"image_size": 8, "batch_size": 5, "seed": 1}
+    return ImageData(folder, num_workers=workers, on_broken="skip", **{**known, **small, **settings})
+
+
+def tables(folder: Any, workers: int = 0, **settings: Any) -> ImageData:
+    known = {"dataset": "hfds/", "train": "train-{00000..00002}-of-00003.parquet", "val": "validation-*.parquet"}
+    return images(folder, workers, **{**known, "shuffle_buffer": 9, **settings})
 
 
 def tagged(folder: Any, workers: int = 0, **settings: Any) -> YouTube8M:
@@ -113,7 +125,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:.*Skipped")
-@pytest.mark.parametrize("make", [images, tagged])
+@pytest.mark.parametrize("make", [images, tables, tagged])
 @pytest.mark.parametrize("kind", ["http", "s3", "gs", "hf"])
 def test_batches_and_places_are_those_of_a_disk(
     make: Make, kind: str, folder: Path, server: FailingServer, request: pytest.FixtureRequest
@@ -181,20 +193,37 @@ def test_files_make_room_for_others_and_are_fetched_again(
 
 @pytest.mark.filterwarnings("ignore:.*Skipped")
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "make_files", "pattern"),
+    [
+        (images, make_shards, "train-{0000..0005}.tar"),
+        (tables, make_parquet, "train-{00000..00005}-of-00006.parquet"),
+    ],
+)
 def test_shards_that_do_not_all_fit_are_read_one_after_another(
-    workers: int, folder: Path, server: FailingServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int,
+    make: Callable[..., ImageData],
+    make_files: Callable[..., Path],
+    pattern: str,
+    folder: Path,
+    server: FailingServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make_shards(folder, train=12, val=6, shards=6)  # 6 images in a shard
-    sizes = [path.stat().st_size for path in folder.glob("train-*.tar")]
-    monkeypatch.setenv("ENSEMBLENET_CACHE_GB", str(2.5 * max(sizes) / 1e9))
-    settings = {"train": "train-{0000..0005}.tar", "batch_size": 3, "shuffle_buffer": 7}
+    for path in (*folder.glob("*.tar"), *folder.glob("*.parquet")):
+        path.unlink()
+    make_files(folder, train=12, val=6, shards=6)  # 6 images in a shard
+    sizes = [path.stat().st_size for path in folder.glob("train-*")]
+    settings = {"train": pattern, "batch_size": 3, "shuffle_buffer": 7}
 
     def opened(place: Any, workers: int = 0) -> ImageData:
-        data = images(place, workers, **settings)
+        data = make(place, workers, **settings)
         data.setup("fit")
         return data
 
     expected = list(opened(folder).train_dataloader())
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    monkeypatch.setenv("ENSEMBLENET_CACHE_GB", str(2.5 * max(sizes) / 1e9))
     data = opened(server.url, workers)
     server.requests.clear()
     begun = iter(data.train_dataloader())
@@ -204,17 +233,18 @@ def test_shards_that_do_not_all_fit_are_read_one_after_another(
     rest = list(resumed.train_dataloader())
     assert same([*first, *rest], expected)
     assert len(expected) == 12
-    assert len(list((tmp_path / "cache").glob("*.file"))) <= 2 + workers  # one may come while another is read
+    held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.file"))
+    assert held <= (2.5 + workers) * max(sizes)  # one may come while another is read
     assert len([path for path in server.requests if "train-" in path]) >= 6 - 2  # fetched again, as room was made
 
     seen = [image.sum().item() for x, _ in data.val_dataloader() for image in x]
     assert len(seen) == len(set(seen)) == 6 * len(CLASSES)
-    other = images(server.url, **{**settings, "shuffle_buffer": 6})
+    other = make(server.url, **{**settings, "shuffle_buffer": 6})
     other.setup("fit")
     other.load_state_dict(data.state_dict())
     with pytest.raises(DataError, match=r"cannot go on .*: shuffle_buffer was 7 and is 6\.$"):
         other.train_dataloader()
-    large = images(server.url, **{**settings, "shuffle_buffer": 36})
+    large = make(server.url, **{**settings, "shuffle_buffer": 36})
     large.setup("fit")
     with pytest.raises(
         DataError, match=r"^Two times shuffle_buffer=36 examples lie in files of .*set ENSEMBLENET_CACHE_GB"
@@ -242,6 +272,16 @@ def test_parquet_files_are_read_from_a_bucket(tmp_path: Path, monkeypatch: pytes
         assert same([*one.train_dataloader(), *one.val_dataloader()], [*two.train_dataloader(), *two.val_dataloader()])
     with pytest.raises(FetchError, match=r"s3://.*/nothing/train\.parquet is not there"):
         ParquetImages(f"{url}/nothing").setup("fit")
+
+
+@pytest.mark.filterwarnings("ignore:.*Skipped")
+def test_of_parquet_shards_labels_alone_are_fetched_at_the_start(folder: Path, tmp_path: Path) -> None:
+    data = tables(upload(folder, next(BUCKETS)))
+    data.setup("fit")
+    assert len(data.examples("train")) == 8 * len(CLASSES)
+    assert not list((tmp_path / "cache").glob("*.file"))
+    next(iter(data.train_dataloader()))
+    assert list((tmp_path / "cache").glob("*.file"))
 
 
 def clips(folder: Any, split: str, workers: int = 0, **settings: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from ensemblenet.data.classes import (
     refuse_strange_classes,
 )
 from ensemblenet.data.image_files import IMAGE_SUFFIXES, decode_image
-from ensemblenet.data.listing import class_folders
+from ensemblenet.data.listing import class_folders, find_shards
 from ensemblenet.data.remote import (
     MissingError,
     RemoteFile,
@@ -33,7 +34,7 @@ from ensemblenet.data.remote import (
     joined,
     remote_file,
 )
-from ensemblenet.data.tars import TarFile, by_class, files_of_tar, find_tars
+from ensemblenet.data.tars import TarFile, by_class, files_of_tar
 from ensemblenet.errors import ClassesError, DataError, first_line
 
 __all__ = ["ImageSet", "open_images"]
@@ -127,7 +128,7 @@ def open_images(
         classes: the names in the order of their labels; None takes them from the data.
         complete: whether the split must have all of these classes.
         options: arguments of timm's reader.
-        fit: whether shards at a URL must all fit on this machine at once.
+        fit: whether shards must all fit on this machine at once.
 
     Raises:
         ClassesError: the data has other classes.
@@ -135,7 +136,8 @@ def open_images(
         FetchError: its server fails.
     """
     kind, _, _ = dataset.partition("/")
-    openers = {"": _class_folders, "wds": partial(_shards, fit=fit), "torch": _torchvision, "hfds": _hugging_face}
+    openers = {"": _class_folders, "wds": partial(_shards, fit=fit), "torch": _torchvision}
+    openers["hfds"] = _hugging_face if fit or dataset != "hfds/" else _parquet_shards
     if kind not in openers:
         raise DataError(f"dataset must begin with one of {', '.join(map(repr, openers))}, got {dataset!r}.")
     images = openers[kind](folder, dataset, split, options)
@@ -296,12 +298,48 @@ def _hugging_face(folder: Path | str, dataset: str, split: str, options: Mapping
     return ImageSet(f"{dataset}, {split}", labels, names, lambda i: reader[i][0], lambda i: f"in row {i}")
 
 
-# -- shards of WebDataset
+# -- shards of Parquet and of WebDataset
+
+
+def _parquet_shards(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any]) -> ImageSet:
+    """Images in Parquet files as `datasets` writes and finds them, without `datasets`, which needs them all at once."""
+    from ensemblenet.data.parquet_shards import ParquetShard  # pyarrow is needed for nothing else here
+
+    if unknown := set(options) - {"input_key", "target_key"}:
+        raise DataError(f"With shuffle_buffer dataset=hfds/ takes input_key and target_key, got {', '.join(unknown)}.")
+    where, columns = str(joined(folder, split)), (options.get("input_key", "image"), options.get("target_key", "label"))
+    shards = [ParquetShard.of(file, *columns) for file in _parquet_files(folder, split)]
+    found = in_threads(ParquetShard.labels, shards, "Reading labels")
+    named = {shard: names for shard, (_, names) in zip(shards, found, strict=True) if names is not None}
+    classes = next(iter(named.values()), None)
+    for shard, names in named.items():
+        refuse_other_classes(str(shard), classes or [], names)
+    rows = [(shard, row) for shard, (labels, _) in zip(shards, found, strict=True) for row in range(len(labels))]
+    return ImageSet(
+        where,
+        np.array([label for labels, _ in found for label in labels], np.int64),
+        classes,
+        lambda index: rows[index][0].open_row(rows[index][1]),
+        lambda index: f"in row {rows[index][1]} of {rows[index][0].name}",
+        files=[shard for shard, _ in rows],
+    )
+
+
+def _parquet_files(folder: Path | str, split: str) -> Sequence[Path | RemoteFile]:
+    """Those of a pattern; or those whose names hold the split's, as `datasets` reads them: `train-00000-of-00010`."""
+    if split.endswith(".parquet"):
+        return find_shards(folder, split, fit=False)
+    files = find_shards(folder, "*.parquet", fit=False)
+    for name in _names_of(split):
+        of_split = re.compile(rf"(?:.*[-._ 0-9])?{re.escape(name)}[-._ 0-9].*")
+        if found := [file for file in files if of_split.fullmatch(file.name)]:
+            return found
+    raise DataError(f"None of the {len(files)} Parquet files in {folder}, such as {files[0].name}, is named {split}-*.")
 
 
 def _shards(folder: Path | str, dataset: str, split: str, options: Mapping[str, Any], fit: bool) -> ImageSet:
     """Images in tars where the files of one stem are a sample: an image, and its label in `.cls`."""
-    shards = find_tars(folder, split, fit)
+    shards = find_shards(folder, split, fit)
     samples = [sample for found in in_threads(_samples, shards, "Reading shards") for sample in found]
     return ImageSet(
         str(joined(folder, split)),

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 
 from ensemblenet.data.classes import class_name
+from ensemblenet.data.remote import RemoteFile, expanded, find_remote, find_whole, is_url, joined
 from ensemblenet.errors import DataError
 
-__all__ = ["class_folders", "find_in", "is_hidden"]
+__all__ = ["class_folders", "find_in", "find_shards", "is_hidden"]
 
 
 # that file systems and servers make beside the user's own
@@ -92,6 +93,25 @@ def class_folders(split: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]
         elif _identity(place) not in around:
             found.setdefault(class_name(entry.name), []).extend(find_in(place, suffixes, outside))
     return found
+
+
+def find_shards(folder: Path | str, pattern: str, fit: bool = True) -> Sequence[Path | RemoteFile]:
+    """The files that a pattern such as `train-{0000..1023}.tar` names, sorted.
+
+    Args:
+        folder: of the data, or its URL.
+        pattern: in the folder, or a URL.
+        fit: whether those at a URL must all fit on this machine at once.
+
+    Raises:
+        DataError: there are none, or too little room for them.
+        FetchError: their server fails.
+    """
+    if is_url(place := joined(folder, pattern)):
+        return find_whole(str(place)) if fit else find_remote(str(place))
+    if found := sorted({path for part in expanded(pattern) for path in Path(folder).glob(part)}):
+        return found
+    raise DataError(f"No shards match {pattern} in {folder}; a pattern is such as train-*.tar.")
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from ensemblenet.data.classes import class_name
 from ensemblenet.data.listing import is_hidden
-from ensemblenet.data.remote import RemoteFile, expanded, find_remote, find_whole, is_url, joined
+from ensemblenet.data.remote import RemoteFile
 from ensemblenet.errors import DataError, first_line
 
-__all__ = ["TarFile", "by_class", "files_of_tar", "find_tars"]
+__all__ = ["TarFile", "by_class", "files_of_tar"]
 
 _LONGEST_LABEL = 1000  # bytes
 _LONGEST_END = 2**20  # bytes of zeros behind the files that are looked at; most programs write up to 10 KiB
@@ -49,25 +49,6 @@ class TarFile:
         with self.tar.open("rb") as file:
             file.seek(self.begin)
             return io.BytesIO(file.read(self.size))
-
-
-def find_tars(folder: Path | str, pattern: str, fit: bool = True) -> Sequence[Path | RemoteFile]:
-    """The tars that a pattern such as `train-{0000..1023}.tar` names, sorted.
-
-    Args:
-        folder: of the data, or its URL.
-        pattern: in the folder, or a URL.
-        fit: whether those at a URL must all fit on this machine at once.
-
-    Raises:
-        DataError: there are none, or too little room for them.
-        FetchError: their server fails.
-    """
-    if is_url(place := joined(folder, pattern)):
-        return find_whole(str(place)) if fit else find_remote(str(place))
-    if found := sorted({path for part in expanded(pattern) for path in Path(folder).glob(part)}):
-        return found
-    raise DataError(f"No shards match {pattern} in {folder}; a pattern is such as train-*.tar.")
 
 
 def by_class(files: Sequence[TarFile]) -> dict[str, list[tuple[str, TarFile]]]:

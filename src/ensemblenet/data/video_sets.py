@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 
 from ensemblenet.data.classes import class_name, in_order
-from ensemblenet.data.listing import class_folders, find_in
+from ensemblenet.data.listing import class_folders, find_in, find_shards
 from ensemblenet.data.remote import MissingError, RemoteFile, in_threads, joined, remote_file
-from ensemblenet.data.tars import TarFile, by_class, files_of_tar, find_tars
+from ensemblenet.data.tars import TarFile, by_class, files_of_tar
 from ensemblenet.data.video import VideoFile
 from ensemblenet.data.views import Span
 from ensemblenet.errors import DataError
@@ -94,7 +94,7 @@ def find_videos(folder: Path | str, split: str, fit: bool = True) -> LabelledVid
     """
     place = joined(folder, split)
     if split.endswith(".tar"):
-        found = _of_tars(place, find_tars(folder, split, fit))
+        found = _of_tars(place, find_shards(folder, split, fit))
     elif isinstance(place, Path) and place.is_dir():
         found = _of_class_folders(place)
     elif isinstance(place, Path) and not place.is_file():
@@ -182,7 +182,7 @@ def _videos_in(folder: Path | str, fit: bool) -> Iterator[tuple[PurePath, VideoF
         tars = [path for path in files if path.suffix.lower() == ".tar"]
         yield from ((path, path) for path in files if path.suffix.lower() != ".tar")
     else:
-        tars = find_tars(folder, "*.tar", fit)
+        tars = find_shards(folder, "*.tar", fit)
     for found in in_threads(lambda tar: files_of_tar(tar, VIDEO_SUFFIXES), tars):
         yield from ((PurePosixPath(file.name), file) for file in found)
 
