@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/fed_gpu.py            # a minute on a CPU, at toy sizes; under three on a GPU
 
 JPEGs of 500 x 375 pixels are made. Every loader cuts random parts out of them at random sizes (bicubic), mirrors them,
-changes their colours (0.4), and collates batches. `loaders` counts the processor time of one worker, which is ended
-after each round; the loaders take turns. `bytes` is what goes to a GPU; `numbers` are normalized by the worker, as
-torchvision's usual transforms do.
+changes their colours (0.4), and collates batches. `loaders` counts the processor time of one worker of each, without
+its start; batch by batch they take turns, so that the load of the machine meets all. `bytes` is what goes to a GPU;
+`numbers` are normalized by the worker, as torchvision's usual transforms do.
 
 `waiting` trains for some steps on a batch that stays on the device, and then on images that workers load, with
 normalization on the device and in the process that trains. What the second takes longer is waiting.
@@ -16,16 +16,16 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import resource
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from timm import create_model
@@ -42,7 +42,7 @@ from ensemblenet.storage.runs import environment
 RESULTS = Path(__file__).parent / "results" / "fed_gpu.json"
 WIDTH, HEIGHT = 500, 375
 CLASSES = 4
-FEW = 320  # images for a round of a loader
+FEW = 640  # images for a round of a loader
 
 
 def make_images(folder: Path, number: int) -> None:
@@ -67,20 +67,18 @@ def our_data(folder: Path, size: int, batch_size: int, workers: int) -> ImageDat
 # -- loaders
 
 
-def ours(folder: Path, size: int, batch_size: int) -> Iterable[Any]:
-    loader: Any = our_data(folder, size, batch_size, 1).train_dataloader()
-    loader.finish = None
-    return loader
+def ours(folder: Path, size: int, batch_size: int) -> DataLoader[Any]:
+    return our_data(folder, size, batch_size, 1).train_dataloader()._loader  # batches as workers give them
 
 
-def timms(folder: Path, size: int, batch_size: int) -> Iterable[Any]:
+def timms(folder: Path, size: int, batch_size: int) -> DataLoader[Any]:
     data = create_dataset("", root=folder / "train")
     options: dict[str, Any] = {"interpolation": "bicubic", "num_workers": 1, "persistent_workers": False}
     loader: Any = create_loader(data, (3, size, size), batch_size, True, device=torch.device("cpu"), **options)
     return loader.loader  # the one in workers, before bytes go to the device
 
 
-def torchvisions(folder: Path, size: int, batch_size: int, as_bytes: bool) -> Iterable[Any]:
+def torchvisions(folder: Path, size: int, batch_size: int, as_bytes: bool) -> DataLoader[Any]:
     end = (
         [transforms.PILToTensor()] if as_bytes else [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.2] * 3)]
     )
@@ -93,29 +91,37 @@ def torchvisions(folder: Path, size: int, batch_size: int, as_bytes: bool) -> It
     return DataLoader(data, batch_size, shuffle=True, num_workers=1, drop_last=True)
 
 
-def rate(make: Callable[[], Iterable[Any]]) -> float:
-    """Images a second of the worker's processor time."""
-    gc.collect()
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    loader: Any = make()
-    images = sum(len(batch[0]) for batch in loader)
-    del loader
-    gc.collect()  # ends the worker
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return images / (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+def rates(loaders: dict[str, DataLoader[Any]], batch_size: int) -> dict[str, float]:
+    """Images a second of each worker's processor time, without its start; batch by batch the loaders take turns."""
+    running: dict[str, Any] = {name: iter(loader) for name, loader in loaders.items()}
+    for batches in running.values():
+        next(batches)
+    time.sleep(2)  # until each worker has fetched ahead what it may, and waits
+    ahead = 1 + loaders["timm, bytes"].prefetch_factor
+    images = batch_size * (len(loaders["timm, bytes"]) - ahead)
+    workers = {name: psutil.Process(batches._workers[0].pid) for name, batches in running.items()}
+    before = {name: sum(worker.cpu_times()[:2]) for name, worker in workers.items()}
+    for _ in range(len(loaders["timm, bytes"]) - 1 - ahead):
+        for batches in running.values():
+            next(batches)
+    time.sleep(2)
+    found = {name: images / (sum(worker.cpu_times()[:2]) - before[name]) for name, worker in workers.items()}
+    del running, batches
+    gc.collect()  # ends the workers
+    return found
 
 
 def loaders(folder: Path, batch_size: int, rounds: int) -> dict[str, Any]:
-    works: dict[str, Callable[[], Iterable[Any]]] = {
-        "ensemblenet, bytes": lambda: ours(folder, 224, batch_size),
-        "timm, bytes": lambda: timms(folder, 224, batch_size),
-        "torchvision, bytes": lambda: torchvisions(folder, 224, batch_size, as_bytes=True),
-        "torchvision, numbers": lambda: torchvisions(folder, 224, batch_size, as_bytes=False),
-    }
     values: dict[str, list[float]] = defaultdict(list)
     for _ in range(rounds):
-        for name, make in works.items():
-            values[name].append(rate(make))
+        made = {
+            "ensemblenet, bytes": ours(folder, 224, batch_size),
+            "timm, bytes": timms(folder, 224, batch_size),
+            "torchvision, bytes": torchvisions(folder, 224, batch_size, as_bytes=True),
+            "torchvision, numbers": torchvisions(folder, 224, batch_size, as_bytes=False),
+        }
+        for name, value in rates(made, batch_size).items():
+            values[name].append(value)
     first, *others = values
     ratios = {
         name: statistics.median(a / b for a, b in zip(values[first], values[name], strict=True)) for name in others

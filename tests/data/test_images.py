@@ -23,6 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from ensemblenet.data import ImageData
 from ensemblenet.data.images import TransformedImages
 from ensemblenet.data.loading import ExampleLoader, Part
+from ensemblenet.data.normalizing import Erased
 from ensemblenet.errors import DataError
 
 PLAIN = {"image_size": 16, "batch_size": 6, "num_workers": 0, "augmentation": {"no_aug": True}, "crop_pct": 1.0}
@@ -129,7 +130,15 @@ class Sums(LightningModule):
         return torch.optim.SGD(self.parameters())
 
 
-@pytest.mark.parametrize("augmentation", [{}, {"re_prob": 1.0, "re_mode": "pixel"}])
+ERASING = [
+    {"re_prob": 1.0, "re_mode": "pixel"},
+    {"re_prob": 0.5, "re_mode": "rand", "re_count": 2},
+    {"re_prob": 0.8, "re_count": 3},
+    {"re_prob": 0.5, "auto_augment": "rand-m7-mstd0.5-inc1"},
+]
+
+
+@pytest.mark.parametrize("augmentation", [{}, *ERASING])
 def test_bytes_are_normalized_after_the_transfer_and_equal_to_timms_to_the_bit(
     tmp_path: Path, augmentation: dict[str, Any]
 ) -> None:
@@ -138,10 +147,12 @@ def test_bytes_are_normalized_after_the_transfer_and_equal_to_timms_to_the_bit(
     plain = TransformedImages(made.examples("train").images, timms)
     expected = list(ExampleLoader(plain, Part(24, 6, train=True, seed=1)))
     assert all(torch.equal(x, given) for (x, _), (given, _) in zip(expected, made.train_dataloader(), strict=True))
+    if augmentation.get("re_mode", "const") == "const" and augmentation:
+        assert 0.01 < (torch.cat([x for x, _ in expected]) == 0).float().mean() < 0.5
 
     module, seen = Sums(), []
     transferred = made.on_after_batch_transfer
-    made.on_after_batch_transfer = lambda batch, index: seen.append(batch[0].dtype) or transferred(batch, index)
+    made.on_after_batch_transfer = lambda batch, index: seen.append(batch[0]) or transferred(batch, index)
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
@@ -149,9 +160,16 @@ def test_bytes_are_normalized_after_the_transfer_and_equal_to_timms_to_the_bit(
     images = [x for split, x in module.given if split == "train"]
     assert all(torch.equal(x, given) for (x, _), given in zip(expected, images, strict=True))
     assert {x.dtype for _, x in module.given} == {torch.float32}
-    assert seen.count(torch.float32) == (4 if augmentation else 0)  # workers erase, and then give numbers
+    assert [isinstance(x, Erased) for x in seen].count(True) == (4 if "re_prob" in augmentation else 0)
+    assert {(x.pixels if isinstance(x, Erased) else x).dtype for x in seen} == {torch.uint8}
     evaluated = torch.cat([x for split, x in module.given if split == "val"][-2:])
     assert torch.equal(evaluated, torch.cat([x for x, _ in made.val_dataloader()]))
+
+
+def test_nothing_is_erased_where_nothing_is_augmented(tmp_path: Path) -> None:
+    made = data(make_folders(tmp_path), augmentation={"no_aug": True, "re_prob": 1.0})
+    assert made.repeats_training
+    assert torch.equal(made.examples("train")[0][0], data(tmp_path).examples("train")[0][0])
 
 
 def test_workers_of_training_end_with_it(tmp_path: Path) -> None:
@@ -165,18 +183,6 @@ def test_workers_of_training_end_with_it(tmp_path: Path) -> None:
     assert len(multiprocessing.active_children()) == 2
     made.reseed(5)
     assert not multiprocessing.active_children()
-
-
-def test_pixels_are_erased_in_bytes_as_timm_erases_numbers_but_for_rounding(tmp_path: Path) -> None:
-    augmentation = {"re_prob": 0.8, "re_count": 2}
-    made = data(make_folders(tmp_path), augmentation=augmentation, seed=1)
-    timms = create_transform((3, 16, 16), is_training=True, interpolation="bicubic", **augmentation)
-    plain = TransformedImages(made.examples("train").images, timms)
-    expected = torch.cat([x for x, _ in ExampleLoader(plain, Part(24, 6, train=True, seed=1))])
-    given = torch.cat([x for x, _ in made.train_dataloader()])
-    torch.testing.assert_close(given, expected, rtol=0, atol=0.5001 / 255 / 0.224)
-    assert 0.01 < (expected == 0).float().mean() < 0.5
-    assert made.examples("train")[0][0].dtype == torch.uint8
 
 
 def test_large_jpegs_are_decoded_smaller_for_training_if_asked(tmp_path: Path) -> None:

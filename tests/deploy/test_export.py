@@ -117,7 +117,7 @@ def test_fused_heads_stay_fused_in_the_file(tmp_path):
 
 def test_names_of_other_classes_are_refused(tmp_path: Path, model: EnsembleNet) -> None:
     with pytest.raises(ExportError, match=r"^The description names 11 classes, but the model has 10 outputs\.$"):
-        export(model, tmp_path / "m.onnx", description={"classes": [*CLASSES, "another"]})
+        export(model, tmp_path / "new" / "m.onnx", description={"classes": [*CLASSES, "another"]})
     assert not list(tmp_path.iterdir())
 
 

@@ -230,10 +230,10 @@ def test_what_a_user_gets_wrong(
     message: str,
 ) -> None:
     change(images)
-    arguments = ["predict", str(saved), "--output", str(tmp_path / "x.csv"), "--data", str(images), *more]
+    arguments = ["predict", str(saved), "--output", str(tmp_path / "new" / "x.csv"), "--data", str(images), *more]
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "x.csv").exists()
+    assert not (tmp_path / "new").exists()
     assert not Path("x.txt").exists()
 
 

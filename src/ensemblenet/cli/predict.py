@@ -45,7 +45,6 @@ def predict(arguments: Sequence[str]) -> Path:
         warnings.warn("--on-damage is now --on-broken.", DeprecationWarning, stacklevel=2)
         options.on_broken = options.on_damage
     restored = restore(options.model, trust=options.trust)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     if options.data is None:
         _predict_split(restored, options, changes)
     elif changes or options.config or options.class_path:

@@ -69,7 +69,6 @@ def score_split(name: str, split: Split, arguments: Sequence[str]) -> list[dict[
         saved = savings(findings, {row["num_heads"]: row["macs"] for row in rows})
         console.print(_stopping_table(saved))
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         scores = {"split": split, "rows": rows, "early_stopping": saved, "environment": environment()}
         write_json(options.output, scores)
         console.print(f"Scores: {options.output}", highlight=False, soft_wrap=True)

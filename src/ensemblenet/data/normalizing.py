@@ -5,12 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
-__all__ = ["NormalizeBytes"]
+__all__ = ["Erased", "NormalizeBytes"]
+
+
+class Erased(NamedTuple):
+    """Images as bytes, and what stands in some of their pixels when they have been normalized: random erasing.
+
+    Args:
+        pixels: (N, C, H, W), uint8; of one image (C, H, W).
+        where: (M,), int32, the numbers of those pixels, counted over all N H W.
+        noise: (M, C), float32.
+    """
+
+    pixels: Tensor
+    where: Tensor
+    noise: Tensor
+
+
+def _collate_erased(images: Sequence[Erased], **_: Any) -> Erased:
+    first = [number * image.pixels[0].numel() for number, image in enumerate(images)]
+    return Erased(
+        default_collate([image.pixels for image in images]),
+        torch.cat([image.where + begin for image, begin in zip(images, first, strict=True)]),
+        torch.cat([image.noise for image in images]),
+    )
+
+
+default_collate_fn_map[Erased] = _collate_erased  # how PyTorch is told of a type of one's own
 
 
 @dataclass(frozen=True)
@@ -40,11 +68,18 @@ class NormalizeBytes:
     def __call__(self, batch: Sequence[Any]) -> list[Any]:
         """A batch with its inputs, the first part, normalized."""
         inputs, *rest = batch
-        if inputs.dtype == torch.uint8:  # in the order of torchvision's transforms: equal to the bit
-            shape = (-1, *[1] * self.behind)
-            mean, std = (inputs.new_tensor(of, dtype=torch.float32).view(shape) for of in (self.mean, self.std))
-            inputs = inputs.float().div_(255).sub_(mean).div_(std)
-        return [inputs, *rest]
+        if not isinstance(inputs, Erased):
+            return [self._normalized(inputs) if inputs.dtype == torch.uint8 else inputs, *rest]
+        normalized = self._normalized(inputs.pixels)
+        by_pixel = normalized.view(*normalized.shape[:2], -1)  # (N, C, H W)
+        size = by_pixel.shape[2]
+        by_pixel[inputs.where // size, :, inputs.where % size] = inputs.noise
+        return [normalized, *rest]
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        shape = (-1, *[1] * self.behind)
+        mean, std = (pixels.new_tensor(of, dtype=torch.float32).view(shape) for of in (self.mean, self.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)  # as torchvision's transforms do it: equal to the bit
 
     def reader(self, read: Callable[[Path], Tensor]) -> Callable[[Path], Tensor]:
         """A reader of files that gives bytes, as one that gives numbers."""

@@ -24,7 +24,7 @@ from ensemblenet.ensemble import EnsembleNet
 from ensemblenet.errors import ExportError, LoadError
 from ensemblenet.heads import FusedEnsembleNet, fuse
 from ensemblenet.inputs import Inputs, Tree, call, num_examples, tensors_in
-from ensemblenet.storage.atomic import errors_name
+from ensemblenet.storage.atomic import errors_name, folders_above
 from ensemblenet.storage.descriptions import check_classes
 from ensemblenet.timing import measure
 
@@ -140,8 +140,7 @@ def export(
         if format == "onnx" and tensor.is_complex():
             raise ExportError(f"ONNX files take no inputs of {tensor.dtype}: write format 'torch' or 'aot'.")
     given = NetworkInputs(network, inputs, [] if example_inputs is None else tensors_in(example_inputs))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
+    with torch.no_grad(), folders_above(path):
         if isinstance(model, FusedEnsembleNet) and isinstance(network, EnsembleNet):
             given = replace(given, network=fuse(network, given.batch(2)))  # first(k) of fused heads is a plain model
         free = given.other_sizes() if known and example_inputs is None and not batch_size else []

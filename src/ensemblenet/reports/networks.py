@@ -81,7 +81,6 @@ def write_report(
     converted = [isinstance(restored.network, EnsembleNet) for restored in networks]
     looks = choose_looks([restored.name for restored in networks], converted)
     runs = [_examine(*run, split, device) for run in zip(looks, networks, data, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
     of = data_name(type(data[0]).__name__, getattr(data[0], "folder", None))
     _write(path, runs, of, partial(in_words, split, data[0]))
 

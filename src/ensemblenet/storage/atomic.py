@@ -18,7 +18,16 @@ from safetensors import SafetensorError
 
 from ensemblenet.errors import LoadError, first_line
 
-__all__ = ["atomic_folder", "atomic_path", "errors_name", "read_json", "read_text", "remove_unfinished", "write_json"]
+__all__ = [
+    "atomic_folder",
+    "atomic_path",
+    "errors_name",
+    "folders_above",
+    "read_json",
+    "read_text",
+    "remove_unfinished",
+    "write_json",
+]
 
 _MOST_TEXT_BYTES = 1 << 24
 _UNFINISHED = re.compile(r"\..+\.\d+")
@@ -27,8 +36,35 @@ _NOT_WRITTEN = re.compile(r"I/O error|os error|PytorchStreamWriter|inline_contai
 
 
 @contextmanager
+def folders_above(path: Path) -> Iterator[None]:
+    """Makes the folders that a file or folder is to lie in; those that are still empty after an error go again.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "new" / "newer" / "results.json"
+        >>> with suppress(ValueError), folders_above(path):
+        ...     print(path.parent.exists())
+        ...     raise ValueError
+        True
+        >>> path.parents[1].exists()
+        False
+    """
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a name to write a file under; it takes the file's own name only when it is complete.
+
+    The folders that it is to lie in are made.
 
     Raises:
         OSError: it cannot be written; the error names the file.
@@ -44,15 +80,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         '{}'
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with errors_name(path, unfinished):
-            yield unfinished
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+    with folders_above(path):
+        try:
+            with errors_name(path, unfinished):
+                yield unfinished
+                with unfinished.open("rb") as file:
+                    os.fsync(file.fileno())
+                unfinished.replace(path)
+        finally:
+            with suppress(OSError):
+                unfinished.unlink()
 
 
 @contextmanager
@@ -77,20 +114,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         >>> [file.name for file in path.iterdir()]
         ['recipe.json']
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with errors_name(path, path.parent):
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=f".{os.getpid()}", dir=path.parent))
-    try:
-        unfinished = aside / path.name
-        with errors_name(path, unfinished):
-            unfinished.mkdir()
-            mode = unfinished.stat().st_mode  # what the umask leaves; safetensors gives files to their owner alone
-            yield unfinished
-            for file in unfinished.rglob("*"):
-                file.chmod(mode & (0o777 if file.is_dir() else 0o666))
-            unfinished.replace(path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with folders_above(path):
+        with errors_name(path, path.parent):
+            aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=f".{os.getpid()}", dir=path.parent))
+        try:
+            unfinished = aside / path.name
+            with errors_name(path, unfinished):
+                unfinished.mkdir()
+                mode = unfinished.stat().st_mode  # what the umask leaves; safetensors gives files to their owner alone
+                yield unfinished
+                for file in unfinished.rglob("*"):
+                    file.chmod(mode & (0o777 if file.is_dir() else 0o666))
+                unfinished.replace(path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -41,7 +41,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as unfinished:
                 torch.save(checkpoint, unfinished)
                 if path.parts[-2:] == CHECKPOINT.parts and path.exists():
