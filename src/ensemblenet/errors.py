@@ -1,6 +1,8 @@
 """The errors that users meet: what was expected, what came, what to do."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 __all__ = [
     "LOST_PROCESS",
@@ -18,6 +20,7 @@ __all__ = [
     "MissingExtraError",
     "ModelNameError",
     "TrainingError",
+    "did_you_mean",
     "first_line",
     "without_secrets",
 ]
@@ -93,6 +96,17 @@ class BusyError(TrainingError):
 
 class MissingExtraError(EnsembleNetError, ImportError):
     """A library that a part of the package needs is not installed; the message says how to install it."""
+
+
+def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
+    """The end of a message about a name that is not known: those that are most like it, if any.
+
+    Example:
+        >>> did_you_mean("resnet81", ["resnet18", "vgg11"]), did_you_mean("x", ["resnet18"])
+        (' Did you mean resnet18?', '')
+    """
+    near = difflib.get_close_matches(name, list(known), n=most)
+    return f" Did you mean {', '.join(near)}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

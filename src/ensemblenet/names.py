@@ -6,7 +6,6 @@ Importing timm, torchvision or Lightning takes seconds; reading their source tak
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from ensemblenet.errors import ModelNameError
+from ensemblenet.errors import ModelNameError, did_you_mean
 
 __all__ = ["arguments_of", "check_class", "check_network", "no_such_network"]
 
@@ -88,11 +87,11 @@ def check_class(path: str, argument: str | None = None) -> None:
     known = {bound for node in ast.walk(_parsed(source)) for bound in _bound(node)}
     if name not in known:
         if module in _OWN or not known & {"*", "__getattr__"}:
-            raise ModelNameError(f"{module} has no {name}.{_suggest(name, sorted(known), 1)}")
+            raise ModelNameError(f"{module} has no {name}.{did_you_mean(name, sorted(known), 1)}")
         return
     taken = arguments_of(path)
     if argument is not None and taken is not None and argument not in taken:
-        near = _suggest(argument, taken, 1) or f" It takes {', '.join(taken) or 'nothing'}."
+        near = did_you_mean(argument, taken, 1) or f" It takes {', '.join(taken) or 'nothing'}."
         raise ModelNameError(f"{path} takes no {argument}.{near}")
 
 
@@ -123,7 +122,7 @@ def check_network(name: str) -> None:
 
 def no_such_network(library: str, name: str, known: Sequence[str]) -> ModelNameError:
     """The error that says so, with the names that are closest."""
-    near = _suggest(name, known, 3)
+    near = did_you_mean(name, known, 3)
     if library == "torchvision":
         return ModelNameError(f"torchvision has no classification model {name!r}.{near}")
     others = "Other networks are named torchvision:NAME, transformers:NAME or module.path:callable."
@@ -142,11 +141,6 @@ def _registered(library: str, files: tuple[str, ...], pattern: str, renamed: str
     names = [name for text in texts for name in re.findall(pattern, text, re.MULTILINE)]
     blocks = re.findall(renamed, "\n".join(texts), re.MULTILINE | re.DOTALL) if renamed else []
     return sorted({*names, *(name for block in blocks for name in re.findall(r"['\"](\w+)['\"] *:", block))})
-
-
-def _suggest(name: str, known: Sequence[str], most: int) -> str:
-    near = difflib.get_close_matches(name, known, n=most)
-    return f" Did you mean {', '.join(near)}?" if near else ""
 
 
 def _definition(path: str, farthest: int = _FARTHEST) -> tuple[ast.ClassDef | ast.FunctionDef, str] | None:

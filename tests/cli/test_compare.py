@@ -69,6 +69,8 @@ def test_the_command_runs_and_goes_on_with_other_settings(
         ),
         (["--methods", "[codistillation]"], "methods must begin with base"),
         (["--methods", "[base, nothing]"], "methods must be among base, narrow,"),
+        (["--methods", "nothing"], "deep_ensemble_of_bases; got 'nothing'."),
+        (["--methods=base,codistilation"], "got 'codistilation'. Did you mean codistillation?"),
         (["--methods", "[base, joint, joint]"], "methods has 'joint, λ = 0' twice"),
         (["--tuning.trials", "0"], "tuning.trials must be at least 1, got 0"),
         (["--tuning.lr", "[0.1, 0.01]"], "tuning.lr must be two numbers above 0, the smaller first"),

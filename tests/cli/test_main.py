@@ -191,6 +191,7 @@ def test_convert_inherits_and_says_what_heads_reach_before_training(
         (["info", "torchvision:resnet81"], "torchvision has no classification model 'resnet81'. Did you mean"),
         (["info", "no.such.module:Net"], "No module named 'no'"),
         (["info", "ensemblenet.models:Nothing"], "ensemblenet.models has no callable 'Nothing'"),
+        (["info", "torchvision.models:resnet81"], "has no callable 'resnet81'. Did you mean resnet18,"),
         (["info", "builtins:dict"], "builtins:dict must return an nn.Module, got dict"),
         (["info", "torch.nn:Linear"], "torch.nn:Linear cannot be called with no arguments"),
         (["info", "torch.nn:ReLU"], "torch.nn:ReLU does not say what inputs it takes: give --input-shape"),

@@ -78,9 +78,14 @@ def test_only_errors_of_writing_are_renamed(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "a"):
         missing.read_text()
     assert caught.value.filename == str(missing)
-    with pytest.raises(FileNotFoundError) as caught, atomic_path(missing / "b") as unfinished:
-        missing.rmdir()
-        unfinished.touch()
+
+    def lose_the_folder() -> None:
+        with atomic_path(missing / "b") as unfinished:
+            missing.rmdir()
+            unfinished.touch()
+
+    with pytest.raises(FileNotFoundError) as caught:
+        lose_the_folder()
     assert caught.value.filename == str(missing / "b")
 
 

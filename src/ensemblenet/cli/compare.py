@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -178,13 +179,15 @@ def _cluster(study: Study, plain: Mapping[str, Any]) -> Cluster | None:
 
 
 def _written_out(arguments: Sequence[str]) -> list[str]:
-    """The arguments with underscores in the names of options, and a configuration of `fit` as one of a study."""
+    """The arguments as the parser takes them: `fit`'s files as a study's, `a,b` as a list of methods."""
     written: list[str] = []
     for argument in with_data_folder(study_arguments(arguments)):
         inline = argument.startswith("--") and "=" in argument
         option, _, value = argument.partition("=") if inline else (written[-1] if written else "", "", argument)
         if option == "--config":
             value = _study_of_fit(Path(value)) or value
+        elif option == "--methods" and re.fullmatch(r"\w+(,\w+)*", value) and value != "null":
+            value = f"[{value}]"
         elif option == "--budget":
             try:
                 value = json.dumps(budget_share(value))

@@ -16,7 +16,7 @@ from urllib.error import URLError
 
 from torch import Tensor, nn
 
-from ensemblenet.errors import LoadError, MissingExtraError, ModelNameError
+from ensemblenet.errors import LoadError, MissingExtraError, ModelNameError, did_you_mean
 from ensemblenet.extras import require
 from ensemblenet.names import no_such_network
 from ensemblenet.weights import read_state
@@ -258,7 +258,8 @@ def _from_module(module: str, name: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         raise ModelNameError(f"{module}:{name}: {error}. Is its folder on PYTHONPATH?") from error
     if not callable(factory):
-        raise ModelNameError(f"{module} has no callable {name!r}.")
+        callables = [one for one, value in vars(sys.modules[module]).items() if callable(value)]
+        raise ModelNameError(f"{module} has no callable {name!r}.{did_you_mean(name, callables)}")
     return factory
 
 

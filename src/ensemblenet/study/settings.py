@@ -10,7 +10,7 @@ from typing import Any, Literal
 from scipy.stats import qmc
 
 from ensemblenet.cost import Budget
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import TrainingError, did_you_mean
 from ensemblenet.functional import Task
 from ensemblenet.recipe import Conversion, Criterion, Freeze, Init, Shape
 from ensemblenet.study.methods import METHODS
@@ -269,7 +269,10 @@ class Study:
         for choice in self.methods or able:
             variant = Variant(choice) if isinstance(choice, str) else choice
             if variant.method not in METHODS:
-                raise TrainingError(f"methods must be among {', '.join(METHODS)}; got {variant.method!r}.")
+                raise TrainingError(
+                    f"methods must be among {', '.join(METHODS)}; got {variant.method!r}."
+                    + did_you_mean(variant.method, METHODS)
+                )
             setup = variant.setup(shared)
             name = variant.name or METHODS[variant.method].name(setup)
             if why := METHODS[variant.method].cannot(setup.conversion):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections import Counter, defaultdict
@@ -18,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ensemblenet.conversion.split import find_cuts
 from ensemblenet.conversion.trace import Output, trace
-from ensemblenet.errors import TrainingError
+from ensemblenet.errors import TrainingError, did_you_mean
 from ensemblenet.inputs import Tree
 
 __all__ = ["Optimization", "build_optimizer", "build_schedule", "check_optimizers", "layer_depths"]
@@ -215,10 +214,9 @@ def _check_timm_has(name: str) -> None:
 
     known = [*_OPTIMIZERS, *list_optimizers()]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
         raise ValueError(
             f"There is no optimizer {name!r}: take adamw, sgd or a name of timm.optim.list_optimizers()."
-            + (f" Did you mean {', '.join(near)}?" if near else "")
+            + did_you_mean(name, known)
         )
     if get_optimizer_info(name).second_order:
         raise ValueError(f"The optimizer {name!r} needs second derivatives, which training does not compute.")
