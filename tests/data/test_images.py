@@ -24,6 +24,7 @@ from ensemblenet.data import ImageData
 from ensemblenet.data.images import TransformedImages
 from ensemblenet.data.loading import ExampleLoader, Part
 from ensemblenet.data.normalizing import Erased
+from ensemblenet.data.parquet_shards import ParquetShard
 from ensemblenet.errors import DataError
 
 PLAIN = {"image_size": 16, "batch_size": 6, "num_workers": 0, "augmentation": {"no_aug": True}, "crop_pct": 1.0}
@@ -337,6 +338,22 @@ def test_bad_shards_are_found_before_training(tmp_path: Path, spoil: Callable[..
     spoil(tmp_path)
     with pytest.raises(DataError, match=message):
         data(tmp_path, **options)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.struct({"bytes": pa.large_binary(), "path": pa.string()})])
+def test_each_row_of_a_parquet_shard_is_found_in_its_copy(
+    tmp_path: Path, kind: pa.DataType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENSEMBLENET_CACHE", str(tmp_path / "cache"))
+    rows = [str(number).encode() * 50 for number in range(200)]
+    images = pa.array(rows if kind == pa.binary() else [{"bytes": row, "path": "x"} for row in rows], kind)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"img": images, "of": range(200), "more": range(200)}), path, row_group_size=37)
+    shard = ParquetShard.of(path, "img", "of")
+    assert shard.labels() == (list(range(200)), None)
+    assert [shard.open_row(row).read() for row in (0, 36, 37, 63, 64, 128, 191, 192, 199)] == [
+        rows[row] for row in (0, 36, 37, 63, 64, 128, 191, 192, 199)
+    ]
 
 
 IMAGE = {"bytes": encoded(0, 0)}
