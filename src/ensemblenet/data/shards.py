@@ -116,7 +116,9 @@ def shards_of(examples: Any, buffer: int) -> Shards:
         examples, chosen = examples.dataset, examples.indices
     files = getattr(examples, "files", None)
     if files is None:
-        raise DataError("shuffle_buffer is for shards (dataset=wds/) and other files, not for data of a library.")
+        raise DataError(
+            "shuffle_buffer is for shards (dataset=wds/, or hfds/ with data.folder) and other files, not for data of a library."
+        )
     holders = [file.tar if isinstance(file, TarFile) else file for file in files]
     numbers: dict[Path | RemoteFile, int] = {}
     of = np.array([numbers.setdefault(holder, len(numbers)) for holder in holders], np.int64)[chosen]
