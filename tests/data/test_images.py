@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -393,6 +394,7 @@ def other_names(folder):
     ("spoil", "message"),
     [
         (row(label=3), r"train: labels must be in \[0, 3\), got 3 for the image in row 0 of train-00002-of-00003"),
+        (row(label=np.uint64(2**63)), r"train-00002-of-00003\.parquet: a label: Integer value 9223372036854775808"),
         (row(label=None), r"train-00002-of-00003\.parquet must have the columns image .* label: null"),
         (row(label="cat"), r"train-00002-of-00003\.parquet must have the columns .* and label \(integers\); it has"),
         (row(image=3), r"must have the columns image \(encoded images\) .* it has image: int64, label: int64"),

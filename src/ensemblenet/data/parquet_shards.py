@@ -134,7 +134,10 @@ class ParquetShard(RemoteFile):
         labels = table[self.label]
         if labels.null_count:
             raise DataError(f"{self}: {labels.null_count} of {len(labels)} rows have no label.")
-        return labels.to_pylist(), _class_names(table.schema, self.label)
+        try:
+            return labels.cast(pa.int64()).to_pylist(), _class_names(table.schema, self.label)
+        except pa.ArrowInvalid as error:  # of 64 bits without a sign
+            raise DataError(f"{self}: a label: {first_line(error)}") from error
 
     def _columns(self, schema: pa.Schema) -> pa.Schema:
         """Those of the images and of the labels."""

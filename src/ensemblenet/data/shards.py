@@ -117,7 +117,8 @@ def shards_of(examples: Any, buffer: int) -> Shards:
     files = getattr(examples, "files", None)
     if files is None:
         raise DataError(
-            "shuffle_buffer is for shards (dataset=wds/, or hfds/ with data.folder) and other files, not for data of a library."
+            "shuffle_buffer is for shards (dataset=wds/, or hfds/ with data.folder) and other files, not for data of a "
+            "library."
         )
     holders = [file.tar if isinstance(file, TarFile) else file for file in files]
     numbers: dict[Path | RemoteFile, int] = {}
