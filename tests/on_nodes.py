@@ -21,30 +21,30 @@ from ray.cluster_utils import Cluster
 @contextmanager
 def two_nodes() -> Iterator[Cluster]:
     """Two nodes of one CPU each on this machine."""
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    with _environment():
+    with _as_a_node():
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     add_node(nodes)
     yield nodes
     ray.shutdown()
     nodes.shutdown()
-    signal.signal(signal.SIGTERM, on_terminate)  # Ray's would outlive its nodes
 
 
 def add_node(nodes: Cluster) -> None:
     """One more node of one CPU."""
-    with _environment():
+    with _as_a_node():
         nodes.add_node(num_cpus=1)
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
-    """That of a node, whose processes find this module."""
+def _as_a_node() -> Iterator[None]:
+    """The environment of a node, whose processes find this module; afterwards SIGTERM is not Ray's to answer."""
+    on_terminate = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in own_environment(Path(__file__).parent).items():
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         yield
+    signal.signal(signal.SIGTERM, on_terminate)
 
 
 class Waiting(torch.nn.Linear):
