@@ -20,6 +20,7 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ensemblenet.data.shards import Shards
 from ensemblenet.data.tensors import TensorExamples
@@ -299,7 +300,9 @@ class ExampleLoader(ResumableLoader):
 
         Where a collector of garbage ends them, PyTorch may wait 5 seconds for each: their queues can be gone by then.
         """
-        self._loader._iterator = None
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()  # what stopped within an epoch may still hold it
 
     def _is_held(self) -> bool:
         """Whether it is the trainer that iterates."""
