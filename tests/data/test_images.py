@@ -174,17 +174,16 @@ def test_nothing_is_erased_where_nothing_is_augmented(tmp_path: Path) -> None:
     assert torch.equal(made.examples("train")[0][0], data(tmp_path).examples("train")[0][0])
 
 
-@pytest.mark.parametrize("steps", [-1, 6])
-def test_workers_of_training_end_with_it(tmp_path: Path, steps: int) -> None:
+def test_workers_of_training_end_with_it(tmp_path: Path) -> None:
     made = data(make_folders(tmp_path), num_workers=2)
     made.itself = made  # as where an error was caught, whose frames hold it: no count of references ends it
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=2, max_steps=steps, accelerator="cpu", **quiet)
-    trainer.fit(Sums(), datamodule=made)
-    assert trainer.global_step == (8 if steps < 0 else steps)
+    Trainer(max_epochs=2, accelerator="cpu", **quiet).fit(Sums(), datamodule=made)
     assert not multiprocessing.active_children()
     loader = made.train_dataloader()
     assert content(loader) == content(loader)  # the same workers twice
+    begun = iter(loader)
+    next(begun)
     assert len(multiprocessing.active_children()) == 2
     made.reseed(5)
     assert not multiprocessing.active_children()
