@@ -18,7 +18,7 @@ __all__ = ["Erased", "NormalizeBytes"]
 class Erased(NamedTuple):
     """Images as bytes, and what stands in some of their pixels when they have been normalized: random erasing.
 
-    Args:
+    Attributes:
         pixels: (N, C, H, W), uint8; of one image (C, H, W).
         where: (M,), int32, the numbers of those pixels, counted over all N H W.
         noise: (M, C), float32.
