@@ -351,9 +351,10 @@ def test_each_row_of_a_parquet_shard_is_found_in_its_copy(
     rows = [str(number).encode() * 50 for number in range(200)]
     images = pa.array(rows if kind == pa.binary() else [{"bytes": row, "path": "x"} for row in rows], kind)
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"img": images, "of": range(200), "more": range(200)}), path, row_group_size=37)
+    pq.write_table(pa.table({"img": images, "of": range(200), "more": range(200, 400)}), path, row_group_size=37)
     shard = ParquetShard.of(path, "img", "of")
     assert shard.labels() == (list(range(200)), None)
+    assert ParquetShard.of(path, "img", "more").labels() == (list(range(200, 400)), None)
     assert [shard.open_row(row).read() for row in (0, 36, 37, 63, 64, 128, 191, 192, 199)] == [
         rows[row] for row in (0, 36, 37, 63, 64, 128, 191, 192, 199)
     ]
@@ -370,6 +371,11 @@ def row(image=IMAGE, label=0, name="image"):
         pq.write_table(pa.table(columns), folder / "train-00002-of-00003.parquet")
 
     return write
+
+
+def unlabelled(folder):
+    columns = {"image": [IMAGE, IMAGE], "label": pa.array([0, None], pa.int64())}
+    pq.write_table(pa.table(columns), folder / "train-00002-of-00003.parquet")
 
 
 def cut(folder):
@@ -402,6 +408,7 @@ def other_names(folder):
         (row(image=3), r"must have the columns image \(encoded images\) .* it has image: int64, label: int64"),
         (row(name="img"), r"it has img: struct<.*input_key and target_key"),
         (row(image={"path": "a.png", "bytes": None}), r"must have the columns image"),
+        (unlabelled, r"train-00002-of-00003\.parquet: 1 of 2 rows have no label"),
         (cut, r"train-00001-of-00002\.parquet is no readable Parquet file"),
         (spoilt_pages, r"train-00001-of-00002\.parquet is no readable Parquet file"),
         (other_names, r"00001-of-00002.* has 'elk'|elk"),

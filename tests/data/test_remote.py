@@ -233,6 +233,7 @@ def test_shards_that_do_not_all_fit_are_read_one_after_another(
     rest = list(resumed.train_dataloader())
     assert same([*first, *rest], expected)
     assert len(expected) == 12
+    assert not list((tmp_path / "cache").glob("*.parquet"))  # what was fetched, and is Arrow now
     held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.file"))
     assert held <= (2.5 + workers) * max(sizes)  # one may come while another is read
     assert len([path for path in server.requests if "train-" in path]) >= 6 - 2  # fetched again, as room was made

@@ -136,8 +136,8 @@ def open_images(
         FetchError: its server fails.
     """
     kind, _, _ = dataset.partition("/")
-    openers = {"": _class_folders, "wds": partial(_shards, fit=fit), "torch": _torchvision}
-    openers["hfds"] = _hugging_face if fit or dataset != "hfds/" else _parquet_shards
+    hugging_face = _parquet_shards if dataset == "hfds/" and not fit else _hugging_face
+    openers = {"": _class_folders, "wds": partial(_shards, fit=fit), "torch": _torchvision, "hfds": hugging_face}
     if kind not in openers:
         raise DataError(f"dataset must begin with one of {', '.join(map(repr, openers))}, got {dataset!r}.")
     images = openers[kind](folder, dataset, split, options)

@@ -1,4 +1,4 @@
-"""Files in folders: every file once, whatever links and hidden folders there are."""
+"""Files in folders, every one once, whatever links and hidden folders there are; and shards, at URLs too."""
 
 from __future__ import annotations
 
